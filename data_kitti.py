@@ -1,0 +1,197 @@
+"""KITTI's object detection format: labels, results, calibration, splits. The only place that knows (h, w, l) and bottom centres.
+
+Format: the devkit's readme of the object benchmark, http://www.cvlibs.net/datasets/kitti (Geiger, Lenz, Urtasun, CVPR 2012).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from geometry import ray_angle, wrap_angle
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The objects of one label or result file, n rows, in the frame and pixels the caller states.
+
+    name (n,) str; truncation (n,) in [0, 1], -1 unknown; occlusion (n,) 0-3, -1 unknown; alpha (n,) radians; box (n, 4) pixels;
+    size (n, 3) l, h, w metres; center (n, 3) geometric centre, metres; yaw (n,) radians; score (n,), 1 for labels.
+    DontCare rows, which have only a box, keep KITTI's fill values: size -1, center -1000, yaw and alpha -10.
+    """
+
+    name: np.ndarray
+    truncation: np.ndarray
+    occlusion: np.ndarray
+    alpha: np.ndarray
+    box: np.ndarray
+    size: np.ndarray
+    center: np.ndarray
+    yaw: np.ndarray
+    score: np.ndarray
+
+    def __len__(self):
+        return len(self.name)
+
+    def __getitem__(self, rows):
+        """Rows by index array, mask or slice, as Labels."""
+        return Labels(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+    @property
+    def is_3d(self):
+        """(n,) bool: rows with a 3D box, i.e. all but DontCare."""
+        return self.size[:, 0] > 0
+
+    def moved(self, offset):
+        """The same objects with centres shifted by offset (3,) metres; rows without a 3D box stay. Returns Labels."""
+        center = np.where(self.is_3d[:, None], self.center + np.asarray(offset, float), self.center)
+        return dataclasses.replace(self, center=center)
+
+
+def make_labels(name, box, size, center, yaw, truncation=None, occlusion=None, score=None):
+    """Labels from arrays of n rows; alpha follows from yaw and center; truncation and occlusion default to -1, score to 1."""
+    n = len(name)
+    center, yaw = np.asarray(center, float).reshape(n, 3), np.asarray(yaw, float).reshape(n)
+    fill = np.full(n, -1.0)
+    return Labels(
+        name=np.asarray(name, dtype=object).reshape(n),
+        truncation=fill if truncation is None else np.asarray(truncation, float),
+        occlusion=fill.astype(int) if occlusion is None else np.asarray(occlusion, int),
+        alpha=wrap_angle(yaw - ray_angle(center)),
+        box=np.asarray(box, float).reshape(n, 4),
+        size=np.asarray(size, float).reshape(n, 3),
+        center=center,
+        yaw=yaw,
+        score=np.ones(n) if score is None else np.asarray(score, float),
+    )
+
+
+def read_labels(path, scores=False):
+    """Read a label file (15 fields a line) or, with scores, a result file (16). Returns Labels in rectified camera 0.
+
+    Raises FileNotFoundError, or ValueError naming file and line for a wrong field count, a non-number, a non-finite number and, in
+    labels, a size that is not positive or a 2D box that is inside out.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from None
+    names, rows = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        fields = line.split()
+        if not fields:
+            continue
+        names.append(fields[0])
+        rows.append(_parse_row(fields, 16 if scores else 15, f"{path}:{number}"))
+    values = np.array(rows, dtype=np.float64).reshape(len(rows), 15)
+    size = values[:, [9, 7, 8]]  # file: h, w, l
+    center = values[:, 10:13].copy()
+    real = size[:, 0] > 0
+    center[real, 1] -= size[real, 1] / 2  # file: bottom centre
+    return Labels(
+        name=np.array(names, dtype=object),
+        truncation=values[:, 0],
+        occlusion=values[:, 1].astype(int),
+        alpha=values[:, 2],
+        box=values[:, 3:7],
+        size=size,
+        center=center,
+        yaw=values[:, 13],
+        score=values[:, 14],
+    )
+
+
+def _parse_row(fields, count, place):
+    """Numbers of one line: 14 of them and a score, 1 for labels. Result files of detectors may leave the score out of 15 fields."""
+    if len(fields) not in ((16,) if count == 16 else (15, 16)):
+        expected = "16 fields (a result has a score)" if count == 16 else "15 or 16 fields"
+        raise ValueError(f"{place}: expected {expected}, got {len(fields)}")
+    try:
+        row = [float(field) for field in fields[1:]]
+    except ValueError as error:
+        raise ValueError(f"{place}: expected numbers after the class name: {error}") from None
+    if not np.isfinite(row).all():
+        bad = int(np.flatnonzero(~np.isfinite(row))[0])
+        raise ValueError(f"{place}: field {bad + 2} is {row[bad]}, expected a finite number")
+    if count == 16:
+        return row  # detectors write empty 2D boxes, and -1 -1 -1 -1000 -1000 -1000 for "no 3D box": the evaluator has rules for both
+    if fields[0] != "DontCare" and min(row[7:10]) <= 0:
+        raise ValueError(f"{place}: h, w, l are {row[7]:g}, {row[8]:g}, {row[9]:g} metres, expected all > 0")
+    if row[5] < row[3] or row[6] < row[4]:
+        raise ValueError(f"{place}: 2D box {row[3]:g} {row[4]:g} {row[5]:g} {row[6]:g} is inside out, expected x1 <= x2, y1 <= y2")
+    return row if len(row) == 15 else [*row, 1.0]
+
+
+def write_labels(path, labels, scores=False, digits=2):
+    """Write Labels (rectified camera 0) as a KITTI label file or, with scores, a result file."""
+    lines = []
+    for i in range(len(labels)):
+        l, h, w = labels.size[i]
+        x, y, z = labels.center[i]
+        bottom = y + h / 2 if l > 0 else y
+        angle = wrap_angle(labels.yaw[i]) if l > 0 else labels.yaw[i]
+        numbers = [labels.alpha[i], *labels.box[i], h, w, l, x, bottom, z, angle]
+        text = " ".join(f"{v:.{digits}f}" for v in numbers)
+        score = f" {labels.score[i]:.6f}" if scores else ""
+        lines.append(f"{labels.name[i]} {labels.truncation[i]:.2f} {labels.occlusion[i]:d} {text}{score}\n")
+    Path(path).write_text("".join(lines))
+
+
+def read_calib(path):
+    """P2 (3, 4) of a calibration file: pixels of the left colour camera from rectified camera 0.
+
+    Raises FileNotFoundError, or ValueError naming the file when P2 is missing, is not twelve finite numbers or has no focal length.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from None
+    for number, line in enumerate(lines, 1):
+        key, _, rest = line.partition(":")
+        if key.strip() != "P2":
+            continue
+        try:
+            values = np.array([float(field) for field in rest.split()])
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: expected numbers after P2: {error}") from None
+        if values.size != 12 or not np.isfinite(values).all():
+            raise ValueError(f"{path}:{number}: P2 has {values.size} values, expected 12 finite numbers")
+        P2 = values.reshape(3, 4)
+        if P2[0, 0] <= 0 or P2[1, 1] <= 0 or abs(P2[2, 2] - 1) > 1e-6:
+            raise ValueError(f"{path}:{number}: P2 is not a pinhole camera: focal lengths {P2[0, 0]:g}, {P2[1, 1]:g}, last row {P2[2]}")
+        return P2
+    raise ValueError(f"{path}: no line 'P2: ...' with the projection of the left colour camera")
+
+
+def write_calib(path, P2):
+    """A calibration file with this P2 (3, 4) for all four cameras and identity rectification and lidar pose."""
+    P2 = np.asarray(P2, float).reshape(3, 4)
+    row = lambda values: " ".join(f"{v:.12e}" for v in np.ravel(values))  # noqa: E731
+    lines = [f"P{i}: {row(P2)}" for i in range(4)] + [f"R0_rect: {row(np.eye(3))}", f"Tr_velo_to_cam: {row(np.eye(3, 4))}"]
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+def split_projection(P2):
+    """P2 (3, 4) -> K (3, 3) and offset (3,) metres with x_camera2 = x_rectified0 + offset, as K [I | offset] = P2.
+
+    Exact for a P2 = [K | p4]: offset = K^-1 p4, about 6 cm to the right on KITTI.
+    """
+    K = P2[:, :3].copy()
+    return K, np.linalg.solve(K, P2[:, 3])
+
+
+def read_split(root, split):
+    """Frame ids of ImageSets/<split>.txt, or of all images when split is 'all'. Raises FileNotFoundError, ValueError with advice."""
+    folder = Path(root) / "ImageSets"
+    if split == "all":
+        return sorted(p.stem for p in (Path(root) / "training" / "image_2").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    path = folder / f"{split}.txt"
+    if not path.is_file():
+        there = sorted(p.stem for p in folder.glob("*.txt"))
+        raise FileNotFoundError(f"{path}: no such split file; {'there are ' + ', '.join(there) if there else 'ImageSets holds none'}")
+    ids = path.read_text().split()
+    if not ids:
+        raise ValueError(f"{path}: the split is empty, expected one frame id a line")
+    return ids
