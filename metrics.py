@@ -1,0 +1,483 @@
+"""KITTI average precision as the official evaluator computes it, for Labels from any detector. Numpy in, plain dict out.
+
+The rules are those of evaluate_object.cpp in KITTI's object development kit (Geiger, Lenz, Urtasun, CVPR 2012), with the 40 recall
+positions KITTI uses since 2019 (Simonelli et al., Disentangling monocular 3D object detection, ICCV 2019) beside the older 11:
+
+* A ground truth counts when its class matches and its height, occlusion and truncation are within the difficulty's limits. Those
+  outside the limits and those of a neighbour class (Van for Car) are ignored: they may take a detection, and are never missed.
+* A detection shorter than the limit is ignored whatever its class; it may still take a ground truth. Names ignore case.
+* Overlap must be strictly greater than the threshold. Ground truths choose in file order, each among the detections still free:
+  first by score over all detections, which yields the score thresholds, then, at each threshold, by overlap.
+* DontCare regions remove false positives by intersection over the detection's own area.
+* AOS compares `alpha`; a false positive counts 0.
+* Precision is made non-increasing; positions beyond the last threshold stay 0, so n <= 40 counted objects give at most n thresholds.
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_kitti import Labels
+from geometry import bev_and_box3d_iou, box_iou, wrap_angle
+
+CLASSES = ("Car", "Pedestrian", "Cyclist")  # KITTI's evaluated ones
+DIFFICULTIES = ("easy", "moderate", "hard")
+MIN_HEIGHT = (40, 25, 25)  # pixels
+MAX_OCCLUSION = (0, 1, 2)
+MAX_TRUNCATION = (0.15, 0.3, 0.5)
+METRICS = ("bbox", "bev", "3d")  # AOS comes with bbox
+NEIGHBOURS = {"car": "van", "pedestrian": "person_sitting"}
+# Overlap thresholds for bbox, bev, 3d; any class not named takes the last.
+MIN_OVERLAP = {
+    "strict": {"car": (0.7, 0.7, 0.7), "": (0.5, 0.5, 0.5)},
+    "loose": {"car": (0.7, 0.5, 0.5), "": (0.5, 0.25, 0.25)},
+}
+POSITIONS = 41  # recall 0, 1/40, ... 1
+LOWEST_SCORE = -1e7  # the official "no detection": a score must be above it to set a threshold
+NO_ALPHA = -10.0  # "unknown": a single detection with this alpha makes the official evaluator leave AOS out
+MATCH_OVERLAP = 0.5  # 2D overlap above which `object_errors` compares a detection with a ground truth, any class
+PAIRS_AT_ONCE = 100_000  # ground truth x detection pairs looked at together: about 50 MB
+BANDS = (0, 10, 20, 30, 40, 50)  # metres of depth; the last band is open
+
+
+def min_overlap(name: str, overlap: str = "strict") -> tuple[float, float, float]:
+    """Overlap thresholds of a class: (bbox, bev, 3d). overlap is 'strict' or 'loose'; unknown classes take Pedestrian's."""
+    if overlap not in MIN_OVERLAP:
+        raise ValueError(f"overlap is {overlap!r}, expected one of {', '.join(MIN_OVERLAP)}")
+    return MIN_OVERLAP[overlap].get(name.lower(), MIN_OVERLAP[overlap][""])
+
+
+def kitti_ap(
+    truth: dict[str, Labels],
+    results: dict[str, Labels],
+    classes: Sequence[str] = CLASSES,
+    overlap: str = "strict",
+    repeat: int = 1,
+    min_height: Sequence[float] = MIN_HEIGHT,
+) -> dict:
+    """Average precision in per cent.
+
+    truth, results: frame id -> Labels in one common frame and one common pixel grid; frames without results count as empty.
+    overlap: 'strict' (.7 Car, .5 others) or 'loose' (BEV and 3D .5 and .25). repeat counts every frame so many times.
+    min_height: pixels for easy, moderate, hard. Unknown occlusion and truncation (-1) are within every limit.
+
+    Returns class -> bbox|aos|bev|3d -> easy|moderate|hard -> {AP_R40, AP_R11}, and beside the classes
+    counted: class -> difficulty -> number of ground truths that count, before repeat;
+    curves: class -> metric -> difficulty -> {score, recall, precision}, lists over the at most 41 thresholds;
+    settings: classes, overlap, min_overlap, min_height, repeat, frames, detections.
+    AOS values are None when any detection has alpha -10, the file format's "unknown" (DontCare rows apart).
+    Raises ValueError for result ids without truth.
+    """
+    if repeat < 1:
+        raise ValueError(f"repeat is {repeat}, expected 1 or more")
+    extra = [frame for frame in results if frame not in truth]
+    if extra:
+        raise ValueError(f"{len(extra)} result frames have no ground truth, the first is {extra[0]!r}")
+    thresholds = {name: min_overlap(name, overlap) for name in classes}
+    data = _Pairs(truth, results, classes, min(min(t) for t in thresholds.values()), max(min_height))
+    metrics = {}
+    counted, curves = {}, {}
+    for name in classes:
+        cells = {metric: {} for metric in ("bbox", "aos", "bev", "3d")}
+        curves[name] = {metric: {} for metric in cells}
+        counted[name] = {}
+        for level, difficulty in enumerate(DIFFICULTIES):
+            role = data.roles(name, level, min_height)
+            counted[name][difficulty] = int(role.counted.sum())
+            for column, metric in enumerate(METRICS):
+                curve = _curve(data, role, column, thresholds[name][column], repeat)
+                cells[metric][difficulty] = _average(curve["precision"])
+                curves[name][metric][difficulty] = {key: curve[key].tolist() for key in ("score", "recall", "precision")}
+                if metric == "bbox":
+                    known = data.has_alpha
+                    cells["aos"][difficulty] = _average(curve["similarity"]) if known else {"AP_R40": None, "AP_R11": None}
+                    aos = curve["similarity"] if known else np.zeros(0)
+                    shown = {"score": curve["score"], "recall": curve["recall"], "precision": aos}
+                    curves[name]["aos"][difficulty] = {key: value.tolist() for key, value in shown.items()}
+        metrics[name] = cells
+    settings = {
+        "classes": list(classes),
+        "overlap": overlap,
+        "min_overlap": {name: list(values) for name, values in thresholds.items()},
+        "min_height": list(min_height),
+        "repeat": repeat,
+        "frames": len(truth),
+        "detections": len(data.det),
+    }
+    return {**metrics, "counted": counted, "curves": curves, "settings": settings}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Roles:
+    """What each row is for one class and difficulty. gt (G,): 1 counted, 0 ignored, -1 not looked at; det (D,) alike."""
+
+    gt: np.ndarray
+    det: np.ndarray
+
+    @property
+    def counted(self):
+        return self.gt == 1
+
+
+class _Pairs:
+    """All frames as flat arrays, and the ground truth x detection pairs of one frame that overlap by more than `least`.
+
+    gt, det: Labels of all frames in order; gt_frame (G,), det_frame (D,) frame numbers. pairs[m] = (gt row, det row, overlap) for
+    the three METRICS, rows ascending. cover (D, 3): largest share of a detection inside one DontCare region.
+    """
+
+    def __init__(self, truth, results, classes, least, tallest_limit):
+        frames = list(truth)
+        self.gt, self.gt_frame = _flatten(truth, frames)
+        self.det, self.det_frame = _flatten(results, frames)
+        self.gt_name, self.det_name = _lower(self.gt.name), _lower(self.det.name)
+        self.height = np.abs(self.det.box[:, 1] - self.det.box[:, 3])
+        self.gt_height = self.gt.box[:, 3] - self.gt.box[:, 1]
+        self.has_alpha = not ((self.det.alpha == NO_ALPHA) & (self.det_name != "dontcare")).any()
+        codes = {name: code for code, name in enumerate(dict.fromkeys([*self.gt_name, *self.det_name]))}
+        gt_code = np.array([codes[name] for name in self.gt_name], dtype=int)
+        det_code = np.array([codes[name] for name in self.det_name], dtype=int)
+        served = {NEIGHBOURS[c]: codes.get(c, -1) for c in NEIGHBOURS if c in {name.lower() for name in classes}}
+        gt_serves = np.array([served.get(name, -1) for name in self.gt_name], dtype=int)
+        wanted = {name.lower() for name in classes} | set(served)
+        relevant = np.array([name in wanted for name in self.gt_name], dtype=bool)
+        short = self.height < tallest_limit
+        gt_box, det_box = _boxes(self.gt), _boxes(self.det)
+        found = [[], [], []]
+        for g, d in _same_frame(np.flatnonzero(relevant), self.gt_frame, self.det_frame):
+            fits = short[d] | (gt_code[g] == det_code[d]) | (gt_serves[g] == det_code[d])
+            g, d = g[fits], d[fits]
+            for metric, overlap in enumerate((box_iou(self.gt.box[g], self.det.box[d]), *bev_and_box3d_iou(gt_box[g], det_box[d]))):
+                rows = np.flatnonzero(overlap > least)
+                found[metric].append((g[rows], d[rows], overlap[rows]))
+        none = (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
+        self.pairs = [tuple(np.concatenate(parts) for parts in zip(none, *chunks, strict=True)) for chunks in found]
+        self.cover = self._cover(np.flatnonzero(self.gt_name == "dontcare"))
+
+    def _cover(self, regions):
+        """(D, 3): how much of each detection's own area lies in the DontCare region that covers it most.
+
+        In space a DontCare has only KITTI's fill values. They meet a detection only when it carries the same fill values, i.e. has
+        no 3D box: the official evaluator then drops it from the false positives of BEV and, as its volume is negative, not of 3D.
+        """
+        cover = np.zeros((len(self.det), 3))
+        unplaced = ~self.det.is_3d & (self.det.center[:, 0] == -1000) & (self.det.center[:, 2] == -1000)
+        for g, d in _same_frame(regions, self.gt_frame, self.det_frame):
+            a, b = self.gt.box[g], self.det.box[d]
+            width = np.clip(np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0]), 0, None)
+            height = np.clip(np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1]), 0, None)
+            both = width * height
+            own = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
+            np.maximum.at(cover[:, 0], d, np.divide(both, own, out=np.zeros(len(d)), where=both > 0))
+            cover[d[unplaced[d]], 1] = 1.0
+        return cover
+
+    def roles(self, name, level, min_height):
+        """Roles of all rows for a class and a difficulty by number."""
+        name = name.lower()
+        outside = (self.gt.occlusion > MAX_OCCLUSION[level]) | (self.gt.truncation > MAX_TRUNCATION[level])
+        outside |= self.gt_height <= min_height[level]
+        same = self.gt_name == name
+        gt = np.where(same & ~outside, 1, np.where(same | (self.gt_name == NEIGHBOURS.get(name)), 0, -1))
+        det = np.where(self.height < min_height[level], 0, np.where(self.det_name == name, 1, -1))
+        return _Roles(gt, det)
+
+
+def _flatten(labels, frames):
+    """All rows of labels (id -> Labels) in the order of frames, and the number of the frame of each row."""
+    present = [i for i, frame in enumerate(frames) if len(labels.get(frame, ()))]
+    parts = [labels[frames[i]] for i in present]
+    frame = np.repeat(np.array(present, dtype=int), [len(part) for part in parts])
+    if not parts:
+        empty = np.zeros(0)
+        return Labels(empty.astype(object), empty, empty, empty, np.zeros((0, 4)), np.zeros((0, 3)), np.zeros((0, 3)), empty, empty), frame
+    columns = (np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Labels))
+    return Labels(*columns), frame
+
+
+def _lower(names):
+    return np.array([name.lower() for name in names], dtype=object)
+
+
+def _boxes(labels):
+    """(n, 7) x, y, z, l, h, w, yaw; a row with any size that is not positive becomes a point, which overlaps nothing."""
+    size = np.where((labels.size > 0).all(1, keepdims=True), labels.size, 0.0)
+    return np.concatenate([labels.center, size, labels.yaw[:, None]], 1)
+
+
+def _same_frame(rows, gt_frame, det_frame):
+    """Yield (gt rows, det rows) of all pairs of the given ground truths (ascending) with detections of their frame, in slices."""
+    first = np.searchsorted(det_frame, gt_frame[rows], "left")
+    count = np.searchsorted(det_frame, gt_frame[rows], "right") - first
+    slices = np.searchsorted(np.cumsum(count), np.arange(PAIRS_AT_ONCE, count.sum(), PAIRS_AT_ONCE), "left")
+    for part in np.split(np.arange(len(rows)), slices):
+        number = count[part]
+        offset = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
+        yield np.repeat(rows[part], number), np.repeat(first[part], number) + offset
+
+
+def _match(gt, det, frame, preference, usable):
+    """Ground truths take, in row order, the detection they prefer among those still free; frames do not interact.
+
+    gt, det, frame: (p,) row numbers of the pairs, gt ascending. preference: keys (p,), the most important first, small preferred.
+    usable: (T, p) bool, one row for each of T independent matchings. Returns taken (T, p) bool.
+
+    Works on the first ground truth of every frame at once, then on every second, and so on.
+    """
+    taken = np.zeros(usable.shape, dtype=bool)
+    if not len(gt):
+        return taken
+    new_gt = np.r_[True, gt[1:] != gt[:-1]]
+    new_frame = np.r_[True, frame[1:] != frame[:-1]]
+    number = np.cumsum(new_gt)
+    turn = number - np.maximum.accumulate(np.where(new_frame, number, 0))  # 0 for the first ground truth of a frame
+    order = np.lexsort((*reversed(preference), gt, turn))
+    bounds = np.searchsorted(turn[order], np.arange(turn.max() + 2))
+    _, compact = np.unique(det, return_inverse=True)
+    used = np.zeros((len(usable), compact.max() + 1), dtype=bool)
+    for start, end in itertools.pairwise(bounds):
+        rows = order[start:end]
+        free = usable[:, rows] & ~used[:, compact[rows]]
+        position = np.where(free, np.arange(len(rows)), len(rows))
+        groups = np.flatnonzero(np.r_[True, gt[rows[1:]] != gt[rows[:-1]]])
+        best = np.minimum.reduceat(position, groups, axis=1)  # (T, ground truths of this turn)
+        threshold, group = np.nonzero(best < len(rows))
+        chosen = rows[best[threshold, group]]
+        taken[threshold, chosen] = True
+        used[threshold, compact[chosen]] = True
+    return taken
+
+
+def _score_thresholds(scores, count):
+    """Scores of matched detections (m,) and the number of ground truths -> the at most 41 scores nearest to even recall steps.
+
+    `getThresholds` of the official evaluator: a score is skipped while the next one's recall is closer to the wanted recall; the
+    last is always kept. The condition is monotone in the position, so each step is a binary search.
+    """
+    scores = np.sort(scores)[::-1]
+    last = len(scores) - 1
+    kept, recall, i = [], 0.0, 0
+    while i <= last:
+        at = recall
+        i = bisect.bisect_left(range(last), True, lo=i, key=lambda j: (j + 2) / count - at >= at - (j + 1) / count)
+        kept.append(scores[i])
+        recall += 1.0 / (POSITIONS - 1)
+        i += 1
+    return np.array(kept)
+
+
+def _curve(data, role, metric, least, repeat):
+    """Precision and orientation similarity over the score thresholds of one class, difficulty and metric.
+
+    Returns score (T,), recall (T,), precision (T,), similarity (T,), T <= 41; the last two made non-increasing.
+    """
+    gt, det, overlap = data.pairs[metric]
+    rows = np.flatnonzero((overlap > least) & (role.gt[gt] >= 0) & (role.det[det] >= 0))
+    gt, det, overlap = gt[rows], det[rows], overlap[rows]
+    frame, score = data.gt_frame[gt], data.det.score[det]
+    full = (role.gt[gt] == 1) & (role.det[det] == 1)
+    by_score = _match(gt, det, frame, (-score, det), (score > LOWEST_SCORE)[None])[0]
+    total = int(role.counted.sum()) * repeat
+    thresholds = _score_thresholds(np.repeat(score[by_score & full], repeat), total)
+
+    ignored = role.det[det] == 0
+    taken = _match(gt, det, frame, (ignored, np.where(ignored, 0.0, -overlap), det), score >= thresholds[:, None])
+    similarity = (1.0 + np.cos(data.gt.alpha[gt] - data.det.alpha[det])) / 2.0
+    true = (taken & full).sum(1)
+    missed = role.counted.sum() - (taken & (role.gt[gt] == 1)).sum(1)
+    open_ground = data.cover[:, metric] <= least  # detections that no DontCare region excuses
+    alone = np.sort(data.det.score[(role.det == 1) & open_ground])
+    false = len(alone) - np.searchsorted(alone, thresholds, "left") - (taken & ~ignored & open_ground[det]).sum(1)
+    return {
+        "score": thresholds,
+        "recall": _divide(true, true + missed),
+        "precision": _non_increasing(_divide(true, true + false)),
+        "similarity": _non_increasing(_divide((taken & full) @ similarity, true + false)),
+    }
+
+
+def _divide(a, b):
+    """a / b, and 0 where b is 0 (the official evaluator gets NaN there and stops making sense)."""
+    return np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
+
+
+def _non_increasing(values):
+    """Each entry replaced by the largest at or after it."""
+    return np.maximum.accumulate(values[::-1])[::-1]
+
+
+def _average(values):
+    """AP in per cent from values at the first len(values) of 41 recall positions, 0 at the others."""
+    full = np.zeros(POSITIONS)
+    full[: len(values)] = values
+    return {"AP_R40": float(full[1:].mean() * 100), "AP_R11": float(full[::4].mean() * 100)}
+
+
+def object_errors(
+    truth: dict[str, Labels],
+    results: dict[str, Labels],
+    classes: Sequence[str] = CLASSES,
+    sigma: dict[str, np.ndarray] | None = None,
+    min_height: Sequence[float] = MIN_HEIGHT,
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """How far off matched objects are, by distance: depth, heading, size, recall and calibration of the predicted depth sigma.
+
+    truth, results: as for `kitti_ap`. sigma: id -> (n,) metres, one for each row of results[id], or None.
+    Objects are the ground truths with a 3D box that count at "hard"; each takes, of the detections of its class with 2D overlap
+    above .5, the one with the highest score, whatever that score is: errors of depth then do not decide what is compared.
+
+    Returns class -> band ("0-10" ... "50+", metres of the object's depth, and "all") -> {objects, matched, recall (share),
+    depth_error (mean absolute, m), depth_bias (mean of predicted - true, m), depth_percent (mean absolute, of the true depth),
+    heading_error (mean absolute, degrees), heading_flipped (share above 90 degrees), length_error, height_error, width_error
+    (mean absolute, m), within_1_sigma, within_2_sigma (share)}; None where nothing can be averaged.
+    """
+    data = _Pairs(truth, results, classes, MATCH_OVERLAP, max(min_height))
+    all_sigma = None
+    if sigma is not None:
+        parts = [np.asarray(sigma[frame], float) for frame in truth if len(results.get(frame, ()))]
+        all_sigma = np.concatenate(parts) if parts else np.zeros(0)
+        if len(all_sigma) != len(data.det):
+            raise ValueError(f"sigma has {len(all_sigma)} values, expected one for each of {len(data.det)} detections")
+    names = [f"{near}-{far}" for near, far in itertools.pairwise(BANDS)] + [f"{BANDS[-1]}+"]
+    errors = {}
+    for name in classes:
+        objects = data.roles(name, len(DIFFICULTIES) - 1, min_height).counted & data.gt.is_3d
+        gt, det, _ = data.pairs[0]
+        rows = np.flatnonzero(objects[gt] & (data.det_name[det] == name.lower()) & data.det.is_3d[det])
+        gt, det = gt[rows], det[rows]
+        score = data.det.score[det]
+        taken = _match(gt, det, data.gt_frame[gt], (-score, det), np.ones((1, len(gt)), dtype=bool))[0]
+        gt, det = gt[taken], det[taken]
+        band = np.clip(np.searchsorted(BANDS, data.gt.center[:, 2], "right") - 1, 0, None)
+        errors[name] = {}
+        for number, label in enumerate([*names, "all"]):
+            inside = objects if label == "all" else objects & (band == number)
+            here = inside[gt]
+            spread = None if all_sigma is None else all_sigma[det[here]]
+            errors[name][label] = _band_errors(int(inside.sum()), data.gt[gt[here]], data.det[det[here]], spread)
+    return errors
+
+
+def _band_errors(objects, truth, found, sigma):
+    """One entry of `object_errors`: truth and found are Labels of the matched pairs, row by row; sigma (m,) or None."""
+    matched = len(truth)
+    depth = found.center[:, 2] - truth.center[:, 2]
+    heading = np.degrees(np.abs(wrap_angle(found.yaw - truth.yaw)))
+    size = np.abs(found.size - truth.size)
+    mean = lambda values: float(np.mean(values)) if matched else None  # noqa: E731
+    return {
+        "objects": objects,
+        "matched": matched,
+        "recall": matched / objects if objects else None,
+        "depth_error": mean(np.abs(depth)),
+        "depth_bias": mean(depth),
+        "depth_percent": mean(np.abs(depth) / np.maximum(np.abs(truth.center[:, 2]), 1e-6) * 100),
+        "heading_error": mean(heading),
+        "heading_flipped": mean(heading > 90),
+        "length_error": mean(size[:, 0]),
+        "height_error": mean(size[:, 1]),
+        "width_error": mean(size[:, 2]),
+        "within_1_sigma": None if sigma is None else mean(np.abs(depth) <= sigma),
+        "within_2_sigma": None if sigma is None else mean(np.abs(depth) <= 2 * sigma),
+    }
+
+
+MAIN_METRIC = "Car/3d/moderate/AP_R40"
+
+
+def main_metric(metrics: dict, name: str = MAIN_METRIC) -> float:
+    """One number out of the result of `kitti_ap`, per cent, higher is better: what "best" follows.
+
+    name: class/metric/difficulty/AP_R40|AP_R11; empty is MAIN_METRIC. When Car is asked for and not among the classes, or the class
+    is "mean", it is the mean over the classes that have counted ground truths (0 when none has). Raises KeyError naming what there is.
+    """
+    classes = metrics["settings"]["classes"]
+    parts = (name or MAIN_METRIC).split("/")
+    valid = [["mean", "Car", *classes], ["bbox", "aos", "bev", "3d"], DIFFICULTIES, ["AP_R40", "AP_R11"]]
+    if len(parts) != 4 or any(part not in allowed for part, allowed in zip(parts, valid, strict=True)):
+        expected = "/".join("|".join(dict.fromkeys(allowed)) for allowed in valid)
+        raise KeyError(f"metric {name!r} is unknown, expected {expected}")
+    chosen, metric, difficulty, key = parts
+    if chosen in classes:
+        return metrics[chosen][metric][difficulty][key] or 0.0
+    values = [metrics[c][metric][difficulty][key] or 0.0 for c in classes if metrics["counted"][c][difficulty]]
+    return float(np.mean(values)) if values else 0.0
+
+
+def highest_possible(count: int, key: str) -> float:
+    """Per cent that perfect detections of `count` ground truths (repeats included) get from the official sampling."""
+    reached = min(count, POSITIONS)
+    positions = max(reached - 1, 0) / 40 if key == "AP_R40" else -(-reached // 4) / 11
+    return 100.0 * positions
+
+
+def format_table(metrics: dict, metric: str = "R40", errors: dict | None = None) -> str:
+    """The result of `kitti_ap`, and of `object_errors` when given, as text. metric: 'R40' or 'R11'."""
+    if metric not in ("R40", "R11"):
+        raise ValueError(f"metric is {metric!r}, expected R40 or R11")
+    key, settings = f"AP_{metric}", metrics["settings"]
+    classes, repeat = settings["classes"], settings["repeat"]
+    wide = max(10, *(len(name) for name in classes))
+    shown = (("bbox", "2D"), ("aos", "AOS"), ("bev", "BEV"), ("3d", "3D"))
+    times = f", each frame counted {repeat} times" if repeat > 1 else ""
+    lines = [
+        f"{key}, per cent: {settings['frames']} frames{times}, {settings['detections']} detections",
+        " " * wide + "".join(f"{title:^26}" for _, title in shown) + "  counted objects n",
+        f"{'class':{wide}}" + "    easy    mod.    hard  " * 4 + "   easy   mod.   hard",
+    ]
+    capped = []
+    for name in classes:
+        counts = [metrics["counted"][name][difficulty] for difficulty in DIFFICULTIES]
+        row = f"{name:{wide}}"
+        for cell, _ in shown:
+            for count, difficulty in zip(counts, DIFFICULTIES, strict=True):
+                value = metrics[name][cell][difficulty][key]
+                text = "-" if value is None or not count else f"{value:.2f}"
+                row += f"{text:>7}" + ("*" if 0 < count * repeat < POSITIONS else " ")
+            row += "  "
+        lines.append(row + "".join(f"{count:7d}" for count in counts))
+        capped += [count for count in counts if 0 < count * repeat < POSITIONS]
+    overlaps = "; ".join(f"{name} {' '.join(f'{v:g}' for v in values)}" for name, values in settings["min_overlap"].items())
+    lines.append(f"Overlap must exceed, in 2D, BEV, 3D ({settings['overlap']}): {overlaps}")
+    if capped:
+        count = min(capped)
+        enough = -(-POSITIONS // count)
+        rule = "(n - 1) / 40" if metric == "R40" else "ceil(n / 4) / 11"
+        lines += [
+            f"* With n <= 40 the official sampling stops at n score thresholds, so even perfect detections get at most {rule}: "
+            f"{highest_possible(count * repeat, key):.1f} for n = {count * repeat}.",
+            f"  Counting every frame {enough} times (--repeat {enough}) lifts the cap to 100.",
+        ]
+    return "\n".join(lines + (_error_lines(errors) if errors else []))
+
+
+ERROR_COLUMNS = (  # key, title, digits
+    ("objects", "objects", 0),
+    ("recall", "recall", 2),
+    ("depth_error", "depth m", 2),
+    ("depth_percent", "depth %", 1),
+    ("depth_bias", "bias m", 2),
+    ("heading_error", "heading", 1),
+    ("heading_flipped", "flipped", 2),
+    ("length_error", "l m", 2),
+    ("height_error", "h m", 2),
+    ("width_error", "w m", 2),
+    ("within_1_sigma", "1 sigma", 2),
+    ("within_2_sigma", "2 sigma", 2),
+)
+
+
+def _error_lines(errors):
+    """The result of `object_errors` as lines: a row for each class and distance band that holds objects."""
+    wide = max(10, *(len(name) for name in errors))
+    lines = ["", "Matched objects (2D overlap > .5, highest score) by depth in metres: mean absolute errors, heading in degrees, shares"]
+    lines.append(f"{'class':{wide}} {'band':>8}" + "".join(f"{title:>9}" for _, title, _ in ERROR_COLUMNS))
+    for name, bands in errors.items():
+        for band, values in bands.items():
+            if values["objects"]:
+                cells = (("-" if values[key] is None else f"{values[key]:.{digits}f}") for key, _, digits in ERROR_COLUMNS)
+                lines.append(f"{name:{wide}} {band:>8}" + "".join(f"{cell:>9}" for cell in cells))
+    return lines

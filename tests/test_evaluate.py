@@ -1,0 +1,264 @@
+"""The command line on files, and a run evaluated by one and by two processes."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+import evaluate
+from checkpoint import save_weights
+from config import Config, to_dict
+from data import DataConfig, Source, build_dataset
+from data_json import read_jsonl
+from data_kitti import read_labels, write_labels
+from metrics import kitti_ap
+from model import Detector, ModelConfig
+
+ROOT = Path(__file__).parents[1]
+INVENTED = ROOT / "tests" / "data" / "kitti_invented"
+KITTI = ROOT.parent / "shared/data/kitti_mini"
+LABEL = "Car 0.00 0 0.10 100.00 100.00 200.00 150.00 1.50 1.60 4.00 0.00 1.60 20.00 0.10\n"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two frames with a car each, and their labels as results with a score."""
+    for id in ("000000", "000001"):
+        for folder, text in (("label_2", LABEL), ("results", LABEL.rstrip() + " 0.9\n")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{id}.txt").write_text(text)
+    return tmp_path
+
+
+def run_files(folder, *more, labels="label_2", results="results"):
+    evaluate.main(["--labels", str(folder / labels), "--results", str(folder / results), *more])
+
+
+def test_files_mode_prints_the_table_and_writes_the_expected_layout(tmp_path, capsys):
+    run_files(INVENTED, "--json", str(tmp_path / "out.json"), "--curves", str(tmp_path / "curves.png"), "--errors")
+    written = json.loads((tmp_path / "out.json").read_text())
+    expected = json.loads((INVENTED / "expected.json").read_text())
+    for name, cells in expected.items():
+        for metric, levels in cells.items():
+            for difficulty, averages in levels.items():
+                assert written[name][metric][difficulty] == pytest.approx(averages, abs=1e-6)
+    assert written["counted"]["Car"]["moderate"] == 199
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    text = capsys.readouterr().out
+    assert "AP_R40, per cent: 120 frames" in text
+    assert "51.80" in text
+    assert "10-20" in text
+
+
+def test_split_repeat_and_metric(folders, capsys):
+    (folders / "one.txt").write_text("000001\n")
+    run_files(folders, "--split", str(folders / "one.txt"), "--repeat", "41", "--metric", "R11", "--overlap", "loose")
+    text = capsys.readouterr().out
+    assert "AP_R11, per cent: 1 frames, each frame counted 41 times" in text
+    assert "Car        100.00  100.00  100.00" in text
+    assert "1 result files belong to no evaluated frame and are left out, the first is 000000.txt" in text
+
+
+def test_missing_results_count_as_empty_and_are_reported(folders, capsys):
+    (folders / "results" / "000000.txt").unlink()
+    (folders / "results" / "000001.txt").write_text("")
+    run_files(folders)
+    assert "1 of 2 frames have no result file and count as empty, the first is 000000.txt" in capsys.readouterr().out
+
+
+def fail(capsys, *arguments):
+    """The one sentence that a wrong command line ends with."""
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(argument) for argument in arguments])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LABEL, "results/000001.txt:1: expected 16 fields"),
+        (LABEL.rstrip() + " 0.9\n" + LABEL.rstrip() + " high\n", "results/000001.txt:2: expected numbers"),
+        (LABEL.rstrip() + " nan\n", "results/000001.txt:1: field 16 is nan"),
+    ],
+)
+def test_malformed_line_is_named(folders, capsys, text, message):
+    (folders / "results" / "000001.txt").write_text(text)
+    assert message in fail(capsys, "--labels", folders / "label_2", "--results", folders / "results")
+
+
+def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
+    labels, results = folders / "label_2", folders / "results"
+    assert "expected either a run folder, or --labels DIR and --results DIR" in fail(capsys)
+    assert "--results DIR is missing" in fail(capsys, "--labels", labels)
+    assert "expected either" in fail(capsys, "runs/x", "--labels", labels, "--results", results)
+    assert "--repeat is 0" in fail(capsys, "--labels", labels, "--results", results, "--repeat", 0)
+    assert f"--labels {folders / 'nowhere'}: no such folder" in fail(capsys, "--labels", folders / "nowhere", "--results", results)
+    assert f"did you mean {labels}?" in fail(capsys, "--labels", folders, "--results", results)
+    assert f"did you mean {results}?" in fail(capsys, "--labels", labels, "--results", folders)
+    assert "no such split file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
+    (folders / "val.txt").write_text("000000 000007")
+    assert "000007.txt: no label file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
+    (folders / "val.txt").write_text("000000 000000")
+    assert "frame 000000 is listed twice" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
+    assert "runs/nowhere: no such run" in fail(capsys, "runs/nowhere")
+    assert "no weights there" in fail(capsys, folders)
+
+
+def test_files_mode_needs_neither_timm_nor_accelerate(folders):
+    code = (
+        f"import sys, evaluate; evaluate.main(['--labels', {str(folders / 'label_2')!r}, '--results', {str(folders / 'results')!r}]); "
+        "assert not {'timm', 'accelerate', 'model'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder whose best checkpoint has random weights, on five frames of the built-in world."""
+    folder = tmp_path_factory.mktemp("run")
+    model = ModelConfig(
+        backbone="resnet18", size=(96, 320), channels=32, tower_convs=1, score_threshold=0.0, max_detections=20,
+        size_prior=((4, 1.5, 1.7),) * 3, depth_mean=(20.0,) * 3, depth_std=(5.0,) * 3,
+    )  # fmt: skip
+    source = (Source(kind="synthetic", split=("val",)),)
+    data = DataConfig(root=str(folder / "world"), train=source, val=source, world_train=1, world_val=5, workers=0)
+    config = Config(out=str(folder), data=data, model=model)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2))
+    torch.manual_seed(0)
+    save_weights(folder / "best", Detector(model), to_dict(config), {})
+    return folder
+
+
+def run_processes(count, *arguments):
+    """Outputs of evaluate.py in as many processes, joined as `accelerate launch` joins them, without its own seconds of start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in range(count):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        command = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, outputs[0][1][-2000:]
+    return [text for text, _ in outputs]
+
+
+def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
+    evaluate.main([str(run), "--out", str(run / "one")])
+    assert "AP_R40, per cent: 5 frames" in capsys.readouterr().out
+    outputs = run_processes(2, str(run), "--out", str(run / "two"))
+    assert [text.count("AP_R40, per cent: 5 frames") for text in outputs] == [1, 0]
+    one, two = (json.loads((run / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["settings"]["frames"] == two["settings"]["frames"] == 5
+    assert one["settings"]["detections"] == two["settings"]["detections"] == 100
+    results = [{path.name: read_labels(path, scores=True) for path in (run / n / "results").glob("*.txt")} for n in ("one", "two")]
+    assert len(results[0]) == len(results[1]) == 5
+    for name, labels in results[0].items():  # batches differ, and with them the last bits
+        np.testing.assert_allclose(labels.score, results[1][name].score, atol=1e-4)
+    for name in ("predictions.jsonl", "curves.png", "frames.png"):
+        assert (run / "one" / name).stat().st_size > 1000
+    records = read_jsonl(run / "one" / "predictions.jsonl")
+    assert [len(record.labels) for record in records] == [20] * 5
+    assert np.isfinite(records[0].depth_sigma).all()
+
+
+def test_a_process_count_that_was_not_granted_is_an_error(run, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: Accelerator(cpu=True))
+    message = fail(capsys, run)
+    assert "launched 3 processes, but Accelerate joins only 1" in message
+
+
+def test_damaged_weights_and_unknown_keys_are_named(run, capsys, tmp_path):
+    assert "unknown key 'data.rot'; did you mean data.root" in fail(capsys, run, "--repeat", 2, "data.rot=x")
+    (tmp_path / "config.json").write_text((run / "best" / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((run / "best" / "model.safetensors").read_bytes()[:1000])
+    assert f"{tmp_path / 'model.safetensors'}: damaged, or of another architecture" in fail(capsys, tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "config.json: missing beside the weights" in fail(capsys, tmp_path)
+
+
+class Oracle(torch.nn.Module):
+    """Answers with the ground truth of the frames, in the order in which one process sees them."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset, self.next = dataset, 0
+
+    def detect(self, image, K):
+        found = []
+        for _ in image:
+            labels = self.dataset.frames[self.next].labels
+            labels = labels[np.isin(labels.name.astype(str), self.dataset.classes)]
+            box = self.dataset.view_of(self.next).boxes_to_canvas(labels.box)
+            label = np.array([self.dataset.classes.index(name) for name in labels.name], dtype=int)
+            row = {"label": label, "score": np.full(len(labels), 0.9), "box": box, "center": labels.center, "size": labels.size}
+            row |= {"yaw": labels.yaw, "sigma": np.ones(len(labels))}
+            found.append({name: torch.as_tensor(value) for name, value in row.items()})
+            self.next += 1
+        return found
+
+
+@pytest.mark.skipif(not KITTI.is_dir(), reason=f"{KITTI} is absent: KITTI's images are not part of this project")
+def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
+    config = DataConfig(root=str(KITTI), val=(Source(split=("val",)),))
+    classes = ("Car", "Pedestrian", "Cyclist")
+    dataset = build_dataset(config, config.val, classes, (384, 1280), training=False)
+    metrics, predictions = evaluate.evaluate(Oracle(dataset), dataset, Accelerator(cpu=True), batch_size=3, repeat=41, progress=False)
+    evaluate.write_evaluation(tmp_path, dataset, metrics, predictions)
+    for id, (labels, _) in predictions.items():
+        write_labels(tmp_path / f"{id}.txt", labels, scores=True)  # with KITTI's two digits too
+    truth = {id: dataset.truth(i) for i, id in enumerate(dataset.ids)}
+    again = [{id: read_labels(folder / f"{id}.txt", scores=True) for id in truth} for folder in (tmp_path, tmp_path / "results")]
+    for result in (metrics, *(kitti_ap(truth, labels, classes, repeat=41) for labels in again)):
+        reached = 0
+        for name in classes:
+            for metric in ("bbox", "aos", "bev", "3d"):
+                for difficulty, averages in result[name][metric].items():
+                    if result["counted"][name][difficulty]:
+                        # labelled alpha and rotation_y are rounded apart by up to 0.03 rad
+                        assert averages["AP_R40"] == pytest.approx(100, abs=0.02 if metric == "aos" else 1e-9), (name, metric, difficulty)
+                        reached += 1
+        assert reached >= 30
+    everything = metrics["errors"]["Car"]["all"]
+    assert everything["recall"] == 1
+    assert everything["depth_error"] < 1e-6
+    assert everything["within_1_sigma"] == 1
+
+
+def test_evaluation_leaves_the_random_state_and_the_mode_alone(run):
+    config = dataclasses.replace(DataConfig(), root=str(run / "world"), world_train=1, world_val=5)
+    dataset = build_dataset(config, (Source(kind="synthetic", split=("val",)),), ("Car",), (96, 320), training=False)
+    oracle = Oracle(dataset)
+    before = torch.get_rng_state()
+    evaluate.predict_dataset(oracle, dataset, Accelerator(cpu=True), batch_size=4, progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+    assert oracle.training
+
+
+def test_frame_quality_and_best_score():
+    truth = read_labels(INVENTED / "label_2" / "000005.txt")
+    cars = truth[truth.name == "Car"]
+    assert evaluate.frame_quality(truth, cars, ("Car",)) == pytest.approx(1)
+    assert evaluate.frame_quality(truth, cars[:0], ("Car",)) == 0
+    assert np.isnan(evaluate.frame_quality(cars[:0], cars, ("Car",)))
+    assert evaluate.frame_quality(truth, cars[:1], ("Car",)) == pytest.approx(1 / len(cars))
+    assert evaluate.best_score(kitti_ap({"0": cars}, {"0": cars[:0]})) == 0.3
+    results = dataclasses.replace(cars, score=np.linspace(0.5, 0.8, len(cars)))
+    assert 0.5 <= evaluate.best_score(kitti_ap({"0": cars}, {"0": results}, ("Car",))) < 0.81
