@@ -1,0 +1,418 @@
+"""JSON lines, the way in for one's own data: one image a line with its camera and its objects; read, checked and written here.
+
+    {"image": "a/0001.jpg", "K": [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], "objects": [{"class": "Car", "center": [x, y, z],
+     "size": [l, h, w], "yaw": r, "box": [x1, y1, x2, y2]}]}
+
+Units and frames are those of geometry.py: metres in that image's camera frame, radians, pixels of the stored image. Image paths are
+relative to the folder of the file. Optional for a frame: `id` (default: the path without its suffix) and `ignore` (a list of 2D regions
+in which nothing is learned or counted). Optional for an object: `box` (default: the projected 3D box, clipped to the image), `truncation`
+in [0, 1], `occlusion` 0-3, `ignore` (true: only its box is kept, as a region), `velocity` [x, y, z] m/s in the camera frame,
+`attribute` (text), and what predictions add: `score` and `depth_sigma` (metres).
+
+    python data_json.py FILE.jsonl [--no-images]      every bad line by number, and a summary per class
+"""
+
+import argparse
+import codecs
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_kitti import Labels, make_labels
+from geometry import box_iou, clip_boxes, project_boxes, wrap_angle
+
+FRAME_KEYS = {"image": True, "K": True, "objects": True, "id": False, "ignore": False}  # key: required
+OBJECT_KEYS = {"class": True, "center": True, "size": True, "yaw": True, "box": False, "truncation": False, "occlusion": False,
+               "ignore": False, "velocity": False, "attribute": False, "score": False, "depth_sigma": False}  # fmt: skip
+IMAGE_SIDES = 16, 32768  # pixels, smallest and largest believable side
+
+
+class Record(NamedTuple):
+    """One line. Labels hold n rows, in the image's own camera frame and pixels: the objects, then ignore regions named DontCare."""
+
+    id: str
+    image: Path
+    K: np.ndarray  # (3, 3) pixels
+    labels: Labels
+    velocity: np.ndarray | None = None  # (n, 3) m/s in the camera frame, NaN where not given; None when no object has one
+    attribute: np.ndarray | None = None  # (n,) str, "" where not given; None when no object has one
+    depth_sigma: np.ndarray | None = None  # (n,) metres, NaN where not given; None when no object has one
+
+
+def read_jsonl(path: str | Path) -> list[Record]:
+    """Every frame of a JSON-lines file.
+
+    Raises FileNotFoundError, or ValueError naming file, line, key, value and what was expected, for the first bad line.
+    """
+    records = []
+    for record, problems in _scan(path, images=True):
+        if problems:
+            raise ValueError(f"{problems[0]} (python data_json.py {path} lists every bad line)")
+        records.append(record)
+    return records
+
+
+def check_jsonl(path: str | Path, images: bool = True) -> list[str]:
+    """Everything wrong with a JSON-lines file, as sentences 'FILE:LINE: ...' in line order; none for a good file.
+
+    With images, each image's header is opened too. Raises FileNotFoundError when there is no such file.
+    """
+    return [problem for _, problems in _scan(path, images) for problem in problems]
+
+
+def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
+    """Write records, one a line; image paths become relative to the folder of the file."""
+    folder = Path(path).parent
+    lines = [json.dumps(to_json(record, folder), allow_nan=False) + "\n" for record in records]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def to_json(record: Record, folder: str | Path | None = None) -> dict:
+    """The JSON object of a record: image, K, objects, id and, where there are any, ignore.
+
+    Lengths, angles and pixels are rounded to 6 decimals. A score is written where it is not 1 and for every row that has a depth sigma.
+    With `folder` the image path is made relative to it. DontCare rows become ignore regions; a 2D box without area is left out.
+    """
+    labels = record.labels
+    image = record.image if folder is None else os.path.relpath(record.image, folder)
+    line = {"image": Path(image).as_posix(), "K": np.asarray(record.K, float).tolist(), "objects": [], "id": record.id}
+    for i in range(len(labels)):
+        if not labels.is_3d[i]:
+            line.setdefault("ignore", []).append(_rounded(labels.box[i]))
+            continue
+        entry = {"class": str(labels.name[i]), "center": _rounded(labels.center[i]), "size": _rounded(labels.size[i])}
+        entry["yaw"] = _rounded(labels.yaw[i])
+        if (labels.box[i, 2:] > labels.box[i, :2]).all():
+            entry["box"] = _rounded(labels.box[i])
+        if labels.truncation[i] >= 0:
+            entry["truncation"] = _rounded(labels.truncation[i])
+        if labels.occlusion[i] >= 0:
+            entry["occlusion"] = int(labels.occlusion[i])
+        if record.velocity is not None and np.isfinite(record.velocity[i]).all():
+            entry["velocity"] = _rounded(record.velocity[i])
+        if record.attribute is not None and record.attribute[i]:
+            entry["attribute"] = str(record.attribute[i])
+        sigma = record.depth_sigma is not None and np.isfinite(record.depth_sigma[i])
+        if sigma or labels.score[i] != 1:
+            entry["score"] = _rounded(labels.score[i])
+        if sigma:
+            entry["depth_sigma"] = _rounded(record.depth_sigma[i])
+        line["objects"].append(entry)
+    return line
+
+
+def summarise(records: Iterable[Record]) -> list[str]:
+    """One line per class, most frequent first: count, mean size, depth range, and how well `box` fits the projected 3D box.
+
+    The fit is a median IoU over whole boxes; far below 0.9 it tells of a wrong K, size order, angle or height of the centre.
+    """
+    labels, fits = {}, {}
+    for record in records:
+        full_box, crosses = project_boxes(record.labels.center, np.maximum(record.labels.size, 1e-3), record.labels.yaw, record.K)
+        for i, name in enumerate(record.labels.name):
+            labels.setdefault(name, []).append(record.labels[i : i + 1])
+            inside = record.labels.truncation[i] <= 0 and record.labels.occlusion[i] <= 0 and record.labels.is_3d[i] and not crosses[i]
+            fits.setdefault(name, []).append(box_iou(record.labels.box[i], full_box[i]) if inside else np.nan)
+    lines = []
+    for name, rows in sorted(labels.items(), key=lambda item: -len(item[1])):
+        line = f"{name}: {len(rows)}"
+        if rows[0].is_3d[0]:
+            size = np.mean([row.size[0] for row in rows], 0)
+            depth = [row.center[0, 2] for row in rows]
+            line += f", mean l h w {size[0]:.2f} {size[1]:.2f} {size[2]:.2f} m, depth {min(depth):.1f} to {max(depth):.1f} m"
+        if np.isfinite(fits[name]).any():
+            line += f", 2D box fits 3D box at median IoU {np.nanmedian(fits[name]):.2f}"
+        lines.append(line)
+    return lines
+
+
+def _scan(path: str | Path, images: bool) -> Iterator[tuple[Record | None, list[str]]]:
+    """(record, problems) of each line, record None when there are problems; blank lines are passed over."""
+    path, seen, count = Path(path), {}, 0
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such JSON-lines file")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            count += 1
+            record, problems = _parse_line(raw.removeprefix(codecs.BOM_UTF8), path.parent, images)
+            if record is not None and record.id in seen:
+                problems = [f"id is {record.id!r}, as on line {seen[record.id]}, expected each id once"]
+            elif record is not None:
+                seen[record.id] = number
+            yield (None if problems else record), [f"{path}:{number}: {problem}" for problem in problems]
+    if not count:
+        yield None, [f"{path}: the file holds no frames, expected one JSON object a line"]
+
+
+def _parse_line(raw: bytes, folder: Path, images: bool) -> tuple[Record | None, list[str]]:
+    """A record, or None and all that is wrong with the line. Without images, boxes that are left out stay empty."""
+    try:
+        frame = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # of which JSON and Unicode errors are kinds
+        return None, [f"not a line of JSON: {error}"]
+    if not isinstance(frame, dict):
+        return None, [f"the line holds {_short(frame)}, expected an object with {', '.join(FRAME_KEYS)}"]
+    problems = []
+
+    def attempt(function, *arguments):
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    attempt(_check_keys, frame, FRAME_KEYS, "the line")
+    if not {"image", "K", "objects"} <= frame.keys():
+        return None, problems
+    image = attempt(_parse_image, frame["image"], folder, images)
+    id = attempt(_parse_id, frame)
+    size = attempt(_image_size, image, frame["image"]) if image is not None and images else None
+    K = attempt(_parse_camera, frame["K"], size)
+    for key in ("objects", "ignore"):
+        if not isinstance(frame.get(key, []), list):
+            problems.append(f"{key} is {_short(frame[key])}, expected a list")
+            frame[key] = []
+    rows = [attempt(_parse_object, entry, f"objects[{i}]", K, size) for i, entry in enumerate(frame["objects"])]
+    rows += [attempt(_parse_region, box, f"ignore[{i}]", size) for i, box in enumerate(frame.get("ignore", []))]
+    return (None, problems) if problems else (_make_record(id, image, K, rows), [])
+
+
+def _make_record(id, image, K, rows):
+    """Rows as `_parse_object` and `_parse_region` return them, objects first, then regions (stable). Returns a Record."""
+    rows = sorted(rows, key=lambda row: row["name"] == "DontCare")
+    column = lambda key: [row[key] for row in rows]  # noqa: E731
+    labels = make_labels(column("name"), column("box"), column("size"), column("center"), column("yaw"), column("truncation"),
+                         column("occlusion"), column("score"))  # fmt: skip
+    regions = ~labels.is_3d
+    labels.alpha[regions] = -10
+    velocity = np.array(column("velocity"), float).reshape(-1, 3)
+    attribute = np.array(column("attribute"), dtype=object)
+    depth_sigma = np.array(column("depth_sigma"), float)
+    return Record(
+        id,
+        image,
+        K,
+        labels,
+        velocity if np.isfinite(velocity).any() else None,
+        attribute if any(attribute) else None,
+        depth_sigma if np.isfinite(depth_sigma).any() else None,
+    )
+
+
+def _parse_object(entry, place, K, size):
+    """One object as a dict of the columns of a Record; a region if it is to be ignored. K and size may be None: then no box is derived."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} is {_short(entry)}, expected an object with {', '.join(OBJECT_KEYS)}")
+    _check_keys(entry, OBJECT_KEYS, place)
+    name = entry["class"]
+    if not isinstance(name, str) or not name or name.split() != [name]:
+        raise ValueError(f"{place}.class is {_short(name)}, expected a name without spaces")
+    if name == "DontCare":
+        raise ValueError(f"{place}.class is 'DontCare', expected a class; regions belong into the line's \"ignore\": [[x1, y1, x2, y2]]")
+    get = lambda key, shape, expected: _numbers(entry[key], shape, f"{place}.{key}", expected)  # noqa: E731
+    center = get("center", (3,), "3 finite numbers x, y, z in metres")
+    extent = get("size", (3,), "3 numbers > 0: l, h, w in metres")
+    if extent.min() <= 0:
+        raise ValueError(f"{place}.size is {_short(entry['size'])}, expected 3 numbers > 0: l, h, w in metres")
+    yaw = get("yaw", (), "a finite number of radians")
+    if abs(yaw) > 2 * np.pi + 1e-6:
+        raise ValueError(f"{place}.yaw is {_short(entry['yaw'])}, expected radians between -2 pi and 2 pi")
+    box = np.zeros(4)
+    if "box" in entry:
+        box = _parse_box(entry["box"], f"{place}.box", size)
+    elif K is not None and size is not None:
+        box = _derive_box(center, extent, yaw, K, size, place)
+    ignore = entry.get("ignore", False)
+    if not isinstance(ignore, bool):
+        raise ValueError(f"{place}.ignore is {_short(ignore)}, expected true or false")
+    if ignore:
+        return _region(box)
+    return {
+        "name": name,
+        "box": box,
+        "center": center,
+        "size": extent,
+        "yaw": float(yaw if -np.pi <= yaw < np.pi else wrap_angle(yaw)),
+        "truncation": _optional(entry, "truncation", place, "a number from 0 to 1", -1.0, lambda v: 0 <= v <= 1),
+        "occlusion": _optional(entry, "occlusion", place, "0, 1, 2 or 3", -1.0, lambda v: v in (0, 1, 2, 3)),
+        "score": _optional(entry, "score", place, "a finite number", 1.0),
+        "velocity": get("velocity", (3,), "3 finite numbers x, y, z in m/s") if "velocity" in entry else np.full(3, np.nan),
+        "attribute": _optional_text(entry, "attribute", place),
+        "depth_sigma": _optional(entry, "depth_sigma", place, "metres > 0", np.nan, lambda v: v > 0),
+    }
+
+
+def _parse_region(box, place, size):
+    return _region(_parse_box(box, place, size))
+
+
+def _region(box):
+    """The columns of a DontCare row, with KITTI's fill values."""
+    absent = {"truncation": -1.0, "occlusion": -1.0, "score": 1.0, "velocity": np.full(3, np.nan), "attribute": "", "depth_sigma": np.nan}
+    return {"name": "DontCare", "box": box, "center": np.full(3, -1000.0), "size": np.full(3, -1.0), "yaw": -10.0, **absent}
+
+
+def _parse_box(value, place, size):
+    """A 2D box (4,), clipped to the image when its (width, height) is known."""
+    box = _numbers(value, (4,), place, "4 finite numbers x1, y1, x2, y2 in pixels")
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(f"{place} is {_short(value)}, expected x1 < x2 and y1 < y2")
+    if size is None:
+        return box
+    clipped = clip_boxes(box, *size)
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise ValueError(f"{place} is {_short(value)}, expected a box that meets the image of {size[0]}x{size[1]}")
+    return clipped
+
+
+def _derive_box(center, extent, yaw, K, size, place):
+    """The projected 3D box clipped to the image, (4,)."""
+    full_box = project_boxes(center[None], extent[None], yaw[None], K)[0][0]
+    box = clip_boxes(full_box, *size)
+    if not (box[0] < box[2] and box[1] < box[3]):
+        seen = "behind the camera" if np.isnan(full_box).any() else f"at pixels {', '.join(f'{v:.0f}' for v in full_box)}"
+        raise ValueError(f"{place} lies {seen}, outside the image of {size[0]}x{size[1]}: leave the object out, or give its box")
+    return box
+
+
+def _parse_camera(value, size):
+    """K (3, 3), plausible for an image of that (width, height); size None: not compared with an image."""
+    expected = "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels"
+    K = _numbers(value, (3, 3), "K", expected)
+    fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+    if abs(K[0, 1]) > 1e-6 * abs(fx) or K[1, 0] != 0 or np.abs(K[2] - [0, 0, 1]).max() > 1e-6:
+        raise ValueError(f"K is {_short(value)}, expected {expected}")
+    if fx <= 0 or fy <= 0:
+        raise ValueError(f"K has focal lengths {fx:g} and {fy:g}, expected both > 0")
+    if size is None:
+        return K
+    width, height = size
+    if not (0.1 * width < fx < 50 * width and 0.1 * height < fy < 50 * max(size)):
+        raise ValueError(f"K has focal lengths {fx:g} and {fy:g}, expected pixels, 0.1 to 50 times a side of {width}x{height}")
+    if not (-width < cx < 2 * width and -height < cy < 2 * height):
+        raise ValueError(f"K has its principal point at ({cx:g}, {cy:g}), expected it in or near the image of {width}x{height}")
+    return K
+
+
+def _parse_image(value, folder, images):
+    """Path of an image that is there (with images)."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"image is {_short(value)}, expected a path relative to {folder}")
+    path = folder / value
+    if images and not path.is_file():
+        raise ValueError(f"image is {value!r}, expected a file: there is no {path}")
+    return path
+
+
+def _image_size(path, name):
+    """(width, height) from the image's header."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image is {name!r}, expected an image file: {error}") from None
+    if min(size) < IMAGE_SIDES[0] or max(size) > IMAGE_SIDES[1]:
+        raise ValueError(f"image {name!r} is {size[0]}x{size[1]}, expected sides from {IMAGE_SIDES[0]} to {IMAGE_SIDES[1]} pixels")
+    return size
+
+
+def _parse_id(frame):
+    """The id given, or the image's path without suffix. It names result files, so it may not leave their folder."""
+    if "id" not in frame:
+        if not isinstance(frame["image"], str):
+            return None  # reported with the image
+        return "/".join(part for part in os.path.splitext(frame["image"])[0].split("/") if part not in ("", ".", ".."))
+    id = frame["id"]
+    if not isinstance(id, str) or not id or id.startswith("/") or ".." in id.split("/"):
+        raise ValueError(f"id is {_short(id)}, expected text that can name a file, such as 'a/0001'")
+    return id
+
+
+def _numbers(value, shape, place, expected):
+    """JSON value -> float array of that shape; ValueError unless it is nested lists of finite numbers (true is no number)."""
+    try:
+        array = np.asarray(value, dtype=object)
+        if array.shape == shape and all(type(v) in (int, float) for v in array.flat):
+            array = array.astype(float)
+            if np.isfinite(array).all():
+                return array
+    except (ValueError, OverflowError):  # ragged lists, integers beyond floats
+        pass
+    raise ValueError(f"{place} is {_short(value)}, expected {expected}")
+
+
+def _optional(entry, key, place, expected, default, allowed=lambda value: True):
+    """A number that may be left out; ValueError unless `allowed` holds for it."""
+    if key not in entry:
+        return default
+    value = float(_numbers(entry[key], (), f"{place}.{key}", expected))
+    if not allowed(value):
+        raise ValueError(f"{place}.{key} is {_short(entry[key])}, expected {expected}")
+    return value
+
+
+def _optional_text(entry, key, place):
+    value = entry.get(key, "")
+    if not isinstance(value, str):
+        raise ValueError(f"{place}.{key} is {_short(value)}, expected text")
+    return value
+
+
+def _check_keys(entry, keys, place):
+    """ValueError for keys that are missing or unknown, with the nearest valid one."""
+    for key in entry:
+        if key not in keys:
+            near = difflib.get_close_matches(key.lower(), [k.lower() for k in keys], 1, 0.6)
+            hint = f"did you mean {next(k for k in keys if k.lower() == near[0])!r}?" if near else f"expected {', '.join(keys)}"
+            raise ValueError(f"{place} has an unknown key {key!r}; {hint}")
+    missing = [key for key, required in keys.items() if required and key not in entry]
+    if missing:
+        raise ValueError(f"{place} lacks {', '.join(repr(key) for key in missing)}; it has {', '.join(entry) or 'no keys'}")
+
+
+def _refuse_constant(name):
+    raise ValueError(f"it holds {name}, expected finite numbers")
+
+
+def _rounded(values):
+    """Floats to 6 decimals, as JSON holds them."""
+    return np.round(np.asarray(values, float), 6).tolist()
+
+
+def _short(value):
+    """A JSON value as text of at most 80 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check one file from the command line. Returns the exit code: 0 good, 1 bad lines, 2 no such file."""
+    parser = argparse.ArgumentParser(description="Check a JSON-lines data file: every bad line by number, and a summary per class.")
+    parser.add_argument("file", metavar="FILE.jsonl")
+    parser.add_argument("--no-images", action="store_true", help="do not look at the image files; boxes that are left out are not derived")
+    options = parser.parse_args(arguments)
+    records, problems = [], []
+    try:
+        for record, wrong in _scan(options.file, images=not options.no_images):
+            problems += wrong
+            records += [record] if record is not None else []
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(*problems, sep="\n", end="\n" if problems else "")
+    bad = len({problem.partition(": ")[0] for problem in problems})
+    print(f"{options.file}: {len(records)} good frames, {bad} bad lines", *summarise(records), sep="\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Pictures: 3D boxes on the image and a bird's-eye view beside it, with Pillow alone.
+
+Predictions are solid orange, ground truth is dashed blue; the face of a box that looks forward is filled, and in the bird's-eye view a
+tick leaves it. Everything is drawn at twice the final size and averaged down, which smooths the lines.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_kitti import Labels
+from geometry import EDGES, NEAR, box_corners, clip_edges, project
+
+PREDICTION, TRUTH, OTHER = (255, 126, 22), (64, 200, 255), (190, 190, 190)
+BACKGROUND, WEDGE, GRID, TEXT = (22, 24, 28), (38, 42, 49), (66, 71, 80), (214, 217, 222)
+SUPERSAMPLE = 2
+WIDTH, HEIGHT = 1440, 900  # pixels: the image is scaled to the first, unless it then exceeds the second
+FRONT = [0, 1, 5, 4]  # corners of the face towards the box's own +x
+
+
+def draw_frame(
+    image: Image.Image | np.ndarray,
+    K: np.ndarray,
+    predictions: Labels | None,
+    truth: Labels | None,
+    classes: Sequence[str] | None = None,
+    min_score: float = 0.3,
+    max_range: float | None = None,
+) -> Image.Image:
+    """One picture of a frame: image with boxes on the left, bird's-eye view on the right.
+
+    image: PIL, or (H, W, 3) uint8 RGB. K (3, 3) and both Labels belong to that image: its pixels, its camera frame, metres. Of the
+    predictions those with score >= min_score are drawn. With `classes`, predictions of other classes are left out and ground truth of
+    other classes is grey; DontCare regions are grey rectangles. max_range: metres shown ahead of the camera; by default as
+    far as the farthest box, between 30 and 100. Returns an RGB image, 1440 pixels wide plus the bird's-eye view.
+    """
+    picture = (image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))).convert("RGB")
+    K = np.asarray(K, float)
+    layers = _layers(predictions, truth, classes, min_score)
+    scale = min(WIDTH / picture.width, HEIGHT / picture.height)
+    size = [SUPERSAMPLE * round(scale * side) for side in picture.size]
+    front = _draw_image(picture.resize(size, Image.Resampling.BICUBIC), K, layers, picture.size)
+    field = [(edge - K[0, 2]) / K[0, 0] for edge in (-0.5, picture.width - 0.5)]  # x / z of the outermost rays
+    above = _draw_above(size[1], field, layers, max_range or _range_of(layers))
+    both = Image.new("RGB", (front.width + above.width, size[1]))
+    both.paste(front, (0, 0))
+    both.paste(above, (front.width, 0))
+    return both.reduce(SUPERSAMPLE)
+
+
+def draw_sheet(images: Sequence[Image.Image], columns: int = 1, gap: int = 6) -> Image.Image:
+    """Pictures in reading order on one sheet, `columns` to a row, `gap` pixels apart. Raises ValueError when there are none."""
+    if not images or columns < 1:
+        raise ValueError(f"a sheet needs at least one picture and one column, got {len(images)} and {columns}")
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    width = max(image.width for image in images)
+    heights = [max(image.height for image in row) for row in rows]
+    shape = (min(columns, len(images)) * (width + gap) - gap, sum(heights) + gap * (len(rows) - 1))
+    sheet = Image.new("RGB", shape, BACKGROUND)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            sheet.paste(image, (j * (width + gap), sum(heights[:i]) + i * gap))
+    return sheet
+
+
+def draw_predictions(dataset, predictions: dict[str, tuple[Labels, np.ndarray]], path: str | Path, count: int = 6) -> Path:
+    """Write a sheet of frames spread evenly over a `Detection3D`, none of them picked by its result. Returns its path.
+
+    predictions: what `evaluate` returns, id -> (Labels in the source's own frame, sigma). Shown are as many of them, best scores first, as
+    the whole data set has objects. Frames without an object of the trained classes are passed over while there are others.
+    """
+    objects = [int(np.isin(frame.labels.name.astype(str), dataset.classes).sum()) for frame in dataset.frames]
+    scores = np.sort(np.concatenate([labels.score for labels, _ in predictions.values()]))[::-1]
+    level = float(scores[min(sum(objects), len(scores)) - 1]) if len(scores) and sum(objects) else 0.3
+    busy = [frame for frame, number in zip(dataset.frames, objects, strict=True) if number] or dataset.frames
+    chosen = np.unique(np.linspace(0, len(busy) - 1, min(count, len(busy))).round().astype(int))
+    pictures = []
+    for frame in [busy[i] for i in chosen]:
+        with Image.open(frame.image) as image:
+            found = predictions[frame.id][0].moved(frame.offset)
+            pictures.append(draw_frame(image, frame.K, found, frame.labels, dataset.classes, min_score=level))
+    draw_sheet(pictures).save(path)
+    return Path(path)
+
+
+def _layers(predictions, truth, classes, min_score):
+    """What is drawn, in order: (caption, Labels, colour, dashed). Predictions come last, on top."""
+    layers = []
+    if truth is not None:
+        counted = np.array([name != "DontCare" and (classes is None or name in classes) for name in truth.name], bool)
+        layers += [("not counted", truth[~counted], OTHER, True), ("ground truth", truth[counted], TRUTH, True)]
+    if predictions is not None:
+        named = np.array([classes is None or name in classes for name in predictions.name], bool)
+        layers.append(("prediction", predictions[named & (predictions.score >= min_score)], PREDICTION, False))
+    return layers
+
+
+def _range_of(layers):
+    """Metres ahead that hold every box, in tens, between 30 and 100."""
+    farthest = max((labels.center[labels.is_3d, 2].max(initial=0) for _, labels, _, _ in layers), default=0)
+    return min(max(math.ceil((farthest + 3) / 10) * 10, 30), 100)
+
+
+def _draw_image(canvas, K, layers, size):
+    """Boxes and their captions on the enlarged image; size is the (width, height) that K belongs to. Returns the canvas."""
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    scale = np.array(canvas.size) / size
+    enlarge = lambda pixels: (pixels + 0.5) * scale - 0.5  # noqa: E731
+    captions = []
+    for _, labels, colour, dashed in layers:
+        for box in labels.box[~labels.is_3d]:
+            _rectangle(draw, enlarge(box.reshape(2, 2)).ravel(), colour)
+        boxes = labels[labels.is_3d]
+        corners = box_corners(boxes.center, boxes.size, boxes.yaw)
+        edges, visible = clip_edges(corners)
+        pixels = enlarge(project(np.where(visible[..., None, None], edges, [0.0, 0.0, 1.0]), K))  # (n, 12, 2, 2)
+        for i in np.argsort(-boxes.center[:, 2]):  # far to near
+            if not visible[i].any():
+                continue
+            if (corners[i, FRONT, 2] >= NEAR).all():
+                draw.polygon([tuple(p) for p in enlarge(project(corners[i, FRONT], K))], fill=(*colour, 30 if dashed else 55))
+            width = SUPERSAMPLE * float(np.clip(30 / max(boxes.center[i, 2], 1), 1.2, 2.4))
+            for a, b in pixels[i][visible[i]]:
+                _line(draw, a, b, colour, width, dashed, canvas.size)
+            extent = pixels[i][visible[i]].reshape(-1, 2)
+            anchor = (*extent.min(0), *extent.max(0))
+            score = f" {boxes.score[i]:.2f}" if not dashed else ""
+            captions.append((dashed, boxes.center[i, 2], f"{boxes.name[i]}{score}", anchor, colour))
+    _draw_captions(draw, captions, canvas.size)
+    return canvas
+
+
+def _draw_captions(draw, captions, size):
+    """Class and score at each box where there is room: predictions and near boxes first, never one over another."""
+    font = ImageFont.load_default(size=12 * SUPERSAMPLE)
+    taken = []
+    for _, _, text, (x1, y1, x2, y2), colour in sorted(captions, key=lambda caption: caption[:2]):
+        if x2 < 0 or y2 < 0 or x1 >= size[0] or y1 >= size[1]:
+            continue
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        width, height = right - left + 8, bottom - top + 6
+        x = float(np.clip((x1 + x2 - width) / 2, 0, size[0] - width))
+        for y in (y1 - height - 2, y2 + 2, y1 - 2 * height - 4, y2 + height + 4):
+            y = float(np.clip(y, 0, size[1] - height))
+            place = (x, y, x + width, y + height)
+            if all(place[2] <= t[0] or t[2] <= place[0] or place[3] <= t[1] or t[3] <= place[1] for t in taken):
+                taken.append(place)
+                draw.rectangle(place, fill=(10, 10, 12, 165))
+                draw.text((x + 4 - left, y + 3 - top), text, font=font, fill=colour)
+                break
+
+
+def _draw_above(height, field, layers, reach):
+    """The scene from above: metric grid, field of view between the two rays `field` (x / z), boxes, legend. Returns an image."""
+    width, margin = round(0.95 * height), 20 * SUPERSAMPLE
+    scale = (height - 2 * margin) / reach  # pixels a metre
+    place = lambda x, z: np.stack([width / 2 + scale * np.asarray(x), height - margin - scale * np.asarray(z)], -1)  # noqa: E731
+    canvas = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    font = ImageFont.load_default(size=11 * SUPERSAMPLE)
+    far = reach + margin / scale
+    draw.polygon([tuple(place(x, z)) for x, z in ((0, 0), (field[0] * far, far), (field[1] * far, far))], fill=WEDGE)
+    side = width / 2 / scale  # metres to either side
+    for x in range(-10 * int(side // 10), int(side) + 1, 10):
+        draw.line([tuple(place(x, 0)), tuple(place(x, far))], fill=GRID, width=SUPERSAMPLE)
+        if x and scale * (side - abs(x)) > margin:
+            draw.text(tuple(place(x, 0) + np.array([0, 3])), f"{x:+d}", font=font, fill=TEXT, anchor="ma")
+    for z in range(0, int(reach) + 1, 10):
+        draw.line([tuple(place(-side, z)), tuple(place(side, z))], fill=GRID, width=SUPERSAMPLE)
+        draw.text(tuple(place(-side, z) + np.array([6, -2])), f"{z} m", font=font, fill=TEXT, anchor="ls")
+    for _, labels, colour, dashed in layers:
+        boxes = labels[labels.is_3d]
+        for box, center, yaw, length in zip(
+            box_corners(boxes.center, boxes.size, boxes.yaw), boxes.center, boxes.yaw, boxes.size[:, 0], strict=True
+        ):
+            outline = place(box[:4, 0], box[:4, 2])
+            draw.polygon([tuple(p) for p in outline], fill=(*colour, 40))
+            for a, b in EDGES[:4]:
+                _line(draw, outline[a], outline[b], colour, 1.7 * SUPERSAMPLE, dashed, canvas.size, halo=False)
+            heading, ahead = np.array([math.cos(yaw), -math.sin(yaw)]), length / 2
+            tip = center[[0, 2]] + heading * (ahead + max(1.2, 0.3 * ahead))
+            start = center[[0, 2]] + heading * ahead * 0.4
+            _line(draw, place(*start), place(*tip), colour, 1.7 * SUPERSAMPLE, False, canvas.size, halo=False)
+    _draw_legend(draw, layers, (width, height - margin), font)
+    draw.polygon([tuple(place(0, 0) + SUPERSAMPLE * np.array(p)) for p in ((0, -9), (6, 3), (-6, 3))], fill=TEXT)
+    return canvas
+
+
+def _draw_legend(draw, layers, corner, font):
+    """Line style, meaning and count of each layer that holds a box; its lower right corner is given, beside the field of view."""
+    step = 17 * SUPERSAMPLE
+    shown = [layer for layer in reversed(layers) if len(layer[1]) or layer[0] != "not counted"]
+    if not shown:
+        return
+    texts = [f"{caption}: {len(labels)}" for caption, labels, _, _ in shown]
+    left = corner[0] - max(draw.textlength(text, font=font) for text in texts) - 42 * SUPERSAMPLE
+    top = corner[1] - step * len(shown) - 6 * SUPERSAMPLE
+    draw.rectangle((left, top, corner[0] - 4, corner[1] - 4), fill=(*BACKGROUND, 215))
+    for i, (text, (_, _, colour, dashed)) in enumerate(zip(texts, shown, strict=True)):
+        y = top + 2 * SUPERSAMPLE + step * (i + 0.5)
+        ends = np.array([left + 6 * SUPERSAMPLE, y]), np.array([left + 29 * SUPERSAMPLE, y])
+        _line(draw, *ends, colour, 2 * SUPERSAMPLE, dashed, corner, halo=False)
+        draw.text((left + 35 * SUPERSAMPLE, y), text, font=font, fill=TEXT, anchor="lm")
+
+
+def _line(draw, a, b, colour, width, dashed, size, halo=True):
+    """A line from a to b (2,), cut to the canvas `size` first: an edge next to the camera may be a million pixels long."""
+    low, high = _cut(a, b, size)
+    if low >= high:
+        return
+    a, b = a + low * (b - a), a + high * (b - a)
+    if halo:
+        draw.line([*a, *b], fill=(0, 0, 0, 70), width=round(width + 2 * SUPERSAMPLE))
+    pieces = [(0.0, 1.0)]
+    if dashed:
+        count = max(1, round(math.dist(a, b) / (11 * SUPERSAMPLE)))
+        pieces = [(i / (count - 0.4), min((i + 0.6) / (count - 0.4), 1.0)) for i in range(count)]  # a dash at either end
+    for start, stop in pieces:
+        draw.line([*(a + start * (b - a)), *(a + stop * (b - a))], fill=colour, width=round(width))
+
+
+def _cut(a, b, size, margin=50):
+    """Fractions of the segment a, b (2,) between which it lies inside the canvas, with a margin in pixels (Liang and Barsky 1984)."""
+    low, high = 0.0, 1.0
+    for axis in range(2):
+        step = b[axis] - a[axis]
+        for distance, slope in ((a[axis] + margin, -step), (size[axis] + margin - a[axis], step)):
+            if slope > 0:
+                high = min(high, distance / slope)
+            elif slope < 0:
+                low = max(low, distance / slope)
+            elif distance < 0:
+                return 1.0, 0.0
+    return low, high
+
+
+def _rectangle(draw, box, colour):
+    """A region that is not counted: thin outline and a light veil."""
+    draw.rectangle(tuple(box), fill=(*colour, 35), outline=(*colour, 150), width=SUPERSAMPLE)

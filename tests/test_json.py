@@ -1,0 +1,274 @@
+"""JSON lines: what is read, what is derived, the round trip, and every error by line, key, value and expectation."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data_json
+from data_json import check_jsonl, main, read_jsonl, summarise, to_json, write_jsonl
+from data_kitti import read_calib, read_labels, split_projection
+from geometry import clip_boxes, project_boxes
+
+KITTI = Path(__file__).parents[2] / "shared/data/kitti_mini/training"
+K = [[700.0, 0, 320], [0, 710.0, 96], [0, 0, 1]]
+CAR = {"class": "Car", "center": [1, 0.6, 14], "size": [4, 1.5, 1.8], "yaw": 0.6}
+FRAME = {"image": "a/0001.png", "K": K, "objects": [CAR]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("0001", "0002"):
+        Image.new("RGB", (640, 192)).save(tmp_path / "a" / f"{name}.png")
+    return tmp_path
+
+
+def write(folder, *lines):
+    path = folder / "data.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def changed(key, value, base=FRAME):
+    """FRAME with one value replaced: 'K', 'objects.0.size' and so on; a value of ... removes the key."""
+    frame = copy.deepcopy(base)
+    *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    target = frame
+    for part in parents:
+        target = target[part]
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return frame
+
+
+def test_a_minimal_line(folder):
+    [record] = read_jsonl(write(folder, FRAME))
+    assert record.id == "a/0001"
+    assert record.image == folder / "a/0001.png"
+    assert record.K.tolist() == K
+    labels = record.labels
+    assert labels.name.tolist() == ["Car"]
+    assert labels.center.tolist() == [[1, 0.6, 14]]
+    assert labels.size.tolist() == [[4, 1.5, 1.8]]  # l, h, w
+    assert labels.yaw.tolist() == [0.6]
+    assert labels.alpha[0] == pytest.approx(0.6 - math.atan2(1, 14))
+    assert (labels.truncation[0], labels.occlusion[0], labels.score[0]) == (-1, -1, 1)
+    assert record.velocity is record.attribute is record.depth_sigma is None
+
+
+def test_a_box_left_out_is_the_projection_clipped_to_the_image(folder):
+    edge = {**CAR, "center": [-6.5, 0.6, 14]}
+    [record] = read_jsonl(write(folder, {**FRAME, "objects": [CAR, edge]}))
+    full_box, _ = project_boxes(record.labels.center, record.labels.size, record.labels.yaw, record.K)
+    assert full_box[1, 0] < 0
+    assert record.labels.box == pytest.approx(clip_boxes(full_box, 640, 192))
+    [given_box] = read_jsonl(write(folder, changed("objects.0", {**CAR, "box": [-5, 10, 50, 60]})))
+    assert given_box.labels.box.tolist() == [[0, 10, 50, 60]]
+
+
+def test_ignored_objects_and_regions_become_dontcare_rows(folder):
+    ignored = {**CAR, "ignore": True, "box": [10, 10, 20, 20], "velocity": [1, 2, 3]}
+    [record] = read_jsonl(write(folder, {**FRAME, "objects": [ignored, CAR], "ignore": [[30, 30, 50, 60]]}))
+    assert record.labels.name.tolist() == ["Car", "DontCare", "DontCare"]
+    assert record.labels.box[1:].tolist() == [[10, 10, 20, 20], [30, 30, 50, 60]]
+    assert record.labels.is_3d.tolist() == [True, False, False]
+    assert record.velocity is None
+
+
+def test_optional_fields_keep_their_rows(folder):
+    first = {**CAR, "velocity": [1, 0, -2], "attribute": "moving", "truncation": 0.25, "occlusion": 2}
+    second = {**CAR, "class": "Van", "score": 0.5, "depth_sigma": 1.5}
+    [record] = read_jsonl(write(folder, {**FRAME, "id": "x", "objects": [first, second], "ignore": [[1, 1, 9, 9]]}))
+    assert record.id == "x"
+    assert record.velocity[0].tolist() == [1, 0, -2]
+    assert np.isnan(record.velocity[1:]).all()
+    assert record.attribute.tolist() == ["moving", "", ""]
+    assert record.depth_sigma[1] == 1.5
+    assert np.isnan(record.depth_sigma[[0, 2]]).all()
+    assert record.labels.score.tolist() == [1, 0.5, 1]
+    assert (record.labels.truncation[0], record.labels.occlusion[0]) == (0.25, 2)
+
+
+def test_round_trip_from_another_folder(folder):
+    first = {**CAR, "velocity": [1, 0, -2], "attribute": "moving", "truncation": 0.25, "occlusion": 2, "yaw": -3.0}
+    second = {**CAR, "class": "Van", "score": 0.5, "depth_sigma": 1.5}
+    lines = [{**FRAME, "objects": [first, second], "ignore": [[1, 1, 9, 9]]}, {"image": "a/0002.png", "K": K, "objects": []}]
+    records = read_jsonl(write(folder, *lines))
+    (folder / "b").mkdir()
+    write_jsonl(folder / "b/copy.jsonl", records)
+    assert json.loads((folder / "b/copy.jsonl").read_text().splitlines()[0])["image"] == "../a/0001.png"
+    again = read_jsonl(folder / "b/copy.jsonl")
+    for one, two in zip(records, again, strict=True):
+        assert one.id == two.id
+        assert one.image.samefile(two.image)
+        assert np.array_equal(one.K, two.K)
+        assert one.labels.name.tolist() == two.labels.name.tolist()
+        for name in ("truncation", "occlusion", "alpha", "box", "size", "center", "yaw", "score"):
+            assert getattr(one.labels, name) == pytest.approx(getattr(two.labels, name), abs=1e-5), name
+        for name in ("velocity", "depth_sigma"):
+            assert (getattr(one, name) is None) == (getattr(two, name) is None)
+            if getattr(one, name) is not None:
+                assert np.array_equal(getattr(one, name), getattr(two, name), equal_nan=True)
+        assert (one.attribute is None) or one.attribute.tolist() == two.attribute.tolist()
+    assert [to_json(r, folder) for r in again] == [to_json(r, folder) for r in records]
+
+
+BAD = [
+    ("image", ..., "the line lacks 'image'; it has K, objects"),
+    ("image", "a/9.png", "image is 'a/9.png', expected a file"),
+    ("image", 3, "image is 3, expected a path"),
+    ("image", "data.jsonl", "image is 'data.jsonl', expected an image file"),
+    ("K", ..., "lacks 'K'"),
+    ("K", [[700, 0, 320], [0, 700, 96]], "K is [[700, 0, 320], [0, 700, 96]], expected [[fx, 0, cx]"),
+    ("K", [[700, 0], [0, 700, 96], [0, 0, 1]], "expected [[fx, 0, cx]"),
+    ("K", [[700, 2, 320], [0, 700, 96], [0, 0, 1]], "expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"),
+    ("K", [[700, 0, 320], [0, 700, 96], [0, 0, 2]], "expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"),
+    ("K.0.0", -700, "K has focal lengths -700 and 710, expected both > 0"),
+    ("K.1.1", 0.7, "K has focal lengths 700 and 0.7, expected pixels"),
+    ("K.0.2", 1300, "K has its principal point at (1300, 96), expected it in or near the image of 640x192"),
+    ("K.0.2", "320", "K is"),
+    ("objects", ..., "lacks 'objects'"),
+    ("objects", {}, "objects is {}, expected a list"),
+    ("objects.0", 7, "objects[0] is 7, expected an object with class"),
+    ("objects.0.class", ..., "objects[0] lacks 'class'; it has center, size, yaw"),
+    ("objects.0.class", "traffic cone", 'objects[0].class is "traffic cone", expected a name without spaces'),
+    ("objects.0.class", "DontCare", "objects[0].class is 'DontCare'"),
+    ("objects.0.center", [1, 2], "objects[0].center is [1, 2], expected 3 finite numbers"),
+    ("objects.0.center", [1, 2, "3"], 'objects[0].center is [1, 2, "3"], expected 3 finite numbers'),
+    ("objects.0.center", [0, 0, -5], "objects[0] lies behind the camera, outside the image of 640x192"),
+    ("objects.0.center", [500, 0, 5], "outside the image of 640x192"),
+    ("objects.0.size", [4, 0, 1.8], "objects[0].size is [4, 0, 1.8], expected 3 numbers > 0: l, h, w"),
+    ("objects.0.size", [4, 1, True], "objects[0].size is [4, 1, true], expected 3 numbers > 0"),
+    ("objects.0.yaw", 90, "objects[0].yaw is 90, expected radians"),
+    ("objects.0.yaw", None, "objects[0].yaw is null, expected a finite number"),
+    ("objects.0.box", [50, 10, 20, 60], "objects[0].box is [50, 10, 20, 60], expected x1 < x2 and y1 < y2"),
+    ("objects.0.box", [50, 10, 50, 60], "expected x1 < x2"),
+    ("objects.0.box", [700, 10, 750, 60], "expected a box that meets the image of 640x192"),
+    ("objects.0.bbox", [1, 2, 3, 4], "objects[0] has an unknown key 'bbox'; did you mean 'box'?"),
+    ("objects.0.Yaw", 0, "objects[0] has an unknown key 'Yaw'; did you mean 'yaw'?"),
+    ("objects.0.zzzzzz", 0, "unknown key 'zzzzzz'; expected class, center"),
+    ("objects.0.truncation", 1.5, "objects[0].truncation is 1.5, expected a number from 0 to 1"),
+    ("objects.0.occlusion", 4, "objects[0].occlusion is 4, expected 0, 1, 2 or 3"),
+    ("objects.0.ignore", 1, "objects[0].ignore is 1, expected true or false"),
+    ("objects.0.velocity", [1, 2], "objects[0].velocity is [1, 2], expected 3 finite numbers x, y, z in m/s"),
+    ("objects.0.attribute", 3, "objects[0].attribute is 3, expected text"),
+    ("objects.0.depth_sigma", 0, "objects[0].depth_sigma is 0, expected metres > 0"),
+    ("object", [], "the line has an unknown key 'object'; did you mean 'objects'?"),
+    ("ignore", [[1, 2, 3]], "ignore[0] is [1, 2, 3], expected 4 finite numbers"),
+    ("ignore", True, "ignore is true, expected a list"),
+    ("id", "../x", 'id is "../x", expected text that can name a file'),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), BAD)
+def test_errors_name_file_line_key_value_and_expectation(folder, key, value, message):
+    path = write(folder, changed("image", "a/0002.png"), changed(key, value))
+    [problem] = check_jsonl(path)
+    assert problem.startswith(f"{path}:2: ")
+    assert message in problem
+    with pytest.raises(ValueError, match="lists every bad line") as error:
+        read_jsonl(path)
+    assert str(error.value).startswith(problem)
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    (json.dumps(FRAME).replace("14]", "NaN]"), "it holds NaN, expected finite numbers"),
+    (json.dumps(FRAME).replace("14]", "-Infinity]"), "it holds -Infinity"),
+    (json.dumps(FRAME).replace("14]", "1e999]"), "objects[0].center is [1, 0.6, Infinity], expected 3 finite numbers"),
+    (json.dumps(FRAME)[:-1], "not a line of JSON"),
+    ("[1]", "the line holds [1], expected an object with image, K, objects"),
+    ("[" * 100_000, "not a line of JSON"),
+])  # fmt: skip
+def test_lines_that_are_not_frames(folder, line, message):
+    [problem] = check_jsonl(write(folder, line))
+    assert message in problem
+
+
+def test_every_bad_line_is_reported_with_all_that_is_wrong(folder):
+    worse = changed("objects", [{**CAR, "yaw": "x"}, CAR, {**CAR, "size": [1]}])
+    path = write(folder, changed("K.0.0", 0), "", "oops", worse, changed("image", "a/0002.png"), changed("image", "a/0002.png"))
+    places = [problem.split(": ")[0].rpartition(":")[2] for problem in check_jsonl(path)]
+    assert places == ["1", "3", "4", "4", "6"]
+    assert "id is 'a/0002', as on line 5" in check_jsonl(path)[-1]
+
+
+def test_files_that_hold_nothing(folder):
+    assert "no frames" in check_jsonl(write(folder, ""))[0]
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        read_jsonl(folder / "none.jsonl")
+    path = folder / "data.jsonl"
+    path.write_bytes(b"\xff\xfe{}\n")
+    assert "not a line of JSON" in check_jsonl(path)[0]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(FRAME).encode())
+    assert check_jsonl(path) == []
+
+
+def test_without_images_nothing_is_opened(folder):
+    path = write(folder, changed("image", "nowhere/1.png"), changed("K.0.0", -1))
+    problems = check_jsonl(path, images=False)
+    assert len(problems) == 1
+    assert ":2: K has focal lengths" in problems[0]
+
+
+def test_tiny_images_are_refused(folder):
+    Image.new("RGB", (4, 4)).save(folder / "a/0001.png")
+    assert "is 4x4, expected sides from 16" in check_jsonl(write(folder, FRAME))[0]
+
+
+def test_summary_shows_a_wrong_convention(folder):
+    good = read_jsonl(write(folder, FRAME))[0]
+    assert summarise([good]) == ["Car: 1, mean l h w 4.00 1.50 1.80 m, depth 14.0 to 14.0 m, 2D box fits 3D box at median IoU 1.00"]
+    bottom = good._replace(labels=good.labels.moved([0, 0.75, 0]))
+    assert float(summarise([bottom])[0].split()[-1]) < 0.5
+
+
+def test_command_line(folder, capsys):
+    path = write(folder, FRAME, changed("objects.0.size", [0, 1, 1], changed("image", "a/0002.png")))
+    run = subprocess.run([sys.executable, data_json.__file__, path], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert f"{path}:2: objects[0].size" in run.stdout
+    assert f"{path}: 1 good frames, 1 bad lines\nCar: 1" in run.stdout
+    assert main([str(write(folder, FRAME))]) == 0
+    assert main([str(write(folder, changed("image", "b.png"))), "--no-images"]) == 0
+    assert main([str(folder / "none")]) == 2
+    assert "none: no such" in capsys.readouterr().err
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(width=32) | st.text(max_size=3)
+JSON = st.recursive(LEAVES, lambda values: st.lists(values, max_size=4), max_leaves=10)
+KEYS = ["image", "K", "objects", "id", "ignore", "K.0", "objects.0", *(f"objects.0.{key}" for key in data_json.OBJECT_KEYS)]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(KEYS), value=JSON)
+def test_any_value_is_read_or_reported_never_a_crash(folder, key, value):
+    path = write(folder, changed(key, value))
+    problems = check_jsonl(path)
+    if not problems:
+        read_jsonl(path)
+    assert all(problem.startswith(f"{path}:1: ") for problem in problems)
+
+
+@pytest.mark.skipif(not KITTI.is_dir(), reason="the KITTI sample frames are not there")
+def test_kitti_frames_survive_the_round_trip(tmp_path):
+    records = []
+    for file in sorted((KITTI / "label_2").glob("*.txt"))[:20]:
+        matrix, offset = split_projection(read_calib(KITTI / "calib" / file.name))
+        records.append(data_json.Record(file.stem, KITTI / "image_2" / f"{file.stem}.png", matrix, read_labels(file).moved(offset)))
+    write_jsonl(tmp_path / "kitti.jsonl", records)
+    assert check_jsonl(tmp_path / "kitti.jsonl") == []
+    for one, two in zip(records, read_jsonl(tmp_path / "kitti.jsonl"), strict=True):
+        assert one.labels.name.tolist() == two.labels.name.tolist()
+        for name in ("size", "center", "yaw", "score", "occlusion"):
+            assert getattr(one.labels, name) == pytest.approx(getattr(two.labels, name), abs=1e-5), name
