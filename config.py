@@ -1,0 +1,238 @@
+"""One run described by frozen dataclasses: a Python run file, then `key=value` overrides; saved as config.json.
+
+Each section lives beside the code that reads it. Nothing but the project's own run files is ever executed; a checkpoint holds JSON.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import typing
+from pathlib import Path
+
+from data import DataConfig
+from losses import LossConfig
+from model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast, and how often something is written."""
+
+    batch_size: int = 8  # images per process and micro-step
+    accumulate: int = 1  # micro-steps per optimizer step
+    epochs: float = 12  # passes over data.train; steps = epochs * frames / (batch_size * processes * accumulate), rounded up
+    steps: int = 0  # optimizer steps; above 0 replaces epochs
+    optimizer: str = "adamw"  # any timm optimizer
+    lr: float = 1e-3  # peak learning rate, for the global batch as it is (not rescaled)
+    weight_decay: float = 0.01  # not on norms and biases
+    schedule: str = "cosine"  # 'cosine' to 0, 'step' by 0.1 at 2/3 and 11/12 of the steps, 'constant'
+    warmup: int = 100  # steps of linear warm-up
+    clip: float = 35.0  # largest gradient norm
+    mixed_precision: str = "no"  # 'no', 'bf16', 'fp16'
+    ema: float = 0.998  # decay of the averaged weights that are evaluated and published; 0: none
+    eval_every: float = 1.0  # epochs between evaluations; 0: only at the end
+    eval_repeat: int = 1  # count every val frame so many times: lifts the official cap on R40 of few frames
+    save_every: int = 500  # steps between checkpoints; one is always written at the end
+    keep: int = 2  # newest checkpoints that stay
+    log_every: int = 50  # steps
+    max_bad_steps: int = 10  # non-finite steps in a row after which the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run. `data`, `model`, `loss` and `train` are its sections."""
+
+    out: str = "runs/default"  # run folder
+    seed: int = 0  # of weights, order and augmentation
+    resume: str = "auto"  # 'auto': go on from the newest checkpoint in out, 'none': start anew in an empty out, or a checkpoint folder
+    load_from: str = ""  # weights only: a run, checkpoint or .safetensors file; what does not fit is listed
+    log_with: str = ""  # 'tensorboard', 'trackio' or 'wandb', beside log.jsonl
+    best: str = "Car/3d/moderate/AP_R40"  # metric that chooses best/; without Cars the mean over the classes
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        train = self.train
+        positive = {"batch_size": 1, "accumulate": 1, "keep": 1, "log_every": 1, "save_every": 1, "max_bad_steps": 1, "eval_repeat": 1}
+        for name, least in positive.items():
+            if getattr(train, name) < least:
+                raise ValueError(f"train.{name} is {getattr(train, name)}, expected at least {least}")
+        choices = {"schedule": ("cosine", "step", "constant"), "mixed_precision": ("no", "bf16", "fp16")}
+        for name, allowed in choices.items():
+            if getattr(train, name) not in allowed:
+                raise ValueError(f"train.{name} is {getattr(train, name)!r}, expected one of {', '.join(allowed)}")
+        if train.lr <= 0 or not 0 <= train.ema < 1 or train.clip <= 0 or train.warmup < 0 or train.epochs <= 0:
+            raise ValueError("train: expected lr > 0, 0 <= ema < 1, clip > 0, warmup >= 0 and epochs > 0")
+        if self.loss.loss_alpha_constrain and not self.model.predict_yaw:
+            raise ValueError("loss.loss_alpha_constrain compares two angle outputs: it needs model.predict_yaw=true")
+        if not self.loss.loss_cls:
+            raise ValueError("loss.loss_cls is 0, expected > 0: without it nothing is ever detected")
+        parts = self.best.split("/")
+        known = [["mean", "Car", *self.model.classes], ["bbox", "aos", "bev", "3d"], ["easy", "moderate", "hard"], ["AP_R40", "AP_R11"]]
+        if len(parts) != 4 or any(part not in names for part, names in zip(parts, known, strict=True)):
+            raise ValueError(f"best is {self.best!r}, expected {'/'.join('|'.join(dict.fromkeys(names)) for names in known)}")
+        low, high = self.data.scale
+        if not 0.1 <= low <= high <= 10 or not 0 <= self.data.flip <= 1 or not 0 <= self.data.colour < 1:
+            raise ValueError("data: expected 0.1 <= scale low <= high <= 10, 0 <= flip <= 1 and 0 <= colour < 1")
+
+
+def load_config(path, overrides=()):
+    """Config of a run file (its `config`), with `section.key=value` overrides. Raises ValueError or FileNotFoundError in one sentence."""
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(str(p) for p in (Path(__file__).parent / "configs").glob("*.py")))
+        raise FileNotFoundError(f"{path}: no such config file; there are {near}")
+    if path.suffix != ".py":
+        raise ValueError(f"{path}: expected a Python run file that defines `config`")
+    spec = importlib.util.spec_from_file_location(f"run_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise ValueError(f"{path}: expected a variable `config` holding a config.Config, got {type(config).__name__}")
+    return override(config, overrides)
+
+
+def override(config, overrides):
+    """Config with `key=value` strings applied; values are parsed by the type of the field."""
+    changes = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: expected key=value, such as train.lr=1e-4")
+        changes[key.strip()] = value
+    nested = {}
+    for key, text in changes.items():
+        section, _, name = key.rpartition(".")
+        owner = _section(config, section, key)
+        types_ = typing.get_type_hints(type(owner))
+        if name not in types_:
+            near = difflib.get_close_matches(key, list(describe(config)), n=3, cutoff=0.4)
+            raise ValueError(f"unknown key {key!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} (--help lists all)")
+        if dataclasses.is_dataclass(types_[name]):
+            raise ValueError(f"{key!r} is a section, expected one of its keys, such as {key}.{dataclasses.fields(types_[name])[0].name}")
+        nested.setdefault(section, {})[name] = parse(text, types_[name], key)
+    for section, values in nested.items():
+        if section:
+            nested[section] = dataclasses.replace(getattr(config, section), **values)
+    top = nested.pop("", {})
+    return dataclasses.replace(config, **nested, **top)
+
+
+def _section(config, section, key):
+    if not section:
+        return config
+    if "." in section or not dataclasses.is_dataclass(getattr(config, section, None)):
+        names = [f.name for f in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, f.name))]
+        near = difflib.get_close_matches(key, list(describe(config)), n=3, cutoff=0.4)
+        raise ValueError(
+            f"unknown key {key!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; sections are {', '.join(names)}"
+        )
+    return getattr(config, section)
+
+
+def parse(text, kind, key):
+    """Text of a command line -> a value of the type. Sequences and mappings are JSON, or comma separated where they hold plain values."""
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{key}={text}: expected true or false")
+        return text.lower() in ("true", "1")
+    if kind is str:
+        return text
+    if kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"{key}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
+        if not math.isfinite(value):
+            raise ValueError(f"{key}={text}: expected a finite number")
+        return value
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = [_word(part.strip()) for part in text.split(",") if part.strip()]
+    return build(value if isinstance(value, list | dict) else [value], kind, key)
+
+
+def _word(text):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def build(value, kind, key):
+    """JSON value -> a value of the type, dataclasses and tuples included. Raises ValueError naming the key."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}: expected an object with keys {', '.join(hints)}, got {value!r}")
+        for name in value:
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1)
+                raise ValueError(f"{key}: unknown key {name!r}, expected {near[0] if near else 'one of ' + ', '.join(hints)}")
+        return kind(**{name: build(v, hints[name], f"{key}.{name}") for name, v in value.items()})
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{key}: expected a list, got {value!r}")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(build(v, arguments[0], key) for v in value)
+        if len(value) != len(arguments):
+            raise ValueError(f"{key}: expected {len(arguments)} values, got {len(value)}: {value!r}")
+        return tuple(build(v, a, key) for v, a in zip(value, arguments, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}: expected a JSON object, got {value!r}")
+        return {k: build(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{key}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value
+
+
+def to_dict(config):
+    """Config -> plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_config(path):
+    """Config from a config.json. Raises FileNotFoundError or ValueError naming the file."""
+    try:
+        return build(json.loads(Path(path).read_text()), Config, str(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
+def describe(config):
+    """Every key of a config -> (value, comment): what --help prints. Comments are those in the source, beside each field."""
+    described = {}
+    for owner, prefix in ((config, ""), *((getattr(config, f.name), f.name + ".") for f in dataclasses.fields(config))):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        lines = inspect.getsource(type(owner)).splitlines()
+        for field in dataclasses.fields(owner):
+            if dataclasses.is_dataclass(getattr(owner, field.name)):
+                continue
+            line = next(text for text in lines if text.strip().startswith(field.name + ":"))
+            described[prefix + field.name] = (getattr(owner, field.name), line.partition("  # ")[2])
+    return described
+
+
+def help_text(config):
+    """All keys with value, unit and meaning, a line each."""
+    rows = [(key, json.dumps(dataclasses_to_json(value)), comment) for key, (value, comment) in describe(config).items()]
+    return "\n".join(f"  {key}={value if len(value) <= 60 else value[:57] + '...'}\n      {comment}" for key, value, comment in rows)
+
+
+def dataclasses_to_json(value):
+    """Value of a field -> JSON types: dataclasses inside tuples become objects."""
+    if isinstance(value, tuple):
+        return [dataclasses_to_json(v) for v in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value

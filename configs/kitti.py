@@ -1,0 +1,21 @@
+"""KITTI, three classes, ResNet-18 with ImageNet weights.
+
+accelerate launch --num_processes 8 train.py configs/kitti.py data.root=/data/kitti
+"""
+
+from config import Config, TrainConfig
+from data import DataConfig, Source
+from model import ModelConfig
+
+config = Config(
+    out="runs/kitti",
+    data=DataConfig(
+        root="data/kitti",
+        train=(Source(split=("train",)),),
+        val=(Source(split=("val",)),),
+        scale=(0.9, 1.2),
+        colour=0.2,
+    ),
+    model=ModelConfig(backbone="resnet18", pretrained=True),
+    train=TrainConfig(batch_size=8, epochs=60, lr=5e-4, warmup=500, eval_every=5),
+)

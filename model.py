@@ -1,0 +1,393 @@
+"""The detector: timm backbone, FPN, dense FCOS-3D head, and the one `decode` that turns its outputs into boxes.
+
+FCOS (Tian et al., ICCV 2019) lifted to 3D as in FCOS3D (arXiv:2104.10956), with a lean head, a depth normalised by the focal length
+(virtual depth: DD3D, arXiv:2108.06417, eq. 1-2; Cube R-CNN, arXiv:2207.10660) and two depth estimators with Laplace scales fused by
+inverse variance (MonoFlex, arXiv:2104.02323).
+"""
+
+import dataclasses
+import difflib
+import math
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from PIL import Image
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork, batched_nms
+
+from data import load_image, place_image, whole_view
+from geometry import alpha_to_yaw, camera_problem, unproject, yaw_to_alpha
+
+MIN_DEPTH = 0.5  # metres of virtual depth: the direct estimate approaches it smoothly
+DIRECTION_BORDER = math.pi / 4  # alpha where the two heading bins meet: away from the common 0, +-pi/2 and pi
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What `Detector` needs to be built, and all that its config.json holds."""
+
+    backbone: str = "resnet18"  # any timm model with features at these strides
+    pretrained: bool = False  # start from timm's ImageNet weights (downloaded once by timm)
+    norm: str = "batch"  # backbone BatchNorm: 'batch', 'frozen' (statistics and affine), 'sync' (over processes, GPU)
+    size: tuple[int, int] = (384, 1280)  # network input (height, width), px; images are scaled to fit and padded
+    classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
+    size_prior: tuple[tuple[float, float, float], ...] = ()  # mean (l, h, w) m per class; empty: measured on the training labels
+    strides: tuple[int, ...] = (8, 16, 32)  # px per cell of the pyramid levels
+    level_sizes: tuple[float, ...] = (64.0, 128.0)  # px: longest side of the visible box at which the next level takes over
+    depth_mean: tuple[float, ...] = ()  # virtual metres per level; empty: measured on the training labels
+    depth_std: tuple[float, ...] = ()  # virtual metres per level; empty: measured on the training labels
+    virtual_focal: float = 700.0  # px: depth z counts as z * virtual_focal / fy
+    channels: int = 128  # of the FPN and the towers
+    tower_convs: int = 2  # 3x3 convolutions in each of the two towers
+    predict_yaw: bool = False  # a second angle output, for loss_alpha_constrain
+    score_threshold: float = 0.05  # detections below are dropped
+    nms_iou: float = 0.6  # of visible boxes, per class
+    candidates: int = 300  # locations decoded per image, before non-maximum suppression
+    max_detections: int = 100  # per image
+    depth_tolerance: float = 1.0  # m: the score holds P(|depth error| < tolerance) under the predicted sigma
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # JSON has lists
+            object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
+        if self.norm not in ("batch", "frozen", "sync"):
+            raise ValueError(f"model.norm is {self.norm!r}, expected 'batch', 'frozen' or 'sync'")
+        if len(self.level_sizes) != len(self.strides) - 1:
+            raise ValueError(f"model.level_sizes has {len(self.level_sizes)} borders for {len(self.strides)} strides, expected one fewer")
+        if any(side <= 0 or side % max(self.strides) for side in self.size):
+            raise ValueError(f"model.size is {self.size}, expected (height, width) in multiples of the largest stride, {max(self.strides)}")
+        if not self.classes:
+            raise ValueError("model.classes is empty, expected at least one class name")
+        for name, expected in (("size_prior", len(self.classes)), ("depth_mean", len(self.strides)), ("depth_std", len(self.strides))):
+            if len(getattr(self, name)) not in (0, expected):
+                raise ValueError(f"model.{name} has {len(getattr(self, name))} entries, expected {expected} or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What the head says at some locations, in pixels of the network input and metres of the camera frame. Leading shape S (any)."""
+
+    box: Tensor  # (S, 4) visible box
+    full_box: Tensor  # (S, 4) extent of the projected 3D box
+    pixel: Tensor  # (S, 2) projected 3D centre
+    center: Tensor  # (S, 3)
+    size: Tensor  # (S, 3) l, h, w
+    depth: Tensor  # (S, 3) m: fused, direct, geometric
+    log_sigma: Tensor  # (S, 3) natural log of their Laplace scales as standard deviations, m
+    double_alpha: Tensor  # (S, 2) sine and cosine of 2 alpha, of length 1 unless both outputs are 0
+    direction: Tensor  # (S, 2) logits of the heading bins
+    yaw_vector: Tensor | None  # (S, 2) sine and cosine of the yaw output, with predict_yaw
+    centerness: Tensor  # (S,) logit
+
+
+def bound(x, limit):
+    """Smooth limit: close to x near 0, never beyond +-limit."""
+    return limit * torch.tanh(x / limit)
+
+
+def unit(vector):
+    """Vectors (..., n) scaled to length 1; a zero vector stays zero, with a finite gradient."""
+    return vector * torch.rsqrt((vector * vector).sum(-1, keepdim=True) + 1e-12)
+
+
+def heading_bin(alpha):
+    """Observation angle (radians) -> bin 1 in [border, border + pi), else 0, as in FCOS3D's direction classifier. Long tensor."""
+    return (torch.sin(alpha - DIRECTION_BORDER) >= 0).long()
+
+
+def angle_from_double(double_alpha, bins):
+    """Sine and cosine of 2 alpha (..., 2) and heading bins (...) -> alpha (...) in [-pi, pi). No gradient: for output only."""
+    half = torch.atan2(double_alpha[..., 0], double_alpha[..., 1]) / 2
+    other = heading_bin(half) != bins
+    alpha = half + math.pi * other
+    return torch.where(alpha >= math.pi, alpha - 2 * math.pi, alpha)
+
+
+class Tower(nn.Sequential):
+    """3x3 convolutions with GroupNorm and ReLU: BatchNorm in the towers halves AP (mmdetection3d issue 2482)."""
+
+    def __init__(self, channels, convs):
+        layers = []
+        for _ in range(convs):
+            layers += [
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                nn.GroupNorm(min(32, channels // 4), channels),
+                nn.ReLU(True),
+            ]
+        super().__init__(*layers)
+
+
+class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["monocular-3d-detection"], license="apache-2.0"):
+    """One image and its camera matrix in, 3D boxes out.
+
+    `forward` gives raw outputs at every location, `decode` their meaning at chosen locations, `detect` the detections of a batch,
+    `predict` those of one image of any size in its own pixels. `from_pretrained(folder or hub id)`, `save_pretrained` and
+    `push_to_hub` read and write config.json and model.safetensors; other sections of a run's config.json are left alone.
+    """
+
+    def __init__(self, model: ModelConfig):  # named as the section of config.json that it is read from
+        super().__init__()
+        self.config = model
+        if not (model.size_prior and model.depth_mean and model.depth_std):
+            raise ValueError(
+                "model.size_prior, depth_mean and depth_std are not set: fill them with targets.measure_priors(dataset, config)"
+            )
+        self.backbone = _build_backbone(model)
+        self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), model.channels)
+        self.class_tower = Tower(model.channels, model.tower_convs)
+        self.box_tower = Tower(model.channels, model.tower_convs)
+        self.fields = {
+            "centerness": 1,
+            "box": 4,
+            "full_box": 4,
+            "offset": 2,
+            "depth": 2,
+            "height": 2,
+            "size": 3,
+            "alpha": 2,
+            "direction": 2,
+        }
+        if model.predict_yaw:
+            self.fields["yaw"] = 2
+        self.class_predictor = nn.Conv2d(model.channels, len(model.classes), 3, padding=1)
+        self.box_predictor = nn.Conv2d(model.channels, sum(self.fields.values()), 3, padding=1)
+        self._initialise()
+        mean, std = _pixel_statistics(self.backbone)
+        self.register_buffer("pixel_mean", torch.tensor(mean) * 255, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std) * 255, persistent=False)
+        self.register_buffer("size_prior", torch.tensor(model.size_prior, dtype=torch.float32), persistent=False)  # (C, 3)
+        self.register_buffer("depth_mean", torch.tensor(model.depth_mean, dtype=torch.float32), persistent=False)  # (L,)
+        self.register_buffer("depth_std", torch.tensor(model.depth_std, dtype=torch.float32), persistent=False)
+        pixel, stride, level = self.make_locations(*model.size)
+        self.register_buffer("location_pixel", pixel, persistent=False)  # (N, 2)
+        self.register_buffer("location_stride", stride, persistent=False)  # (N,)
+        self.register_buffer("location_level", level, persistent=False)  # (N,)
+        self.train()
+
+    @classmethod
+    def _from_pretrained(cls, *, model=None, **options):
+        if model is None:
+            raise ValueError("config.json has no section 'model', expected one written by deep3d")
+        return super()._from_pretrained(model=dataclasses.replace(model, pretrained=False), **options)  # the weights are here already
+
+    def _initialise(self):
+        for module in [*self.class_tower.modules(), *self.box_tower.modules()]:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        for predictor in (self.class_predictor, self.box_predictor):
+            nn.init.normal_(predictor.weight, std=0.01)
+            nn.init.zeros_(predictor.bias)
+        nn.init.constant_(self.class_predictor.bias, -math.log((1 - 0.01) / 0.01))  # focal loss paper (arXiv:1708.02002), section 4.1
+        start = sum(list(self.fields.values())[: list(self.fields).index("full_box")])
+        nn.init.constant_(self.box_predictor.bias[start : start + 4], 1.0)  # boxes start the right way out
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.config.norm == "frozen":
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def make_locations(self, height, width):
+        """Pixel (N, 2), stride (N,) and level (N,) of every prediction: cell j of stride s lies at (j + 0.5) s - 0.5."""
+        pixels, strides, levels = [], [], []
+        for level, stride in enumerate(self.config.strides):
+            v, u = torch.meshgrid(torch.arange(height // stride), torch.arange(width // stride), indexing="ij")
+            pixels.append((torch.stack([u, v], -1).reshape(-1, 2) + 0.5) * stride - 0.5)
+            strides.append(torch.full((len(pixels[-1]),), float(stride)))
+            levels.append(torch.full((len(pixels[-1]),), level))
+        return torch.cat(pixels), torch.cat(strides), torch.cat(levels)
+
+    def forward(self, image):
+        """image (B, H, W, 3) uint8 RGB of the configured size -> class logits (B, N, C) and raw outputs (B, N, F), finest level first."""
+        x = (image.permute(0, 3, 1, 2).float() - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
+        features = self.backbone(x)
+        features = [
+            f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.backbone.feature_info.channels(), strict=True)
+        ]
+        pyramid = self.fpn({str(i): f for i, f in enumerate(features)}).values()
+        logits = [self.class_predictor(self.class_tower(p)).flatten(2) for p in pyramid]
+        raw = [self.box_predictor(self.box_tower(p)).flatten(2) for p in pyramid]
+        return torch.cat(logits, 2).transpose(1, 2), torch.cat(raw, 2).transpose(1, 2)  # (B, N, C), (B, N, F)
+
+    def decode(self, raw, location, label, K):
+        """Meaning of raw outputs; the one place that knows it, used by losses, evaluation and prediction. Always in fp32.
+
+        raw (B, S, F) outputs gathered at location (B, S) indices; label (B, S) class whose size prior applies; K (B, 3, 3).
+        Returns `Decoded` with leading shape (B, S). `targets.encode` is its inverse.
+        """
+        out = dict(zip(self.fields, raw.float().split(list(self.fields.values()), -1), strict=True))
+        pixel = self.location_pixel[location]  # (B, S, 2)
+        stride = self.location_stride[location][..., None]
+        level = self.location_level[location]
+        K = K.float()[:, None]
+        metres = K[..., 1, 1] / self.config.virtual_focal  # real metres per virtual metre (B, 1)
+
+        reach = stride * torch.exp(bound(out["box"], 5.0))  # distances to left, top, right, bottom
+        box = torch.cat([pixel - reach[..., :2], pixel + reach[..., 2:]], -1)
+        reach = stride * 4 * out["full_box"]  # signed
+        a, b = pixel - reach[..., :2], pixel + reach[..., 2:]
+        full_box = torch.cat([torch.minimum(a, b), torch.maximum(a, b)], -1)  # crossed sides are sorted, so that a gradient remains
+
+        size = self.size_prior[label] * torch.exp(bound(out["size"], 2.0))
+        mean, std = self.depth_mean[level], self.depth_std[level]
+        direct = metres * (MIN_DEPTH + F.softplus(mean + std * bound(out["depth"][..., 0], 10.0) - MIN_DEPTH))
+        height_px = 4 * stride[..., 0] * torch.exp(bound(out["height"][..., 0], 4.0))
+        geometric = K[..., 1, 1] * size[..., 1] / height_px
+        log_scale = torch.log(std * metres)[..., None]
+        log_sigma = log_scale + bound(torch.stack([out["depth"][..., 1], out["height"][..., 1]], -1), 5.0)
+        weight = torch.softmax(-2 * log_sigma, -1)
+        fused = weight[..., 0] * direct + weight[..., 1] * geometric
+        fused_log_sigma = -0.5 * torch.logsumexp(-2 * log_sigma, -1, keepdim=True)
+
+        center_pixel = pixel + stride * out["offset"]
+        return Decoded(
+            box=box,
+            full_box=full_box,
+            pixel=center_pixel,
+            center=unproject(center_pixel, fused, K),
+            size=size,
+            depth=torch.stack([fused, direct, geometric], -1),
+            log_sigma=torch.cat([fused_log_sigma, log_sigma], -1),
+            double_alpha=unit(out["alpha"]),
+            direction=out["direction"],
+            yaw_vector=unit(out["yaw"]) if "yaw" in out else None,
+            centerness=out["centerness"][..., 0],
+        )
+
+    @torch.no_grad()
+    def detect(self, image, K):
+        """Detections of a batch, in pixels of the network input and metres of each image's camera.
+
+        image (B, H, W, 3) uint8; K (B, 3, 3). Returns one dict per image, best score first: label (n,), score (n,), box (n, 4),
+        center (n, 3), size (n, 3), yaw (n,), sigma (n,) depth standard deviation in metres.
+        """
+        logits, raw = self(image)
+        boxes = self.rank(logits.float(), raw, K)
+        same = boxes["label"] + len(self.config.classes) * torch.arange(len(image), device=raw.device)[:, None]
+        keep = batched_nms(boxes["box"].flatten(0, 1), boxes["score"].flatten(), same.flatten(), self.config.nms_iou)
+        keep = keep[boxes["score"].flatten()[keep] > self.config.score_threshold]
+        owner = keep // boxes["score"].shape[1]
+        flat = {name: value.flatten(0, 1) for name, value in boxes.items()}
+        rows = [keep[owner == i][: self.config.max_detections] for i in range(len(image))]
+        return [{name: value[row] for name, value in flat.items()} for row in rows]
+
+    def rank(self, logits, raw, K):
+        """The best `candidates` (location, class) pairs of each image, decoded and scored: dict of (B, S, ...) tensors. Fixed shapes."""
+        classes = logits.shape[-1]
+        class_score = logits.sigmoid() * raw[..., :1].float().sigmoid()  # centerness is the first field
+        best, flat = class_score.flatten(1).topk(min(self.config.candidates, class_score[0].numel()))
+        location, label = flat // classes, flat % classes
+        decoded = self.decode(raw.gather(1, location[..., None].expand(-1, -1, raw.shape[-1])), location, label, K)
+        sigma = decoded.log_sigma[..., 0].exp()
+        trust = 1 - torch.exp(-math.sqrt(2) * self.config.depth_tolerance / sigma)  # Laplace: P(|error| < tolerance)
+        alpha = angle_from_double(decoded.double_alpha, decoded.direction.argmax(-1))
+        height, width = self.config.size
+        limit = torch.tensor([width - 1, height - 1, width - 1, height - 1], device=raw.device, dtype=torch.float32)
+        return {
+            "label": label,
+            "score": best.sqrt() * trust,
+            "box": decoded.box.clamp(min=0).minimum(limit),
+            "center": decoded.center,
+            "size": decoded.size,
+            "yaw": alpha_to_yaw(alpha, decoded.center),
+            "sigma": sigma,
+        }
+
+    def predict(self, image, K, min_score=None):
+        """Detections of one image in its own pixels and its own camera.
+
+        image: a path, PIL image or (H, W, 3) uint8 RGB array of any size; K (3, 3) in pixels of that image. Returns `Prediction`,
+        best score first, scores at least min_score (default: the configured threshold).
+        Raises ValueError for an implausible K, OSError naming the file for an unreadable image.
+        """
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        picture = image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)
+        K = np.asarray(K, dtype=np.float64)
+        problem = camera_problem(K, *picture.size)
+        if problem:
+            raise ValueError(f"K of the image: {problem}")
+        view = whole_view(*picture.size, self.config.size)
+        tensor = torch.from_numpy(place_image(picture, view)).to(self.pixel_mean.device)[None]
+        training = self.training
+        self.eval()
+        found = self.detect(tensor, torch.from_numpy(view.camera(K)).to(tensor.device)[None])[0]
+        self.train(training)
+        return to_prediction(found, view, self.config.classes, min_score or 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """n detections of one image, numpy, best score first, in the pixels of the original image and metres of its camera."""
+
+    name: np.ndarray  # (n,) class names
+    score: np.ndarray  # (n,) in [0, 1]
+    box: np.ndarray  # (n, 4) visible box
+    center: np.ndarray  # (n, 3)
+    size: np.ndarray  # (n, 3) l, h, w
+    yaw: np.ndarray  # (n,)
+    alpha: np.ndarray  # (n,)
+    sigma: np.ndarray  # (n,) standard deviation of the depth, metres
+
+    def __len__(self):
+        return len(self.name)
+
+
+def to_prediction(found, view, classes, min_score=0.0):
+    """One dict of `Detector.detect` and the `View` its image was seen through -> `Prediction` in the image's own pixels."""
+    found = {name: value.double().cpu().numpy() for name, value in found.items()}
+    keep = found["score"] >= min_score
+    found = {name: value[keep] for name, value in found.items()}
+    return Prediction(
+        name=np.array([classes[int(i)] for i in found["label"]], dtype=object),
+        score=found["score"],
+        box=view.boxes_to_image(found["box"]),
+        center=found["center"],
+        size=found["size"],
+        yaw=found["yaw"],
+        alpha=yaw_to_alpha(found["yaw"], found["center"]),
+        sigma=found["sigma"],
+    )
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _build_backbone(config):
+    """timm features at the configured strides. Raises ValueError naming near names, strides or weights that exist."""
+    if not timm.is_model(config.backbone):
+        near = difflib.get_close_matches(config.backbone.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(f"model.backbone {config.backbone!r} is not a timm model{'; near it: ' + ', '.join(near) if near else ''}")
+    if config.pretrained and not timm.models.is_model_pretrained(config.backbone):
+        raise ValueError(
+            f"model.backbone {config.backbone!r} has no pretrained weights in timm; set model.pretrained=false or choose another"
+        )
+    try:
+        probe = timm.create_model(config.backbone, features_only=True, pretrained=False)
+        strides = probe.feature_info.reduction()
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        raise ValueError(f"model.backbone {config.backbone!r} gives no feature pyramid in timm: {error}") from None
+    missing = [s for s in config.strides if s not in strides]
+    if missing:
+        raise ValueError(f"model.backbone {config.backbone!r} has features at strides {strides}, none at {missing} of model.strides")
+    options = {"img_size": config.size} if "swin" in config.backbone else {}
+    numbers = probe.feature_info.out_indices  # timm's own numbering: DLA's begins at 1
+    indices = tuple(max(i for i, s in zip(numbers, strides, strict=True) if s == stride) for stride in config.strides)
+    backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, pretrained=config.pretrained, **options)
+    if config.norm == "frozen":
+        backbone = freeze_batch_norm_2d(backbone)
+    elif config.norm == "sync":
+        backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+    return backbone
+
+
+def _pixel_statistics(backbone):
+    """Mean and standard deviation (3,) in [0, 1] that the backbone's weights were trained with."""
+    config = getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", None) or {}
+    return config.get("mean", (0.485, 0.456, 0.406)), config.get("std", (0.229, 0.224, 0.225))

@@ -1,0 +1,216 @@
+"""Which locations answer for which objects, from objects to locations: cost follows the number of objects, not the image's area.
+
+Each object proposes the 3x3 cells around its projected centre on the level of its size (FCOS3D's radius of 1.5 strides,
+arXiv:2104.10956 sec. 3.3); where objects meet, a scatter-minimum gives the cell to the nearest centre. Shapes depend only on the
+padded number of objects, so nothing waits for the device and the step compiles.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from geometry import project, yaw_to_alpha
+
+RADIUS = 1.5  # strides
+CELLS = 9  # proposals per object and level: 3x3
+MIN_CENTER_DEPTH = 0.5  # m: nearer objects have no usable projected centre; they are trained in 2D only
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Slots of proposed cells, S = 9 M per image; a slot that lost its cell or belongs to padding is not positive.
+
+    Everything that describes an object is gathered per slot, so that losses see flat, equal shapes.
+    """
+
+    location: Tensor  # (B, S) index of the cell over all levels; 0 where not positive
+    positive: Tensor  # (B, S) bool
+    object: Tensor  # (B, S) index of the object in its image
+    label: Tensor  # (B, S)
+    center: Tensor  # (B, S, 3) m
+    size: Tensor  # (B, S, 3) m
+    yaw: Tensor  # (B, S)
+    alpha: Tensor  # (B, S)
+    box: Tensor  # (B, S, 4) px
+    full_box: Tensor  # (B, S, 4) px
+    full_ok: Tensor  # (B, S) bool: the 3D box lies wholly before the camera plane
+    center_ok: Tensor  # (B, S) bool: the 3D centre can be projected
+    pixel: Tensor  # (B, S, 2) px: projected 3D centre, wherever it lies
+    centerness: Tensor  # (B, S) in (0, 1]
+    ignored: Tensor  # (B, N) bool: negatives inside ignore regions
+
+
+def target_points(batch, height, width):
+    """Projected centres (B, M, 2), the points that cells are chosen around (B, M, 2), and which centres are usable (B, M).
+
+    A centre that leaves the image is replaced by the border point on the line to it from the 2D box's centre (MonoFlex,
+    arXiv:2104.02323, sec. 3.2); one that cannot be projected by the 2D box's centre.
+    """
+    center, box = batch["center"], batch["box"]
+    usable = center[..., 2] > MIN_CENTER_DEPTH
+    ahead = torch.where(usable[..., None], center, center.new_tensor([0.0, 0.0, 10.0]))
+    pixel = project(ahead, batch["K"][:, None])
+    middle = (box[..., :2] + box[..., 2:]) / 2
+    pixel = torch.where(usable[..., None], pixel, middle)
+    edge = pixel.new_tensor([width - 1.0, height - 1.0])
+    middle = torch.minimum(middle.clamp(min=0), edge)
+    step = pixel - middle
+    room = torch.where(step > 0, edge - middle, middle) / step.abs().clamp(min=1e-6)  # share of the way until each border
+    return pixel, middle + step * room.amin(-1, keepdim=True).clamp(max=1), usable
+
+
+def level_of(box, level_sizes):
+    """Pyramid level (...) of visible boxes (..., 4): by the longer side, px."""
+    side = (box[..., 2:] - box[..., :2]).amax(-1)
+    return (side[..., None] > side.new_tensor(level_sizes)).sum(-1) if level_sizes else torch.zeros_like(side, dtype=torch.long)
+
+
+def propose(point, level, strides, height, width):
+    """The 3x3 cells around points (B, M, 2) on their levels (B, M).
+
+    Returns location (B, M, 9) over all levels, inside (B, M, 9) and distance (B, M, 9) from cell to point in strides.
+    """
+    counts = [(height // s) * (width // s) for s in strides]
+    table = point.new_tensor([[s, width // s, height // s, sum(counts[:i])] for i, s in enumerate(strides)])[level]  # (B, M, 4)
+    stride, columns, rows, first = table.unbind(-1)
+    edge = torch.stack([columns, rows], -1) - 1
+    cell = torch.minimum(((point + 0.5) / stride[..., None]).floor().clamp(min=0), edge)  # (B, M, 2)
+    around = torch.cartesian_prod(torch.arange(-1, 2, device=point.device), torch.arange(-1, 2, device=point.device)).flip(-1)
+    cells = cell[..., None, :] + around  # (B, M, 9, 2)
+    inside = ((cells >= 0) & (cells <= edge[..., None, :])).all(-1)
+    distance = (((cells + 0.5) - (point + 0.5)[..., None, :] / stride[..., None, None]) ** 2).sum(-1).sqrt()
+    location = first[..., None] + cells[..., 1] * columns[..., None] + cells[..., 0]
+    return torch.where(inside, location, 0).long(), inside, distance
+
+
+def assign(batch, config):
+    """Batch of `data.collate` -> `Targets`, for the model config's size, strides and level sizes. Nothing here waits for the device."""
+    with torch.no_grad():
+        height, width = config.size
+        pixel, point, usable = target_points(batch, height, width)
+        location, inside, distance = propose(point, level_of(batch["box"], config.level_sizes), config.strides, height, width)
+        count = sum((height // s) * (width // s) for s in config.strides)
+        location, positive = settle(location, inside & batch["valid"][..., None], distance, batch["center"][..., 2], count)
+
+        images, objects = batch["valid"].shape
+        owner = torch.arange(objects, device=location.device).repeat_interleave(CELLS).expand(images, -1)  # (B, S)
+
+        def per_slot(value):
+            return value.repeat_interleave(CELLS, 1)
+
+        return Targets(
+            location=location,
+            positive=positive,
+            object=owner,
+            label=per_slot(batch["label"]),
+            center=per_slot(batch["center"]),
+            size=per_slot(batch["size"]),
+            yaw=per_slot(batch["yaw"]),
+            alpha=per_slot(yaw_to_alpha(batch["yaw"], batch["center"])),
+            box=per_slot(batch["box"]),
+            full_box=per_slot(batch["full_box"]),
+            full_ok=per_slot(~batch["crosses"]),
+            center_ok=per_slot(usable),
+            pixel=per_slot(pixel),
+            centerness=torch.exp(-2.5 * distance.flatten(1) / (math.sqrt(2) * RADIUS)),
+            ignored=inside_regions(batch["ignore"], config),
+        )
+
+
+def settle(location, proposed, distance, depth, count):
+    """Give each cell to one object: the nearest centre in strides, then the nearer object, then the first.
+
+    location, proposed, distance (B, M, 9); depth (B, M); count N of cells. Returns location (B, S) and positive (B, S).
+    """
+    images = len(location)
+    far = torch.finfo(distance.dtype).max
+    cost = torch.where(proposed, distance + 1e-4 * depth.clamp(0, 200)[..., None], far).flatten(1)  # (B, S)
+    location = location.flatten(1)
+    least = cost.new_full((images, count), far).scatter_reduce(1, location, cost, "amin")
+    best = (cost <= least.gather(1, location)) & proposed.flatten(1)
+    slot = torch.arange(cost.shape[1], device=cost.device).expand(images, -1)
+    first = torch.full((images, count), cost.shape[1], device=cost.device).scatter_reduce(
+        1, location, torch.where(best, slot, cost.shape[1]), "amin"
+    )
+    positive = best & (first.gather(1, location) == slot)
+    return torch.where(positive, location, 0), positive
+
+
+def inside_regions(regions, config):
+    """Locations (B, N) bool inside any of the regions (B, R, 4), level by level as rows times columns."""
+    masks = []
+    for stride in config.strides:
+        u = (torch.arange(config.size[1] // stride, device=regions.device) + 0.5) * stride - 0.5
+        v = (torch.arange(config.size[0] // stride, device=regions.device) + 0.5) * stride - 0.5
+        across = (u >= regions[..., 0:1]) & (u <= regions[..., 2:3])  # (B, R, W)
+        down = (v >= regions[..., 1:2]) & (v <= regions[..., 3:4])  # (B, R, H)
+        masks.append((down[..., :, None] & across[..., None, :]).any(1).flatten(1))
+    return torch.cat(masks, 1)
+
+
+def measure_priors(dataset, config):
+    """Config with the priors that were left empty measured on the training labels, seen without augmentation.
+
+    size_prior: mean (l, h, w) of each class; depth_mean and depth_std: of the virtual depth of the objects on each pyramid level.
+    A class or level without objects gets the values of all objects. Returns the completed `ModelConfig`.
+    """
+    labels, sizes, levels, depths = [], [], [], []
+    for index in sorted({id: i for i, id in enumerate(dataset.ids)}.values()):
+        sample = dataset.sample_from(dataset.frames[index], dataset.view_of(index))
+        near = sample["center"][:, 2] > MIN_CENTER_DEPTH
+        labels.append(sample["label"][near])
+        sizes.append(sample["size"][near])
+        levels.append(level_of(sample["box"], config.level_sizes)[near])
+        depths.append(sample["center"][near, 2] * config.virtual_focal / sample["K"][1, 1])
+    labels, sizes, levels, depths = (torch.cat(x) for x in (labels, sizes, levels, depths))
+    if not len(labels):
+        raise ValueError(f"none of the {len(dataset)} training frames holds an object of {', '.join(config.classes)}")
+
+    def rows(mask, few):
+        return mask if mask.sum() >= few else torch.ones_like(mask)
+
+    size_prior = [sizes[rows(labels == c, 1)].mean(0).tolist() for c in range(len(config.classes))]
+    by_level = [depths[rows(levels == level, 4)] for level in range(len(config.strides))]
+    measured = {
+        "size_prior": tuple(tuple(round(v, 4) for v in prior) for prior in size_prior),
+        "depth_mean": tuple(round(d.mean().item(), 3) for d in by_level),
+        "depth_std": tuple(round(max(d.std(correction=0).item(), 0.5), 3) for d in by_level),
+    }
+    return dataclasses.replace(config, **{name: value for name, value in measured.items() if not getattr(config, name)})
+
+
+def encode(targets, model, K):
+    """Raw outputs (B, S, F) that `model.decode` turns back into the objects of the targets; both depth estimates say the true depth.
+
+    Used to check decode, and to evaluate the ground truth itself through the whole path. K (B, 3, 3).
+    """
+    stride = model.location_stride[targets.location][..., None]
+    pixel = model.location_pixel[targets.location]
+    level = model.location_level[targets.location]
+    focal = K.float()[:, None, 1, 1]
+
+    def unbound(value, limit):
+        return limit * torch.atanh((value / limit).clamp(-1 + 1e-6, 1 - 1e-6))
+
+    reach = torch.cat([pixel - targets.box[..., :2], targets.box[..., 2:] - pixel], -1) / stride
+    full = torch.cat([pixel - targets.full_box[..., :2], targets.full_box[..., 2:] - pixel], -1) / (4 * stride)
+    excess = (targets.center[..., 2] * model.config.virtual_focal / focal - 0.5).clamp(min=1e-3)
+    depth = unbound(((excess + torch.log(-torch.expm1(-excess)) + 0.5) - model.depth_mean[level]) / model.depth_std[level], 10.0)
+    height = unbound(torch.log(focal * targets.size[..., 1] / targets.center[..., 2].clamp(min=0.1) / (4 * stride[..., 0])), 4.0)
+    confident = torch.full_like(depth, -20.0)
+    bins = (torch.sin(targets.alpha - math.pi / 4) >= 0).float()
+    fields = {
+        "centerness": torch.logit(targets.centerness.clamp(1e-4, 1 - 1e-4))[..., None],
+        "box": unbound(torch.log(reach.clamp(min=1e-2)), 5.0),
+        "full_box": full,
+        "offset": (targets.pixel - pixel) / stride,
+        "depth": torch.stack([depth, confident], -1),
+        "height": torch.stack([height, confident], -1),
+        "size": unbound(torch.log(targets.size / model.size_prior[targets.label]), 2.0),
+        "alpha": torch.stack([torch.sin(2 * targets.alpha), torch.cos(2 * targets.alpha)], -1),
+        "direction": torch.stack([10 - 20 * bins, 20 * bins - 10], -1),
+        "yaw": torch.stack([torch.sin(targets.yaw), torch.cos(targets.yaw)], -1),
+    }
+    return torch.cat([fields[name] for name in model.fields], -1)
