@@ -41,6 +41,7 @@ class ModelConfig:
     depth_mean: tuple[float, ...] = ()  # virtual metres per level; empty: measured on the training labels
     depth_std: tuple[float, ...] = ()  # virtual metres per level; empty: measured on the training labels
     virtual_focal: float = 700.0  # px: depth z counts as z * virtual_focal / fy
+    projected_center: bool = True  # cells are chosen around the projected 3D centre; false: around the visible box's centre
     channels: int = 128  # of the FPN and the towers
     tower_convs: int = 2  # 3x3 convolutions in each of the two towers
     predict_yaw: bool = False  # a second angle output, for loss_alpha_constrain

@@ -42,11 +42,12 @@ class Targets:
     ignored: Tensor  # (B, N) bool: negatives inside ignore regions
 
 
-def target_points(batch, height, width):
+def target_points(batch, height, width, projected=True):
     """Projected centres (B, M, 2), the points that cells are chosen around (B, M, 2), and which centres are usable (B, M).
 
-    A centre that leaves the image is replaced by the border point on the line to it from the 2D box's centre (MonoFlex,
-    arXiv:2104.02323, sec. 3.2); one that cannot be projected by the 2D box's centre.
+    The points are the projected centres, or with projected=False the visible boxes' centres. A centre that leaves the image is replaced
+    by the border point on the line to it from the 2D box's centre (MonoFlex, arXiv:2104.02323, sec. 3.2), one that cannot be projected
+    by the 2D box's centre.
     """
     center, box = batch["center"], batch["box"]
     usable = center[..., 2] > MIN_CENTER_DEPTH
@@ -56,6 +57,8 @@ def target_points(batch, height, width):
     pixel = torch.where(usable[..., None], pixel, middle)
     edge = pixel.new_tensor([width - 1.0, height - 1.0])
     middle = torch.minimum(middle.clamp(min=0), edge)
+    if not projected:
+        return pixel, middle, usable
     step = pixel - middle
     room = torch.where(step > 0, edge - middle, middle) / step.abs().clamp(min=1e-6)  # share of the way until each border
     return pixel, middle + step * room.amin(-1, keepdim=True).clamp(max=1), usable
@@ -87,9 +90,9 @@ def propose(point, level, strides, height, width):
 
 def assign(batch, config):
     """Batch of `data.collate` -> `Targets`, for the model config's size, strides and level sizes. Nothing here waits for the device."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(batch["center"].device.type, enabled=False):  # a projection in bf16 is off by pixels
         height, width = config.size
-        pixel, point, usable = target_points(batch, height, width)
+        pixel, point, usable = target_points(batch, height, width, config.projected_center)
         location, inside, distance = propose(point, level_of(batch["box"], config.level_sizes), config.strides, height, width)
         count = sum((height // s) * (width // s) for s in config.strides)
         location, positive = settle(location, inside & batch["valid"][..., None], distance, batch["center"][..., 2], count)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, send_to_device, set_seed
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
@@ -184,7 +184,7 @@ def train(config, accelerator):
     total = options.steps or math.ceil(options.epochs * len(train_set) / global_batch)
     eval_steps = max(1, round(options.eval_every * per_epoch)) if options.eval_every else total
     progress = resume(config, net, published if average else None, optimizer.optimizer, accelerator, global_batch)
-    start, best = progress.get("step", 0), progress.get("best", -math.inf)
+    start, best = progress.get("step", 0), progress.get("best")
     if main:
         (out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
     if config.log_with:
@@ -239,7 +239,7 @@ def train(config, accelerator):
             log.warning(f"{skipped} unreadable images were replaced in this epoch (data.skip_bad)")
             skipped = 0
         if done % eval_steps == 0 or done == total:
-            metrics, predictions = evaluate(published, val_set, accelerator, options.batch_size, config.data.workers, options.eval_repeat)
+            metrics, predictions = evaluate_run(config, accelerator, published, val_set)
             best = after_evaluation(config, accelerator, metrics, published, done, step // per_epoch + 1, best)
             model.train()
         if (done % options.save_every == 0 or done == total) and main:
@@ -247,7 +247,7 @@ def train(config, accelerator):
             raw_and_average = (net, published if average else None, optimizer.optimizer)
             save_checkpoint(out / "checkpoints", done, *raw_and_average, to_dict(config), meta, options.keep)
     if metrics is None:  # started again after the last step
-        metrics, predictions = evaluate(published, val_set, accelerator, options.batch_size, config.data.workers, options.eval_repeat)
+        metrics, predictions = evaluate_run(config, accelerator, published, val_set)
     if main:
         draw_frames(val_set, metrics, predictions).save(out / "predictions.png")
         finish(config, metrics, start == total)
@@ -287,14 +287,23 @@ def report_bad_step(rank, losses, ids, step, bad_steps, most):
         raise FloatingPointError(f"{bad_steps} steps in a row had no finite gradient (train.max_bad_steps), the last one at step {step}")
 
 
+def evaluate_run(config, accelerator, model, dataset):
+    """`evaluate` with the run's settings, on the main process's BatchNorm statistics: those are the ones that are saved."""
+    for buffer in model.buffers():
+        broadcast(buffer)
+    return evaluate(model, dataset, accelerator, config.train.batch_size, config.data.workers, config.train.eval_repeat)
+
+
 def after_evaluation(config, accelerator, metrics, model, step, epoch, best):
     """Log an evaluation and keep the weights when they are the best so far. Returns the best value of the main metric."""
     out, name, value = Path(config.out), config.best, main_metric(metrics, config.best)
+    improved = best is None or value >= best
+    best = value if improved else best
     record = {"mode": "val", "epoch": epoch, "step": step, name: value}
-    write_log(accelerator, out, record, f"Epoch(val) [{epoch}] step {step}  {name}: {value:.2f}, best: {max(best, value):.2f}")
-    if accelerator.is_main_process and value >= best:
+    write_log(accelerator, out, record, f"Epoch(val) [{epoch}] step {step}  {name}: {value:.2f}, best: {best:.2f}")
+    if accelerator.is_main_process and improved:
         save_weights(out / "best", model, to_dict(config), {"step": step, "metric": name, "value": value, "metrics": metrics})
-    return max(best, value)
+    return best
 
 
 def finish(config, metrics, nothing_to_do):

@@ -1,0 +1,408 @@
+"""From frames to batches: exact views, augmentation as a pure function, ignore regions, sources, errors, and the order of training."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import KITTI_CAMERAS, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from config import Config, override
+from data import (
+    DataConfig,
+    Detection3D,
+    Source,
+    StepBatches,
+    View,
+    build_dataset,
+    collate,
+    load_image,
+    place_image,
+    place_labels,
+    whole_view,
+)
+from data_json import Record, write_jsonl
+from data_kitti import Labels, make_labels, write_calib, write_labels
+from geometry import box_corners, flip_boxes, project, project_boxes, yaw_to_alpha
+
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+CAMERAS = [(np.array([[c[0], 0, c[1]], [0, c[3], c[4]], [0, 0, 1]]), size) for c, size in KITTI_CAMERAS.items()]
+
+
+def views(size):
+    """Any flip, scale and crop of an image of that size on a canvas of 384x1280."""
+    return st.builds(
+        lambda wide, high, left, top, flip: View(size, (384, 1280), wide, high, left, top, flip),
+        st.integers(300, 2600), st.integers(100, 800), st.integers(-900, 300), st.integers(-300, 150), st.booleans(),
+    )  # fmt: skip
+
+
+def scene(K, size, seed, count=5):
+    """Labels of random boxes in front of the camera, their 2D boxes clipped to the image."""
+    rng = np.random.default_rng(seed)
+    center = rng.uniform([-15, -1, 8], [15, 2, 70], (count, 3))
+    extent, yaw = rng.uniform(0.5, 5, (count, 3)), rng.uniform(-np.pi, np.pi, count)
+    full, _ = project_boxes(center, extent, yaw, K)
+    return make_labels(["Car"] * count, np.clip(full, 0, np.tile(size, 2) - 1.0), extent, center, yaw)
+
+
+@pytest.mark.parametrize(("K", "size"), CAMERAS, ids=[f"{c[0]:g}" for c in KITTI_CAMERAS])
+@given(options=st.data())
+@settings(max_examples=40, deadline=None)
+def test_projected_boxes_move_with_the_pixels(K, size, options):
+    view, labels = options.draw(views(size)), scene(K, size, options.draw(st.integers(0, 99)))
+    placed, camera = place_labels(labels, view), view.camera(K)
+    for before, after in (
+        (labels.center, placed.center),
+        (box_corners(labels.center, labels.size, labels.yaw), box_corners(placed.center, placed.size, placed.yaw)),
+    ):
+        pixels = project(before, K)
+        moved = (view.matrix @ np.concatenate([pixels, np.ones_like(pixels[..., :1])], -1)[..., None])[..., :2, 0]
+        ours = project(after, camera)
+        if before.ndim == 3:  # a mirror image swaps the corners of a box, so compare them as sets
+            ours, moved = (np.take_along_axis(x, np.argsort(x[..., :1] * 1e3 + x[..., 1:], 1), 1) for x in (ours, moved))
+        assert np.abs(ours - moved).max() < 1e-3
+    np.testing.assert_allclose(placed.alpha, yaw_to_alpha(placed.yaw, placed.center), atol=1e-12)
+    assert camera[0, 0] > 0
+    assert camera[0, 1] == camera[1, 0] == 0
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("wide", "high", "left", "top"), [(320, 96, 0, 0), (400, 120, -50, -17), (240, 72, 31, 9), (213, 140, -20, -40)])
+def test_pictures_move_with_the_camera(flip, wide, high, left, top):
+    """A bright blob painted where a 3D point projects is found where the placed point projects through the placed camera."""
+    size, K = (640, 192), np.array([[400.0, 0, 322.3], [0, 400, 90.8], [0, 0, 1]])
+    view = View(size, (96, 320), wide, high, left, top, flip)
+    for point in ([-1.1, 0.3, 12.0], [2.35, -0.2, 11.0], [0.1, 0.5, 9.3]):
+        u, v = project(np.array(point), K)
+        down, across = np.mgrid[: size[1], : size[0]]
+        blob = 255 * np.exp(-((across - u) ** 2 + (down - v) ** 2) / (2 * 5.0**2))
+        picture = Image.fromarray(np.repeat(blob[..., None], 3, 2).round().astype(np.uint8))
+        canvas = place_image(picture, view).astype(float)[..., 0]
+        x1, y1, x2, y2 = view.shown
+        weight = np.zeros_like(canvas)
+        rows, columns = slice(y1, y2), slice(320 - x2, 320 - x1) if flip else slice(x1, x2)
+        weight[rows, columns] = canvas[rows, columns]
+        found = np.array([(weight * np.arange(320)).sum(), (weight * np.arange(96)[:, None]).sum()]) / weight.sum()
+        placed = np.array(point) * [-1 if flip else 1, 1, 1]
+        assert np.abs(found - project(placed, view.camera(K))).max() < 0.1
+
+
+@pytest.mark.parametrize(("K", "size"), CAMERAS, ids=[f"{c[0]:g}" for c in KITTI_CAMERAS])
+@given(options=st.data())
+@settings(max_examples=20, deadline=None)
+def test_boxes_come_back_to_the_image(K, size, options):
+    view, labels = options.draw(views(size)), scene(K, size, options.draw(st.integers(0, 99)))
+    np.testing.assert_allclose(view.boxes_to_image(view.boxes_to_canvas(labels.box)), labels.box, atol=1e-9)
+
+
+def test_placed_boxes_end_where_the_image_ends():
+    K, size = CAMERAS[0]
+    labels = scene(K, size, 0, 40)
+    for flip in (False, True):
+        view = View(size, (96, 320), 400, 121, -50, -10, flip)
+        box = place_labels(labels, view).box
+        x1, y1, x2, y2 = view.shown
+        limits = flip_boxes(np.array([x1, y1, x2 - 1, y2 - 1.0]), 320) if flip else np.array([x1, y1, x2 - 1, y2 - 1])
+        assert (box[:, :2] >= limits[:2]).all()
+        assert (box[:, 2:] <= limits[2:]).all()
+        assert (box[:, 2:] >= box[:, :2]).all()
+
+
+def test_flip_twice_is_nothing():
+    K, size = CAMERAS[1]
+    labels, view = scene(K, size, 3), View(size, (size[1], size[0]), *size, flip=True)
+    twice = place_labels(place_labels(labels, view), view)
+    for field in ("center", "box"):
+        np.testing.assert_allclose(getattr(twice, field), getattr(labels, field), atol=1e-9)
+    np.testing.assert_allclose(np.cos(twice.yaw - labels.yaw), 1)
+    np.testing.assert_allclose(view.camera(view.camera(K)), K)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((1242, 375), (1272, 384)), ((1224, 370), (1270, 384)), ((640, 192), (1280, 384)), ((100, 900), (43, 384))]
+)
+def test_the_whole_image_is_shown_as_large_as_fits(size, shown):
+    view = whole_view(*size, (384, 1280))
+    assert (view.width, view.height) == shown
+    assert (view.left, view.top, view.flip) == (0, 0, False)
+    canvas = place_image(Image.new("RGB", size, (255, 0, 0)), view)
+    assert canvas.shape == (384, 1280, 3)
+    assert canvas.dtype == np.uint8
+    assert (canvas[: view.height, : view.width] == [255, 0, 0]).all()
+    assert (canvas[:, view.width :] == data.PAD_COLOUR).all()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A KITTI folder of six frames with two cameras, a Van, a Tram and a DontCare."""
+    names = ["Car", "Pedestrian", "Van", "Tram", "DontCare"]
+    for sub in ("image_2", "label_2", "calib"):
+        (tmp_path / "training" / sub).mkdir(parents=True)
+    (tmp_path / "ImageSets").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        width = 320 if i % 2 else 300
+        Image.fromarray(rng.integers(0, 255, (96, width, 3), np.uint8)).save(tmp_path / f"training/image_2/{i:06d}.png")
+        K = np.array([[200.0 + 10 * (i % 2), 0, width / 2], [0, 200, 48], [0, 0, 1]])
+        write_calib(tmp_path / f"training/calib/{i:06d}.txt", np.column_stack([K, K @ [0.06, 0, 0.003]]))
+        count = min(i + 1, 5)
+        center = np.column_stack([np.linspace(-3, 3, 5), np.full(5, 1.0), np.full(5, 15.0)])
+        box, _ = project_boxes(center, np.full((5, 3), 1.6), np.zeros(5), K)
+        labels = make_labels(names, box, np.full((5, 3), 1.6), center, np.zeros(5), np.zeros(5), np.zeros(5))
+        labels.size[4], labels.center[4], labels.yaw[4] = -1, -1000, -10
+        write_labels(tmp_path / f"training/label_2/{i:06d}.txt", labels[:count])
+    (tmp_path / "ImageSets/train.txt").write_text("000000\n000001\n000002\n000003\n")
+    (tmp_path / "ImageSets/val.txt").write_text("000004\n000005\n")
+    return tmp_path
+
+
+def build(folder, *sources, training=False, **changes):
+    config = DataConfig(**{"root": str(folder), "train": sources or (Source(),), "workers": 0, **changes})
+    return build_dataset(config, config.train, CLASSES, (96, 320), training, seed=5)
+
+
+def test_a_sample_holds_what_the_frame_holds(folder):
+    sample = build(folder, Source(split=("val",)))[1]
+    assert sample["image"].shape == (96, 320, 3)
+    assert sample["image"].dtype == torch.uint8
+    assert sample["label"].tolist() == [0, 1]  # the Van and the Tram are not objects
+    np.testing.assert_allclose(sample["center"], [[-2.94, 1, 15.003], [-1.44, 1, 15.003]], atol=1e-5)  # moved from camera 0
+    np.testing.assert_allclose(
+        project(sample["center"].numpy(), sample["K"].numpy())[0], [[160 - 2.94 / 15.003 * 210, 48 + 200 / 15.003]][0], atol=1e-3
+    )
+    assert len(sample["ignore"]) == 2  # Van and DontCare; the Tram is background
+    assert not sample["crosses"].any()
+    for key in ("K", "center", "size", "yaw", "box", "full_box", "ignore"):
+        assert sample[key].dtype == torch.float32
+
+
+def test_neighbours_can_be_changed(folder):
+    assert len(build(folder, Source(split=("val",)), neighbours=())[1]["ignore"]) == 1
+    assert len(build(folder, Source(split=("val",)), neighbours=("Van", "Tram"))[1]["ignore"]) == 3
+    with pytest.raises(ValueError, match=r"data\.neighbours names \['Car'\], which model\.classes trains"):
+        build(folder, neighbours=("Car",))
+
+
+def test_trained_names_come_from_renaming(folder):
+    dataset = build(folder, Source(split=("val",), rename={"Tram": "Car", "Car": "Cyclist"}))
+    assert dataset[1]["label"].tolist() == [2, 1, 0]
+    assert "Cyclist 2" in dataset.summary()
+    assert "ignored: DontCare 2, Van 2" in dataset.summary()
+
+
+def test_sources_are_concatenated_repeated_and_limited(folder):
+    ids = build(folder, Source(split=("train", "val"), limit=5)).ids
+    assert ids == [f"{i:06d}" for i in range(5)]
+    assert build(folder, Source(split=("val",), repeat=3)).ids == ["000004", "000005"] * 3
+    assert build(folder, Source(split=("all",))).ids == [f"{i:06d}" for i in range(6)]
+    several = build(folder, Source(limit=1), Source(root=str(folder), split=("train",), limit=2))
+    assert several.ids == ["0_000000", "1_000000", "1_000001"]
+    assert len(build(folder, Source(split=("train",)), Source(split=("val",)))) == 6
+
+
+def test_json_lines_train_beside_kitti(folder):
+    labels = make_labels(["Car"], [[10, 20, 60, 70]], [[4, 1.5, 1.8]], [[1, 1, 12]], [0.2])
+    path = folder / "training/image_2/000000.png"
+    write_jsonl(folder / "own.jsonl", [Record(id="one", image=path, K=np.array([[200.0, 0, 150], [0, 200, 48], [0, 0, 1]]), labels=labels)])
+    dataset = build(folder, Source(limit=1), Source(kind="jsonl", root=str(folder / "own.jsonl")))
+    assert dataset.ids == ["0_000000", "1_one"]
+    batch = collate([dataset[0], dataset[1]])
+    assert batch["valid"].sum(1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ((Source(root="/nowhere"),), r"/nowhere: expected a KITTI folder with training/image_2"),
+        ((Source(split=("test",)),), r"ImageSets/test\.txt: no such split file; there are train, val"),
+        ((Source(kind="coco"),), r"data source kind is 'coco', expected 'kitti', 'jsonl' or 'synthetic'"),
+        ((Source(repeat=0),), r"repeat 0 and limit 0, expected >= 1 and >= 0"),
+        ((Source(split=("train", "train")),), r"frame 000000 is listed 2 times in data\.val; use repeat="),
+        ((Source(kind="jsonl", root="/nowhere.jsonl"),), r"/nowhere\.jsonl"),
+    ],
+)
+def test_wrong_sources_are_named(folder, sources, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        build(folder, *sources)
+
+
+def test_no_source_at_all(folder):
+    with pytest.raises(ValueError, match=r"data\.train lists no source"):
+        build_dataset(DataConfig(root=str(folder)), (), CLASSES, (96, 320), True)
+
+
+@pytest.mark.parametrize("missing", ["calib", "label_2", "image_2"])
+def test_missing_files_are_named(folder, missing):
+    next((folder / "training" / missing).glob("000001.*")).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"training/{missing}/000001\.\w+: .*"):
+        build(folder)
+
+
+def test_an_unreadable_image_is_named_or_replaced(folder):
+    bad = folder / "training/image_2/000001.png"
+    bad.write_bytes(bad.read_bytes()[:3000])
+    with pytest.raises(OSError, match=re.escape(f"{bad}: cannot read the image")):
+        build(folder)[1]
+    dataset = build(folder, skip_bad=True)
+    sample = dataset[1]
+    assert (sample["index"].item(), sample["skipped"].item()) == (2, 1)
+    assert torch.equal(sample["image"], dataset[2]["image"])
+    assert dataset[2]["skipped"].item() == 0
+    for i in range(4):
+        (folder / f"training/image_2/{i:06d}.png").write_bytes(b"no picture")
+    with pytest.raises(OSError, match="none of the 4 images of the data set can be read"):
+        dataset[0]
+
+
+def test_an_implausible_camera_is_named(folder):
+    write_calib(folder / "training/calib/000000.txt", np.array([[5.0, 0, 150, 0], [0, 5, 48, 0], [0, 0, 1, 0]]))
+    with pytest.raises(ValueError, match=r"000000\.png: its camera matrix: focal lengths 5, 5 px are implausible"):
+        build(folder)[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
+def test_any_picture_becomes_rgb(tmp_path, mode):
+    picture = Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)) if mode == "I;16" else Image.new(mode, (64, 64))
+    picture.save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").mode == "RGB"
+    if mode == "I;16":
+        assert np.abs(np.asarray(load_image(tmp_path / "a.png"))[..., 0].mean() - 127) < 2
+
+
+def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(folder):
+    options = {"training": True, "scale": (0.7, 1.4), "colour": 0.3}
+    one, two = build(folder, **options), build(folder, **options)
+    two[(0, 3)], two[(5, 1)]  # what was read before must not matter
+    np.random.seed(1)
+    torch.manual_seed(1)
+    for key in ((0, 1), (1, 1), (1, 2)):
+        for name, value in one[key].items():
+            assert torch.equal(value, two[key][name]), name
+    assert not torch.equal(one[(0, 1)]["K"], one[(1, 1)]["K"])
+    assert not torch.equal(one[(1, 1)]["image"], one[(1, 2)]["image"])
+    other = Detection3D(one.frames, CLASSES, (96, 320), one.config, True, seed=6)
+    assert not torch.equal(one[(0, 1)]["K"], other[(0, 1)]["K"])
+
+
+def test_augmentation_varies_as_asked_and_only_in_training(folder):
+    dataset = build(folder, training=True, scale=(0.7, 1.4), flip=0.5)
+    cameras = [dataset[(epoch, 0)]["K"].numpy() for epoch in range(60)]
+    zoom = np.array([c[0, 0] for c in cameras]) / 200
+    assert zoom.min() < 0.8 * 320 / 300 < 1.3 * 320 / 300 < zoom.max() * 1.1
+    flips = [dataset[(epoch, 2)]["center"][0, 0].item() > 0 for epoch in range(60)]
+    assert 15 < sum(flips) < 45
+    plain = build(folder, scale=(0.7, 1.4))
+    assert torch.equal(plain[0]["image"], plain[(7, 0)]["image"])
+    still = build(folder, training=True, flip=0.0)
+    assert torch.equal(still[(0, 1)]["image"], still[(7, 1)]["image"])  # fills the canvas, so that no place is left to draw
+
+
+def test_what_the_crop_leaves_out_is_no_object(folder):
+    dataset = build(folder, training=True, scale=(3.0, 3.0), flip=0.0)
+    counts = {len(dataset[(epoch, 3)]["label"]) for epoch in range(30)}
+    assert min(counts) == 0
+    assert max(counts) == 2
+    for epoch in range(30):
+        box = dataset[(epoch, 3)]["box"]
+        assert (box[:, 2:] - box[:, :2] >= 1).all()
+
+
+def test_collate_pads_without_harm(folder):
+    dataset = build(folder, Source(split=("train", "val")))
+    samples = [dataset[i] for i in range(6)]
+    batch = collate(samples)
+    assert batch["image"].shape == (6, 96, 320, 3)
+    assert batch["center"].shape == (6, 16, 3)
+    assert batch["valid"].sum(1).tolist() == [len(s["label"]) for s in samples]
+    assert len({tuple(k.flatten().tolist()) for k in batch["K"]}) == 2  # two cameras in one batch
+    for i, sample in enumerate(samples):
+        n = len(sample["label"])
+        for name in ("label", "center", "size", "yaw", "box", "full_box", "crosses"):
+            assert torch.equal(batch[name][i, :n], sample[name])
+        assert (batch["center"][i, n:, 2] > 1).all()
+        assert (batch["size"][i, n:] > 0).all()
+        assert (batch["box"][i, n:, 2:] > batch["box"][i, n:, :2]).all()
+        assert torch.equal(batch["ignore"][i, : len(sample["ignore"])], sample["ignore"])
+        rest = batch["ignore"][i, len(sample["ignore"]) :]
+        assert (rest[:, 2:] < rest[:, :2]).all()
+    assert collate([samples[0]] * 2, multiple=3)["label"].shape == (2, 3)
+    many = {
+        **samples[0],
+        **{k: samples[0][k].repeat_interleave(17, 0) for k in ("label", "center", "size", "yaw", "box", "full_box", "crosses")},
+    }
+    assert collate([many])["label"].shape == (1, 32)
+
+
+def test_objects_across_the_camera_plane_have_no_full_box(folder):
+    dataset = build(folder)
+    labels = make_labels(["Car"], [[200, 40, 319, 95]], [[4, 1.5, 1.8]], [[1.6, 1, 1.2]], [1.5])
+    sample = dataset.sample_from(dataclasses.replace(dataset.frames[0], labels=labels), whole_view(320, 96, (96, 320)))
+    assert sample["crosses"].tolist() == [True]
+    assert sample["full_box"].tolist() == [[0, 0, 0, 0]]
+
+
+def test_truth_is_what_the_file_says(folder):
+    dataset = build(folder, Source(split=("val",)))
+    truth = dataset.truth(1)
+    assert isinstance(truth, Labels)
+    np.testing.assert_allclose(truth.center[0], [-3, 1, 15], atol=1e-12)
+    assert truth.name.tolist() == ["Car", "Pedestrian", "Van", "Tram", "DontCare"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_do_not_change_a_batch(folder, workers):
+    from train import make_loader
+
+    dataset = build(folder, training=True, scale=(0.7, 1.4), colour=0.2)
+    order = StepBatches(len(dataset), 2, 0, 1, seed=3, start=0, stop=3)
+    for batch, keys in zip(make_loader(dataset, order, workers, torch.device("cpu")), order, strict=True):
+        expected = collate([dataset[key] for key in keys])
+        for name, value in batch.items():
+            assert torch.equal(value, expected[name]), name
+
+
+@given(
+    count=st.integers(1, 40), share=st.integers(1, 4), world=st.integers(1, 4), seed=st.integers(0, 5), start=st.integers(0, 30)
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_order_is_independent_of_processes_and_of_where_it_starts(count, share, world, seed, start):
+    global_batch, stop = share * world, start + 6
+    alone = list(StepBatches(count, global_batch, 0, 1, seed, start, stop))
+    ranks = [list(StepBatches(count, global_batch, rank, world, seed, start, stop)) for rank in range(world)]
+    for step, batch in enumerate(alone):
+        assert [key for rank in ranks for key in rank[step]] == batch
+    from_zero = list(StepBatches(count, global_batch, 0, 1, seed, 0, stop))
+    assert alone == from_zero[start:]
+    stream = [key for batch in from_zero for key in batch]
+    for epoch in range(len(stream) // count):
+        whole = stream[epoch * count : (epoch + 1) * count]
+        assert [e for e, _ in whole] == [epoch] * count
+        assert sorted(index for _, index in whole) == list(range(count))
+
+
+def test_order_changes_with_epoch_and_seed():
+    stream = [key for batch in StepBatches(20, 5, 0, 1, 0, 0, 8) for key in batch]
+    first, second = [i for e, i in stream if e == 0], [i for e, i in stream if e == 1]
+    assert first != second
+    assert first != [i for batch in StepBatches(20, 5, 0, 1, 1, 0, 4) for _, i in batch]
+    assert len(StepBatches(20, 5, 0, 1, 0, 3, 8)) == 5
+    with pytest.raises(ValueError, match="a global batch of 5 does not divide over 2 processes"):
+        StepBatches(20, 5, 0, 2, 0, 0, 8)
+
+
+def test_the_built_in_world_is_a_source(tmp_path):
+    from conftest import ROOT
+
+    from config import load_config
+
+    config = override(load_config(ROOT / "configs/synthetic.py"), tiny(tmp_path, tmp_path))
+    assert isinstance(config, Config)
+    sets = [build_dataset(config.data, sources, CLASSES, (96, 320), False) for sources in (config.data.train, config.data.val)]
+    assert [len(s) for s in sets] == [8, 4]
+    assert not set(sets[0].ids) & set(sets[1].ids)

@@ -1,0 +1,249 @@
+"""Projection, angles, corners, clipping at the camera plane and 2D overlaps: hand-worked cases and properties."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geometry import (
+    NEAR,
+    alpha_to_yaw,
+    box_corners,
+    box_iou,
+    camera_problem,
+    clip_boxes,
+    clip_edges,
+    corners_from_axes,
+    flip_boxes,
+    generalized_iou,
+    project,
+    project_boxes,
+    ray_angle,
+    unproject,
+    wrap_angle,
+    yaw_to_alpha,
+)
+
+K = np.array([[700.0, 0, 600], [0, 710, 180], [0, 0, 1]])
+angles = st.floats(-30, 30)
+
+
+def tensors(*arrays):
+    return [torch.tensor(np.asarray(array), dtype=torch.float64) for array in arrays]
+
+
+def test_project_by_hand():
+    assert project(np.array([2.0, -1, 10]), K).tolist() == [740.0, 109.0]
+    assert unproject(np.array([740.0, 109]), np.array(10.0), K).tolist() == [2.0, -1.0, 10.0]
+
+
+@given(st.floats(-50, 50), st.floats(-5, 5), st.floats(0.2, 150))
+def test_unproject_inverts_project(x, y, z):
+    point = np.array([x, y, z])
+    np.testing.assert_allclose(unproject(project(point, K), point[2], K), point, atol=1e-9, rtol=1e-9)
+    torch_point, torch_K = tensors(point, K)
+    np.testing.assert_allclose(project(torch_point, torch_K).numpy(), project(point, K), rtol=1e-12, atol=1e-9)
+
+
+def test_project_takes_one_camera_per_point_or_one_for_all():
+    points = np.random.default_rng(0).uniform([-5, -2, 3], [5, 2, 40], (4, 6, 3))
+    cameras = K * np.array([1.0, 2, 0.5, 3])[:, None, None]
+    cameras[:, 2, 2] = 1
+    pixels = project(points, cameras[:, None])
+    assert pixels.shape == (4, 6, 2)
+    for i in range(4):
+        np.testing.assert_allclose(pixels[i], project(points[i], cameras[i]))
+    np.testing.assert_allclose(unproject(pixels, points[..., 2], cameras[:, None]), points)
+
+
+def test_wrap_angle_is_half_open():
+    assert wrap_angle(np.array([math.pi, -math.pi, 3 * math.pi])).tolist() == [-math.pi] * 3
+    assert wrap_angle(np.array([0.5, 2 * math.pi + 0.5]))[1] == pytest.approx(0.5)
+    just_below = np.nextafter(-math.pi, -4)  # % rounds this up to 2 pi itself
+    assert wrap_angle(np.array(just_below)) == -math.pi
+
+
+@given(angles)
+def test_wrap_angle_keeps_the_direction_and_the_range(angle):
+    for wrapped in (float(wrap_angle(np.array(angle))), float(wrap_angle(torch.tensor(angle, dtype=torch.float32)))):
+        assert -math.pi <= wrapped < math.pi
+        assert math.cos(wrapped - angle) > 1 - 1e-9
+
+
+@given(angles, st.floats(-40, 40), st.floats(0.5, 80))
+def test_alpha_and_yaw_are_inverse(yaw, x, z):
+    center = np.array([x, 1.0, z])
+    alpha = yaw_to_alpha(np.array(yaw), center)
+    assert -math.pi <= alpha < math.pi
+    assert math.cos(alpha_to_yaw(alpha, center) - yaw) == pytest.approx(1, abs=1e-12)
+
+
+def test_a_car_seen_from_behind_on_the_right():
+    """At 45 degrees to the right, heading along the ray: the camera sees its back, alpha = -pi / 2."""
+    center = np.array([10.0, 1, 10])
+    assert ray_angle(center) == pytest.approx(math.pi / 4)
+    heading = box_corners(center, np.array([4.0, 1.5, 2]), np.array(-math.pi / 4))[:2].mean(0) - center
+    assert heading[0] > 0  # yaw -45 degrees points right and away
+    assert heading[2] > 0
+    assert yaw_to_alpha(np.array(-math.pi / 4), center) == pytest.approx(-math.pi / 2)
+
+
+def test_corners_take_length_height_width_along_x_y_z():
+    center, size = np.array([1.0, 2, 10]), np.array([4.0, 1.5, 2])
+    corners = box_corners(center, size, np.array(0.0))
+    np.testing.assert_allclose(np.ptp(corners, axis=0), [4, 1.5, 2])
+    np.testing.assert_allclose(corners[0], [3, 2.75, 11])  # front, bottom (+y), far
+    assert (corners[:4, 1] == 2.75).all()
+    assert (corners[4:, 1] == 1.25).all()
+    np.testing.assert_allclose(np.ptp(box_corners(center, size, np.array(math.pi / 2)), axis=0), [2, 1.5, 4], atol=1e-12)
+    quarter = box_corners(center, size, np.array(math.pi / 2))[:2].mean(0)
+    np.testing.assert_allclose(quarter, [1, 2.75, 8], atol=1e-12)  # +yaw turns the front towards the camera, KITTI's rotation_y
+
+
+def test_corners_agree_between_libraries_and_from_axes():
+    rng = np.random.default_rng(1)
+    center, size, yaw = rng.normal(size=(5, 3)), rng.uniform(1, 4, (5, 3)), rng.uniform(-4, 4, 5)
+    expected = box_corners(center, size, yaw)
+    c, s, y = tensors(center, size, yaw)
+    np.testing.assert_allclose(box_corners(c, s, y).numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(corners_from_axes(c, s, y.sin(), y.cos()).numpy(), expected, atol=1e-12)
+
+
+def test_edges_are_cut_at_the_near_plane():
+    corners = box_corners(np.array([[0.0, 0, 1]]), np.array([[4.0, 2, 2]]), np.array([math.pi / 2]))  # z from -1 to 3
+    edges, visible = clip_edges(corners)
+    assert edges.shape == (1, 12, 2, 3)
+    assert visible.sum() == 8  # the four edges of the end behind the camera are gone
+    kept = edges[0][visible[0]]
+    assert kept[..., 2].min() == NEAR == 0.1
+    assert kept[..., 2].max() == pytest.approx(3)
+    assert np.abs(kept[..., 0]).max() == pytest.approx(1)  # cutting moves points along their edge only
+    assert np.isfinite(edges).all()
+
+
+def test_project_boxes_by_hand():
+    full, crosses = project_boxes([[0, 0, 10]], [[4, 2, 2]], [0.0], K)
+    near, half = 9.0, np.array([2.0, 1])
+    expected = [600 - 700 * half[0] / near, 180 - 710 * half[1] / near, 600 + 700 * half[0] / near, 180 + 710 * half[1] / near]
+    np.testing.assert_allclose(full, [expected])
+    assert crosses.tolist() == [False]
+
+
+def test_project_boxes_behind_and_across_the_camera():
+    center = [[0, 0, -10], [1.5, 0, 1], [0, 0, 10], [0, 0, 1.05]]
+    size = [[4, 2, 2], [1, 2, 4], [4, 2, 2], [1, 2, 1.9]]
+    full, crosses = project_boxes(center, size, [0.0] * 4, K)
+    assert np.isnan(full[0]).all()
+    assert crosses.tolist() == [True, True, False, False]
+    assert np.isfinite(full[1:]).all()
+    x1, y1, x2, y2 = full[1]  # x from 1 to 2, z from .1 to 3
+    np.testing.assert_allclose([x1, x2], [600 + 700 * 1 / 3, 600 + 700 * 2 / 0.1])
+    np.testing.assert_allclose([y1, y2], [180 - 710 / 0.1, 180 + 710 / 0.1])
+
+
+def test_project_boxes_without_boxes():
+    full, crosses = project_boxes(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0), K)
+    assert full.shape == (0, 4)
+    assert crosses.shape == (0,)
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30)
+def test_full_box_is_the_extent_of_the_corners_in_front(seed):
+    rng = np.random.default_rng(seed)
+    center = rng.uniform([-10, -1, 8], [10, 2, 60], (3, 3))
+    size, yaw = rng.uniform(0.5, 5, (3, 3)), rng.uniform(-4, 4, 3)
+    full, crosses = project_boxes(center, size, yaw, K)
+    pixels = project(box_corners(center, size, yaw), K)
+    np.testing.assert_allclose(full, np.concatenate([pixels.min(1), pixels.max(1)], 1))
+    assert not crosses.any()
+
+
+def test_flip_twice_is_nothing_and_once_mirrors_pixels():
+    boxes = np.array([[3.0, 4, 10, 12], [-5, 0, 99, 9]])
+    assert flip_boxes(boxes, 100).tolist() == [[89, 4, 96, 12], [0, 0, 104, 9]]
+    np.testing.assert_array_equal(flip_boxes(flip_boxes(boxes, 100), 100), boxes)
+    assert flip_boxes(torch.tensor(boxes), 100).tolist() == flip_boxes(boxes, 100).tolist()
+
+
+def test_clip_boxes_ends_at_the_last_pixel_centre():
+    assert clip_boxes(np.array([[-5.0, 2, 200, 80]]), 100, 50).tolist() == [[0, 2, 99, 49]]
+    assert clip_boxes(torch.tensor([[-5.0, 2, 200, 80]]), 100, 50).tolist() == [[0, 2, 99, 49]]
+
+
+def test_box_iou_by_hand_and_degenerate():
+    a = np.array([[0.0, 0, 10, 10], [0, 0, 10, 10], [5, 5, 5, 5], [0, 0, 10, 10]])
+    b = np.array([[0.0, 0, 10, 20], [20, 0, 30, 10], [5, 5, 5, 5], [0, 0, 10, 10]])
+    expected = [0.5, 0, 0, 1]
+    np.testing.assert_allclose(box_iou(a, b), expected)
+    np.testing.assert_allclose(box_iou(b, a), expected)
+    np.testing.assert_allclose(box_iou(*tensors(a, b)).numpy(), expected)
+
+
+def test_generalized_iou_by_hand():
+    a = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 10]])
+    b = torch.tensor([[0.0, 0, 10, 20], [20, 0, 30, 10], [0, 0, 10, 10]])
+    torch.testing.assert_close(generalized_iou(a, b), torch.tensor([0.5, -1 / 3, 1.0]))
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30)
+def test_generalized_iou_is_symmetric_bounded_and_below_iou(seed):
+    corners = torch.from_numpy(np.random.default_rng(seed).uniform(0, 100, (2, 20, 2, 2)))
+    a, b = torch.cat([corners.amin(2), corners.amax(2)], -1)
+    value = generalized_iou(a, b)
+    torch.testing.assert_close(value, generalized_iou(b, a))
+    assert (value <= box_iou(a, b) + 1e-9).all()
+    assert (value > -1).all()
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([5.0, 5, 5, 5], [5.0, 5, 5, 5]),  # both empty, at one place: the hull has no area
+        ([5.0, 5, 5, 5], [0.0, 0, 10, 10]),
+        ([5.0, 5, 5, 9], [50.0, 5, 50, 9]),
+        ([0.0, 0, 1e5, 1e5], [0.0, 0, 1e-3, 1e-3]),
+    ],
+)
+def test_generalized_iou_of_degenerate_boxes_has_value_and_gradient(a, b):
+    a, b = torch.tensor(a, requires_grad=True), torch.tensor(b)
+    value = generalized_iou(a, b)
+    value.backward()
+    assert -1.001 <= value.item() <= 1.001
+    assert torch.isfinite(a.grad).all()
+
+
+def test_inputs_stay_as_they_were():
+    center, size, yaw = np.array([[1.5, 0, 1]]), np.array([[1.0, 2, 4]]), np.array([0.3])
+    before = [x.copy() for x in (center, size, yaw, K)]
+    project_boxes(center, size, yaw, K)
+    box_corners(center, size, yaw)
+    for array, old in zip((center, size, yaw, K), before, strict=True):
+        np.testing.assert_array_equal(array, old)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({(0, 0): 5.0}, "focal lengths 5, 710 px are implausible for an image of 1242x375"),
+        ({(0, 0): -700.0}, "focal lengths -700, 710"),
+        ({(0, 2): 5000.0}, r"principal point \(5000, 180\) px is far outside"),
+        ({(0, 1): 3.0}, r"expected \[\[fx, 0, cx\]"),
+        ({(1, 1): math.nan}, "expected finite numbers"),
+    ],
+)
+def test_implausible_cameras_are_named(change, words):
+    wrong = K.copy()
+    for place, value in change.items():
+        wrong[place] = value
+    assert camera_problem(K, 1242, 375) is None
+    assert re.search(words, camera_problem(wrong, 1242, 375))
+
+
+def test_a_projection_matrix_is_not_a_camera_matrix():
+    assert "shape (3, 4)" in camera_problem(np.zeros((3, 4)), 1242, 375)

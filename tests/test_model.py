@@ -1,0 +1,361 @@
+"""The detector: backbones, bounds of decode, detections, saving and loading, and refusals in one sentence."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scenes import CAR, FAR, MODEL, PERSON, TRUNCATED, K, all_losses, make_batch
+
+from checkpoint import complete_checkpoints, find_weights, load_checkpoint, load_weights, save_checkpoint, save_weights
+from config import Config, to_dict
+from model import Detector, ModelConfig, angle_from_double, heading_bin, unit
+
+BACKBONES = ("resnet18", "resnet50", "dla34", "mobilenetv4_conv_small", "convnext_tiny", "efficientnet_lite0", "regnety_004",
+             "ese_vovnet39b", "swin_tiny_patch4_window7_224", "hgnetv2_b0")  # fmt: skip
+
+
+def make_detector(**changes):
+    torch.manual_seed(0)
+    return Detector(dataclasses.replace(MODEL, **changes))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return make_detector(score_threshold=0.0)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return np.random.default_rng(0).integers(0, 255, (96, 320, 3), np.uint8)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_backbones_train_a_step_and_predict(backbone, picture):
+    size = (64, 224)
+    model = make_detector(backbone=backbone, size=size, score_threshold=0.0)
+    batch = make_batch([CAR, PERSON], [FAR], size=size)
+    batch["image"] = torch.randint(0, 255, batch["image"].shape, dtype=torch.uint8)
+    logits, raw = model(batch["image"])
+    cells = sum((size[0] // s) * (size[1] // s) for s in MODEL.strides)
+    assert logits.shape == (2, cells, 3)
+    losses, _ = all_losses(model, batch, logits, raw)
+    loss = sum(losses.values())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    first = next(p for n, p in model.named_parameters() if n.startswith("backbone"))
+    before = first.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, first)
+    found = model.predict(picture, K)
+    assert len(found) > 0
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        assert len(value) == len(found)
+        assert field.name == "name" or np.isfinite(value).all(), field.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"backbone": "resnet81"}, r"model\.backbone 'resnet81' is not a timm model; near it: .*resnet18"),
+        ({"backbone": "zzzzqqq"}, r"model\.backbone 'zzzzqqq' is not a timm model$"),
+        ({"backbone": "vit_tiny_patch16_224"}, r"has features at strides \[16, 16, 16\], none at \[8, 32\] of model\.strides"),
+        ({"backbone": "resnet18", "strides": (8, 16, 64), "size": (128, 320)}, r"none at \[64\] of model\.strides"),
+        ({"backbone": "resnetv2_50d", "pretrained": True}, r"'resnetv2_50d' has no pretrained weights in timm"),
+        ({"size": (100, 320)}, r"model\.size is \(100, 320\), expected \(height, width\) in multiples of the largest stride, 32"),
+        ({"norm": "layer"}, r"model\.norm is 'layer', expected 'batch', 'frozen' or 'sync'"),
+        ({"level_sizes": (64.0,)}, r"model\.level_sizes has 1 borders for 3 strides, expected one fewer"),
+        ({"classes": ()}, r"model\.classes is empty"),
+        ({"depth_mean": (1.0,)}, r"model\.depth_mean has 1 entries, expected 3 or none"),
+        ({"size_prior": ()}, r"model\.size_prior, depth_mean and depth_std are not set"),
+    ],
+)
+def test_wrong_models_are_refused_in_one_sentence(changes, words):
+    with pytest.raises(ValueError, match=words) as error:
+        make_detector(**changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, 0.0, math.pi])
+def test_decode_is_bounded(detector, value):
+    batch = make_batch([CAR])
+    location = torch.arange(len(detector.location_stride))[None]
+    raw = torch.full((1, location.shape[1], sum(detector.fields.values())), value)
+    for label in range(3):
+        decoded = detector.decode(raw, location, torch.full_like(location, label), batch["K"])
+        for field in dataclasses.fields(decoded):
+            assert torch.isfinite(getattr(decoded, field.name)).all(), field.name
+        assert (decoded.size > 0).all()
+        assert (decoded.size < 10 * torch.tensor(MODEL.size_prior[label])).all()
+        assert (decoded.depth > 0).all()
+        assert (decoded.depth[..., 1] < 1e3).all()
+        assert (decoded.box[..., 2:] > decoded.box[..., :2]).all()
+        assert (decoded.full_box[..., 2:] >= decoded.full_box[..., :2]).all()
+        assert (decoded.double_alpha.norm(dim=-1) < 1 + 1e-5).all()
+        fused = decoded.log_sigma[..., 0]
+        assert (fused <= decoded.log_sigma[..., 1:].amin(-1) + 1e-5).all()  # two estimates are better than one
+        low, high = decoded.depth[..., 1:].amin(-1), decoded.depth[..., 1:].amax(-1)
+        assert ((decoded.depth[..., 0] >= low * (1 - 1e-5)) & (decoded.depth[..., 0] <= high * (1 + 1e-5))).all()
+
+
+def test_depth_follows_the_focal_length(detector):
+    """The same outputs through twice the focal length mean twice the depth: virtual depth."""
+    location = torch.arange(50)[None]
+    raw = torch.randn(1, 50, sum(detector.fields.values()), generator=torch.Generator().manual_seed(0))
+    K1 = torch.tensor(K, dtype=torch.float32)[None]
+    K2 = K1 * torch.tensor([[2.0, 2, 1], [2, 2, 1], [1, 1, 1]])
+    one, two = (detector.decode(raw, location, torch.zeros_like(location), k) for k in (K1, K2))
+    torch.testing.assert_close(two.depth, 2 * one.depth)
+    torch.testing.assert_close(two.log_sigma.exp()[..., 0], 2 * one.log_sigma.exp()[..., 0])
+    torch.testing.assert_close(two.size, one.size)
+
+
+def test_locations_are_cell_centres(detector):
+    pixel, stride = detector.location_pixel, detector.location_stride
+    assert pixel[0].tolist() == [3.5, 3.5]
+    assert pixel[1].tolist() == [11.5, 3.5]
+    assert len(pixel) == 12 * 40 + 6 * 20 + 3 * 10
+    for s in MODEL.strides:
+        level = pixel[stride == s]
+        assert level.amin(0).tolist() == [(s - 1) / 2] * 2
+        assert level.amax(0).tolist() == [320 - (s + 1) / 2, 96 - (s + 1) / 2]
+
+
+@pytest.mark.parametrize("alpha", np.linspace(-math.pi, math.pi - 1e-3, 17).tolist() + [math.pi / 4, -3 * math.pi / 4 + 1e-4])
+def test_two_bins_and_the_double_angle_give_the_angle(alpha):
+    alpha = torch.tensor(alpha)
+    double = torch.stack([torch.sin(2 * alpha), torch.cos(2 * alpha)])
+    if abs(math.sin(alpha - math.pi / 4)) > 1e-3:
+        again = angle_from_double(double, heading_bin(alpha))
+        assert -math.pi <= again < math.pi
+        assert math.cos(again - alpha) == pytest.approx(1, abs=1e-6)
+
+
+def test_unit_of_zero_has_a_gradient():
+    vector = torch.zeros(3, 2, requires_grad=True)
+    unit(vector).sum().backward()
+    assert torch.isfinite(vector.grad).all()
+    torch.testing.assert_close(unit(torch.tensor([[3.0, 4]])), torch.tensor([[0.6, 0.8]]))
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_detections_are_finite_at_extreme_outputs(detector, scale):
+    count, fields = len(detector.location_stride), sum(detector.fields.values())
+    boxes = detector.rank(
+        torch.full((1, count, 3), scale), torch.full((1, count, fields), scale), torch.tensor(K, dtype=torch.float32)[None]
+    )
+    for name, value in boxes.items():
+        assert torch.isfinite(value.float()).all(), name
+    assert (boxes["score"] <= 1).all()
+
+
+def test_detect_respects_its_limits(picture):
+    image = torch.from_numpy(np.stack([picture, picture[::-1]]))
+    cameras = torch.tensor(np.stack([K, K]))
+    every = make_detector(score_threshold=0.0).eval()
+    few = make_detector(score_threshold=0.0, max_detections=3).eval()
+    strict = make_detector(score_threshold=0.02).eval()
+    all_found, few_found, strict_found = (model.detect(image, cameras) for model in (every, few, strict))
+    for found, some, good in zip(all_found, few_found, strict_found, strict=True):
+        assert (found["score"].diff() <= 0).all()  # best first
+        assert 3 < len(found["score"]) <= 100
+        assert len(some["score"]) == 3
+        torch.testing.assert_close(some["center"], found["center"][:3])
+        assert (good["score"] > 0.02).all()
+        assert len(good["score"]) == (found["score"] > 0.02).sum()
+        box = found["box"]
+        assert (box[:, :2] >= 0).all()
+        assert (box[:, 2:] <= torch.tensor([319, 95])).all()
+        for label in range(3):
+            own = box[found["label"] == label]
+            if len(own) > 1:
+                from torchvision.ops import box_iou
+
+                overlap = box_iou(own, own)
+                overlap.fill_diagonal_(0)
+                assert overlap.max() <= MODEL.nms_iou + 1e-4
+    assert sum(len(f["score"]) for f in all_found) > sum(len(f["score"]) for f in strict_found) > 0 or all(
+        f["score"].max() < 0.02 for f in all_found
+    )
+
+
+def test_images_of_a_batch_do_not_mix(detector, picture):
+    detector.eval()
+    image = torch.from_numpy(np.stack([picture, picture[::-1]]))
+    cameras = torch.tensor(np.stack([K, K * [[1.5, 1, 1], [1, 1.5, 1], [1, 1, 1]]]))
+    both = detector.detect(image, cameras)
+    for i in range(2):
+        alone = detector.detect(image[i : i + 1], cameras[i : i + 1])[0]
+        assert len(alone["score"]) == len(both[i]["score"])
+        torch.testing.assert_close(alone["score"], both[i]["score"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(alone["center"], both[i]["center"], rtol=1e-3, atol=1e-3)
+
+
+def test_predict_takes_a_path_a_picture_or_an_array(detector, picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    detector.train()
+    found = [detector.predict(image, K) for image in (picture, Image.fromarray(picture), tmp_path / "a.png", str(tmp_path / "a.png"))]
+    assert detector.training  # as it was
+    for other in found[1:]:
+        for field in dataclasses.fields(other):
+            np.testing.assert_array_equal(getattr(other, field.name), getattr(found[0], field.name))
+    assert len(detector.predict(picture, K, min_score=found[0].score[3])) == 4
+    assert (np.cos(found[0].yaw - found[0].alpha - np.arctan2(found[0].center[:, 0], found[0].center[:, 2])) > 1 - 1e-9).all()
+
+
+def test_predict_answers_in_the_pixels_of_any_image(detector):
+    """A picture twice as large with its camera is the same scene: the same metres, twice the pixels."""
+    small = np.full((96, 320, 3), 90, np.uint8)
+    small[30:60, 100:180] = 200
+    large = small.repeat(2, 0).repeat(2, 1)
+    scaled = np.array([[2.0, 0, 0.5], [0, 2, 0.5], [0, 0, 1]]) @ K
+    one, two = detector.predict(small, K), detector.predict(large, scaled)
+    n = 5
+    np.testing.assert_allclose(two.center[:n], one.center[:n], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(two.box[:n] + 0.5, 2 * (one.box[:n] + 0.5), rtol=1e-3, atol=1.1)  # clipped at the last pixel centre
+    wide = detector.predict(np.zeros((50, 500, 3), np.uint8), np.array([[300.0, 0, 250], [0, 300, 25], [0, 0, 1]]))
+    assert (wide.box[:, [1, 3]] <= 49).all()
+    assert (wide.box[:, [0, 2]] <= 499).all()
+
+
+def test_predict_refuses_what_it_cannot_use(detector, picture, tmp_path):
+    with pytest.raises(ValueError, match="K of the image: focal lengths 1, 1 px are implausible for an image of 320x96"):
+        detector.predict(picture, np.eye(3))
+    with pytest.raises(FileNotFoundError, match=r"none\.png: no such image"):
+        detector.predict(tmp_path / "none.png", K)
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    with pytest.raises(OSError, match=r"bad\.png: cannot read the image"):
+        detector.predict(tmp_path / "bad.png", K)
+
+
+def test_saved_and_loaded_are_equal(detector, picture, tmp_path):
+    detector.save_pretrained(tmp_path / "hub")
+    save_weights(tmp_path / "run", detector, to_dict(Config(model=detector.config)), {})
+    expected = detector.predict(picture, K)
+    for folder in ("hub", "run"):
+        again = Detector.from_pretrained(tmp_path / folder)
+        assert again.config == detector.config
+        for (name, ours), theirs in zip(detector.state_dict().items(), again.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs), name
+        np.testing.assert_array_equal(again.predict(picture, K).center, expected.center)
+    (tmp_path / "run/config.json").write_text(json.dumps({"out": "x"}))
+    with pytest.raises(ValueError, match=r"config\.json has no section 'model'"):
+        Detector.from_pretrained(tmp_path / "run")
+
+
+def test_frozen_norms_stay_frozen():
+    model = make_detector(norm="frozen")
+    model.train()
+    names = [name for name, value in model.backbone.state_dict().items() if "running" in name]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randint(0, 255, (2, 96, 320, 3), dtype=torch.uint8))
+    assert names
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    moving = make_detector(norm="batch")
+    before = {name: value.clone() for name, value in moving.state_dict().items()}
+    moving(torch.randint(0, 255, (2, 96, 320, 3), dtype=torch.uint8))
+    assert any(not torch.equal(value, before[name]) for name, value in moving.state_dict().items())
+
+
+def test_load_weights_lists_what_does_not_fit(detector, tmp_path):
+    weights = {k: v.clone() for k, v in detector.state_dict().items()}
+    kept = dict(list(weights.items())[2:])
+    missing = list(weights)[:2]
+    kept["class_predictor.bias"] = torch.zeros(7)
+    kept["old_head.weight"] = torch.ones(3)
+    save_file(kept, tmp_path / "model.safetensors")
+    fresh = make_detector()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.add_(1)
+    lines = load_weights(fresh, tmp_path)
+    assert lines[0].endswith(f"{len(weights) - 3} of {len(weights)} tensors loaded")
+    assert lines[1] == f"  missing there: {', '.join(missing)}"
+    assert lines[2] == "  unknown here: old_head.weight"
+    assert lines[3] == "  of another shape: class_predictor.bias (7,) there, (3,) here"
+    assert torch.equal(fresh.state_dict()["box_predictor.weight"], weights["box_predictor.weight"])
+    assert not torch.equal(fresh.state_dict()["class_predictor.bias"], weights["class_predictor.bias"])
+    save_file({"something": torch.ones(2)}, tmp_path / "else.safetensors")
+    with pytest.raises(ValueError, match=r"else\.safetensors: none of its 1 tensors fits this architecture"):
+        load_weights(fresh, tmp_path / "else.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"bad\.safetensors: not a readable safetensors file"):
+        load_weights(fresh, tmp_path / "bad.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no weights there: looked for"):
+        find_weights(tmp_path / "nowhere")
+
+
+def trained(model, average=None):
+    """A model with one AdamW step behind it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    logits, raw = model(torch.zeros(1, 96, 320, 3, dtype=torch.uint8))
+    (logits.mean() + raw.mean()).backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_checkpoint_restores_everything(tmp_path, averaged):
+    model, average = make_detector(), make_detector() if averaged else None
+    optimizer = trained(model)
+    save_checkpoint(tmp_path, 7, model, average, optimizer, {}, {"processes": 1, "global_batch": 4, "best": 2.5}, keep=2)
+    other, other_average = make_detector(), make_detector() if averaged else None
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
+    meta = load_checkpoint(tmp_path / "step_00000007", other, other_average, other_optimizer)
+    assert meta == {"step": 7, "processes": 1, "global_batch": 4, "best": 2.5}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    for ours, theirs in zip(optimizer.state_dict()["state"].values(), other_optimizer.state_dict()["state"].values(), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(theirs[k])) for k in ours)
+    published = load_file(tmp_path / "step_00000007/model.safetensors")
+    assert all(torch.equal(value, (average or model).state_dict()[name]) for name, value in published.items())
+
+
+def test_checkpoints_are_complete_or_absent_and_the_newest_stay(tmp_path):
+    model = make_detector()
+    optimizer = trained(model)
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path, step, model, None, optimizer, {}, {"processes": 1, "global_batch": 4, "best": 0}, keep=2)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000006", "step_00000004"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006"]  # nothing half-written is left
+    (tmp_path / "step_00000006/meta.json").unlink()
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000004"]
+
+
+@pytest.mark.parametrize("damage", ["short", "text", "other"])
+def test_damaged_or_foreign_checkpoints_are_named(tmp_path, damage):
+    model = make_detector()
+    save_checkpoint(tmp_path, 2, model, None, trained(model), {}, {"processes": 1, "global_batch": 4, "best": 0}, keep=2)
+    folder = tmp_path / "step_00000002"
+    if damage == "short":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    elif damage == "text":
+        (folder / "meta.json").write_text("{")
+    other = make_detector(channels=64) if damage == "other" else make_detector()
+    with pytest.raises(ValueError, match=r"step_00000002: cannot resume from this checkpoint: "):
+        load_checkpoint(folder, other, None, torch.optim.AdamW(other.parameters()))
+
+
+def test_a_truncated_object_can_be_said(detector):
+    """The border cell of an object whose centre lies outside the image can point at that centre."""
+    from targets import assign, encode
+
+    batch = make_batch([TRUNCATED])
+    targets = assign(batch, MODEL)
+    decoded = detector.decode(encode(targets, detector, batch["K"]), targets.location, targets.label, batch["K"])
+    assert (decoded.pixel[targets.positive][:, 0] > 319).all()
+
+
+def test_model_config_survives_json():
+    again = ModelConfig(**json.loads(json.dumps(dataclasses.asdict(MODEL))))
+    assert again == MODEL
+    assert isinstance(again.size_prior[0], tuple)
