@@ -7,6 +7,7 @@ an average is kept, and the optimizer's moments) and meta.json, written last. No
 import json
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def load_checkpoint(folder, model, average, optimizer):
         model.load_state_dict(raw or weights)
         _load_optimizer(optimizer, {k: v for k, v in rest.items() if k.startswith("optimizer.")}, meta.pop("optimizer"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot resume from this checkpoint: {error}") from None
+        raise ValueError(f"{folder}: cannot resume from this checkpoint: {textwrap.shorten(str(error), 400)}") from None
     return meta
 
 

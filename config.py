@@ -26,6 +26,7 @@ class TrainConfig:
     epochs: float = 12  # passes over data.train; steps = epochs * frames / (batch_size * processes * accumulate), rounded up
     steps: int = 0  # optimizer steps; above 0 replaces epochs
     optimizer: str = "adamw"  # any timm optimizer
+    beta2: float = 0.999  # decay of the second moment, of optimizers that have one; short runs like 0.99
     lr: float = 1e-3  # peak learning rate, for the global batch as it is (not rescaled)
     weight_decay: float = 0.01  # not on norms and biases
     schedule: str = "cosine"  # 'cosine' to 0, 'step' by 0.1 at 2/3 and 11/12 of the steps, 'constant'

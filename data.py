@@ -39,12 +39,14 @@ class DataConfig:
     """Which frames, and how they are varied in training."""
 
     root: str = "data/kitti"  # folder of sources that name none
-    train: tuple[Source, ...] = (Source(),)
-    val: tuple[Source, ...] = (Source(split=("val",)),)
+    train: tuple[Source, ...] = (Source(),)  # sources to train on
+    val: tuple[Source, ...] = (Source(split=("val",)),)  # sources to evaluate on
     neighbours: tuple[str, ...] = ("Van", "Person_sitting")  # neither object nor background: ignored in training, with DontCare
+    min_height: float = 0.0  # input px: objects whose visible box is lower are ignored in training, neither object nor background
+    max_occlusion: int = 3  # objects with a higher KITTI occlusion level (0-3) are ignored in training
     world_train: int = 600  # frames of the built-in world's train split
     world_val: int = 150  # and of its val split
-    world_seed: int = 0
+    world_seed: int = 0  # another world for every number
     flip: float = 0.5  # probability of a mirror image
     scale: tuple[float, float] = (1.0, 1.0)  # range of the random scale; above 1 crops, below 1 pads
     colour: float = 0.0  # strength of brightness, contrast and saturation changes: each factor in 1 +- colour
@@ -297,8 +299,9 @@ class Detection3D(Dataset):
         labels = labels[seen]
         index = {name: i for i, name in enumerate(self.classes)}
         label = np.array([index.get(name, -1) for name in labels.name], dtype=np.int64)
-        trained = (label >= 0) & labels.is_3d
-        ignored = np.isin(labels.name.astype(str), ["DontCare", *self.config.neighbours]) | ((label >= 0) & ~labels.is_3d)
+        hard = (labels.box[:, 3] - labels.box[:, 1] < self.config.min_height) | (labels.occlusion > self.config.max_occlusion)
+        trained = (label >= 0) & labels.is_3d & ~(hard & self.training)
+        ignored = np.isin(labels.name.astype(str), ["DontCare", *self.config.neighbours]) | ((label >= 0) & ~trained)
         objects = labels[trained]
         full_box, crosses = project_boxes(objects.center, objects.size, objects.yaw, K)
         full_box[crosses] = 0
@@ -311,8 +314,14 @@ class Detection3D(Dataset):
 
     def view_of(self, index):
         """The `View` through which frame `index` is seen in evaluation. Opens the image's header only."""
-        with Image.open(self.frames[index].image) as image:
-            return whole_view(*image.size, self.size)
+        path = self.frames[index].image
+        try:
+            with Image.open(path) as image:
+                return whole_view(*image.size, self.size)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such image") from None
+        except OSError as error:
+            raise OSError(f"{path}: cannot read the image: {error}") from None
 
     def truth(self, index):
         """All labels of a frame in its source's own frame and pixels, as evaluation wants them."""

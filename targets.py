@@ -161,7 +161,13 @@ def measure_priors(dataset, config):
     """
     labels, sizes, levels, depths = [], [], [], []
     for index in sorted({id: i for i, id in enumerate(dataset.ids)}.values()):
-        sample = dataset.sample_from(dataset.frames[index], dataset.view_of(index))
+        try:
+            view = dataset.view_of(index)
+        except OSError:
+            if not dataset.config.skip_bad:
+                raise
+            continue  # the loader replaces, counts and reports it
+        sample = dataset.sample_from(dataset.frames[index], view)
         near = sample["center"][:, 2] > MIN_CENTER_DEPTH
         labels.append(sample["label"][near])
         sizes.append(sample["size"][near])

@@ -6,6 +6,7 @@ accelerate launch train.py [CONFIG.py] [key=value ...]     (--help lists every k
 import argparse
 import dataclasses
 import datetime
+import difflib
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, send_to_device, set_seed
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 
@@ -141,6 +142,16 @@ def log_window(accelerator, out, window, step, total, per_epoch, lr):
     write_log(accelerator, out, record, f"{line}data_time: {values['data_time']:.3f}, memory: {memory}, {losses}")
 
 
+def make_optimizer(model, options):
+    """timm's optimizer of that name; no weight decay on norms and biases. Raises ValueError for an unknown name."""
+    names = list_optimizers()
+    if options.optimizer not in names:
+        near = difflib.get_close_matches(options.optimizer, names, n=3)
+        raise ValueError(f"train.optimizer {options.optimizer!r} is unknown to timm{'; near it: ' + ', '.join(near) if near else ''}")
+    betas = {"betas": (0.9, options.beta2)} if get_optimizer_info(options.optimizer).num_betas == 2 else {}
+    return create_optimizer_v2(model, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, **betas)
+
+
 def make_loader(dataset, order, workers, device):
     """Batches of a `StepBatches` order: workers live as long as the run; pinned for a GPU."""
     return DataLoader(
@@ -172,7 +183,7 @@ def train(config, accelerator):
     net = Detector(config.model)
     for line in load_weights(net, config.load_from) if config.load_from else ():
         log.info(line)
-    optimizer = create_optimizer_v2(net, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
+    optimizer = make_optimizer(net, options)
     scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
     model, optimizer = accelerator.prepare(net, optimizer)
     average = ModelEmaV3(net, decay=options.ema, use_warmup=True) if options.ema else None
@@ -354,7 +365,7 @@ def main(arguments=None):
         lines = (
             str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()
         )  # a loader worker's error arrives with its traceback; the last line is the sentence
-        print(f"error: {lines[-1] if lines else error!r}", file=sys.stderr, flush=True)
+        print(f"error: {lines[-1] if lines else repr(error)}", file=sys.stderr, flush=True)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_kitti import read_calib, read_labels, split_projection
 
@@ -21,6 +22,15 @@ KITTI_CAMERAS = {
     (718.8560, 607.1928, 45.38225, 718.8560, 185.2157, -0.1130887, 0.003779761): (1241, 376),
 }
 KITTI_SIZES = {camera[0]: size for camera, size in KITTI_CAMERAS.items()}  # by focal length
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from more, and several test runs on one machine then do not wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -189,6 +189,15 @@ def test_neighbours_can_be_changed(folder):
         build(folder, neighbours=("Car",))
 
 
+@pytest.mark.parametrize(("hard", "easy"), [({"min_height": 1000.0}, {"min_height": 5.0}), ({"max_occlusion": -1}, {"max_occlusion": 0})])
+def test_hard_objects_are_ignored_in_training_only(folder, hard, easy):
+    """Every object of the frame is lower than 1000 px, higher than 5, and of occlusion 0."""
+    for options, training, objects in ((hard, True, 0), (easy, True, 2), (hard, False, 2)):
+        sample = build(folder, Source(split=("val",)), training=training, flip=0.0, **options)[1]
+        assert len(sample["label"]) == objects
+        assert len(sample["ignore"]) == 4 - objects  # with the Van and the DontCare
+
+
 def test_trained_names_come_from_renaming(folder):
     dataset = build(folder, Source(split=("val",), rename={"Tram": "Car", "Car": "Cyclist"}))
     assert dataset[1]["label"].tolist() == [2, 1, 0]

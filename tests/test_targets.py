@@ -250,9 +250,9 @@ def test_shapes_depend_on_the_padded_count_only():
 
 @pytest.mark.parametrize("size", [(384, 1280), (192, 640)])
 def test_every_real_label_gets_a_positive_location(kitti_frames, size):
-    """Cars, pedestrians and cyclists of every fourth real frame, truncated ones too, as training sees them without augmentation."""
+    """Cars, pedestrians and cyclists of all real frames, truncated ones too, as training sees them without augmentation."""
     config = ModelConfig(size=size)
-    every = [Frame(id, None, K, labels.moved(offset), offset) for id, labels, K, offset in kitti_frames[::4]]
+    every = [Frame(id, None, K, labels.moved(offset), offset) for id, labels, K, offset in kitti_frames]
     dataset = Detection3D(every, config.classes, size, DataConfig(), False)
     count, covered = 0, 0
     for start in range(0, len(every), 64):

@@ -1,0 +1,307 @@
+"""The training command: what a run leaves behind, exact resume, processes, accumulation, and mistakes in one sentence."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import ROOT, launch, tiny
+from safetensors.torch import load_file
+
+import train
+from config import TrainConfig, read_config
+from data_kitti import read_split
+from model import Detector
+from train import lr_at, seed_of
+
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - Epoch \[(\d+)\]\[(\d+)/(\d+)\]  lr: \d\.\d{5}, eta: \d+:\d\d:\d\d, "
+    r"time: \d+\.\d{3}, data_time: \d+\.\d{3}, memory: \d+, (loss_\w+: -?\d+\.\d{4}, )+loss: -?\d+\.\d{4}$"
+)
+
+
+def records(out, mode="train"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["mode"] == mode]
+
+
+def losses_of(out):
+    return [{k: v for k, v in r.items() if k.startswith("loss") or k == "grad_norm"} for r in records(out)]
+
+
+def hashes(folder):
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "train.safetensors")}
+
+
+@pytest.fixture
+def here(capfd):
+    """Runs train.py's command line in this process. Returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        code, threads = 0, torch.get_num_threads()
+        try:
+            train.main([str(a) for a in arguments])
+        except SystemExit as error:
+            code = error.code
+        torch.set_num_threads(threads)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_a_run_leaves_what_it_should(tiny_run):
+    _, out, finished = tiny_run
+    assert sorted(p.name for p in out.iterdir()) == [
+        "DONE",
+        "best",
+        "checkpoints",
+        "config.json",
+        "log.jsonl",
+        "predictions.png",
+        "train.log",
+    ]
+    assert sorted(p.name for p in (out / "best").iterdir()) == ["config.json", "metrics.json", "model.safetensors"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [f"step_0000000{i}" for i in (2, 4, 6)]
+    for folder in (out / "checkpoints").iterdir():
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "meta.json", "model.safetensors", "train.safetensors"]
+    text = finished.stdout
+    assert "1 process(es) on cpu" in text
+    assert "6 steps of 2 images, 4 an epoch" in text
+    for words in ("Car", "Pedestrian", "Cyclist", "easy", "moderate", "hard", str(out / "predictions.png"), f"evaluate.py {out}"):
+        assert words in text
+    assert "Traceback" not in finished.stderr
+
+
+def test_log_lines_have_the_agreed_form(tiny_run):
+    _, out, finished = tiny_run
+    lines = [line for line in (out / "train.log").read_text().splitlines() if "Epoch [" in line]
+    assert len(lines) == 6
+    matches = [LINE.match(line) for line in lines]
+    assert all(matches), lines
+    assert [m.groups()[:3] for m in matches] == [("1", str(i), "4") for i in (1, 2, 3, 4)] + [("2", "1", "4"), ("2", "2", "4")]
+    assert all(line in finished.stdout for line in lines)
+
+
+def test_log_records_have_the_agreed_keys(tiny_run):
+    _, out, _ = tiny_run
+    config = read_config(out / "config.json")
+    on = {name for name, weight in dataclasses.asdict(config.loss).items() if weight}
+    rows = records(out)
+    assert len(rows) == 6
+    for i, row in enumerate(rows):
+        assert set(row) == {"mode", "epoch", "iter", "step", "lr", "memory", "data_time", "time", "loss", "grad_norm"} | on
+        assert (row["epoch"], row["iter"], row["step"]) == (i // 4 + 1, i % 4 + 1, i + 1)
+        assert row["lr"] == pytest.approx(lr_at(i, 6, config.train))
+        assert 0 <= row["data_time"] <= row["time"]
+        assert row["memory"] > 100
+        assert row["loss"] == pytest.approx(sum(getattr(config.loss, name) * row[name] for name in on), rel=1e-4)
+    [val] = records(out, "val")
+    assert math.isfinite(val[config.best])
+
+
+def test_best_loads_and_priors_are_filled_in(tiny_run):
+    _, out, _ = tiny_run
+    detector = Detector.from_pretrained(out / "best")
+    assert len(detector.config.size_prior) == 3
+    assert len(detector.config.depth_mean) == 3
+    last = load_file(out / "checkpoints/step_00000006/model.safetensors")
+    assert all(torch.equal(value, last[name]) for name, value in detector.state_dict().items())  # one evaluation, at the end
+    raw = load_file(out / "checkpoints/step_00000006/train.safetensors")
+    assert not torch.equal(raw["model.box_predictor.weight"], last["box_predictor.weight"])  # the published ones are averages
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path, here):
+    """From the middle of an epoch and of the warm-up's end, with augmentation and averaged weights."""
+    world, whole, _ = tiny_run
+    out = tmp_path / "again"
+    shutil.copytree(whole / "checkpoints/step_00000002", out / "checkpoints/step_00000002")
+    half = out / "checkpoints/step_00000003"  # a checkpoint that was never finished
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    code, log, err = here(*tiny(world, out))
+    assert code == 0, err
+    assert f"resumed from {out / 'checkpoints/step_00000002'}" in log
+    assert [r["step"] for r in records(out)] == [3, 4, 5, 6]
+    assert losses_of(out) == losses_of(whole)[2:]
+    assert hashes(out / "checkpoints/step_00000006") == hashes(whole / "checkpoints/step_00000006")
+    assert hashes(out / "checkpoints/step_00000004") != hashes(out / "checkpoints/step_00000006")
+
+
+def test_two_processes_train_like_one(tiny_run, tmp_path, here):
+    """The same global batch with frozen norms gives the same losses to rounding, and the log says that there were two."""
+    world = tiny_run[0]
+    common = ("model.norm=frozen", "train.steps=4", "train.save_every=100")
+    two = launch(*tiny(world, tmp_path / "two", *common), processes=2)
+    assert two.returncode == 0, two.stderr
+    assert "2 process(es) on cpu" in two.stdout
+    assert two.stdout.count("Epoch [1][1/2]") == 1  # logged once
+    code, _, err = here(*tiny(world, tmp_path / "one", *common, "train.batch_size=4"))
+    assert code == 0, err
+    ours, theirs = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert len(ours) == 4
+    for a, b in zip(ours, theirs, strict=True):
+        for name, value in a.items():
+            assert b[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+    first, second = (load_file(tmp_path / name / "checkpoints/step_00000004/train.safetensors") for name in ("one", "two"))
+    for name, value in first.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(second[name], value, rtol=1e-2, atol=1e-4)
+
+
+def test_accumulation_sees_the_same_images_in_fewer_steps(tiny_run, tmp_path, here):
+    world = tiny_run[0]
+    code, out, err = here(*tiny(world, tmp_path / "a", "train.accumulate=2", "train.steps=3", "model.norm=frozen", "train.warmup=0"))
+    assert code == 0, err
+    assert "3 steps of 4 images, 2 an epoch" in out
+    assert [r["step"] for r in records(tmp_path / "a")] == [1, 2, 3]
+    code, _, err = here(*tiny(world, tmp_path / "a", "train.batch_size=1", "train.steps=3"))
+    assert code == 2
+    assert re.search(r"its global batch was 4 and is now 1: not the same run", err)
+
+
+def test_weights_can_be_loaded_from_another_run(tiny_run, tmp_path, here):
+    world, whole, _ = tiny_run
+    quick = ("train.steps=1", "train.warmup=0", "train.ema=0")
+    code, out, err = here(*tiny(world, tmp_path / "a", *quick, f"load_from={whole}", "model.predict_yaw=true"))
+    assert code == 0, err
+    found = re.search(r"load_from .*model\.safetensors: (\d+) of (\d+) tensors loaded", out)
+    assert int(found[1]) == int(found[2]) - 2
+    assert re.search(r"of another shape: box_predictor\.weight \(22, 32, 3, 3\) there, \(24, 32, 3, 3\) here, box_predictor\.bias", out)
+    code, _, err = here(*tiny(world, tmp_path / "b", *quick, f"load_from={tmp_path / 'nowhere'}"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no weights there" in err
+
+
+def copy_as_kitti(world, folder):
+    """The tiny world as a KITTI folder of its own, to be broken."""
+    source = next(world.glob("*/training")).parent
+    shutil.copytree(source, folder)
+    return folder, read_split(folder, "train")[1]
+
+
+def break_label(change):
+    def spoil(root, id):
+        path = root / f"training/label_2/{id}.txt"
+        lines = path.read_text().splitlines() or ["Car 0.10 1 1.50 100 120 180 160 1.50 1.80 4.20 -3.00 1.70 20.00 1.35"]
+        fields = lines[0].split()
+        lines[0] = " ".join(change(fields))
+        path.write_text("\n".join(lines) + "\n")
+
+    return spoil
+
+
+MISTAKES = {  # name: (what is broken, overrides, the sentence)
+    "no root": (None, ["data.root=/nowhere"], r"error: /nowhere: expected a KITTI folder with training/image_2"),
+    "no split": (lambda root, id: (root / "ImageSets/train.txt").unlink(), [], r"ImageSets/train\.txt: no such split file; there are val"),
+    "no calib": (lambda root, id: (root / f"training/calib/{id}.txt").unlink(), [], r"calib/\d+\.txt: frame \d+ of split train has no"),
+    "14 fields": (break_label(lambda f: f[:14]), [], r"label_2/\d+\.txt:1: expected 15 or 16 fields, got 14"),
+    "NaN size": (break_label(lambda f: [*f[:8], "nan", *f[9:]]), [], r"label_2/\d+\.txt:1: field 9 is nan, expected a finite number"),
+    "bad image": (lambda root, id: [p.write_bytes(p.read_bytes()[:2000]) for p in root.glob("training/image_2/*")], [],
+                  r"image_2/\d+\.png: cannot read the image"),
+    "bad image in a worker": (lambda root, id: [p.write_bytes(p.read_bytes()[:2000]) for p in root.glob("training/image_2/*")],
+                              ["data.workers=1"], r"image_2/\d+\.png: cannot read the image"),
+    "unknown key": (None, ["train.learning_rate=1"], r"unknown key 'train\.learning_rate'"),
+    "near key": (None, ["model.backbon=resnet18"], r"unknown key 'model\.backbon'; did you mean model\.backbone"),
+    "wrong type": (None, ["train.batch_size=many"], r"train\.batch_size=many: expected a whole number"),
+    "unknown backbone": (None, ["model.backbone=resnet81"], r"model\.backbone 'resnet81' is not a timm model; near it: .*resnet"),
+    "unknown optimizer": (None, ["train.optimizer=adamwww"], r"train\.optimizer 'adamwww' is unknown to timm; near it: .*adamw"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_sentence(tiny_run, tmp_path, here, mistake):
+    spoil, overrides, words = MISTAKES[mistake]
+    root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
+    if spoil:
+        spoil(root, id)
+    arguments = [*tiny(root, tmp_path / "run"), *overrides]
+    code, _, err = here(ROOT / "configs/kitti.py", "model.pretrained=false", *arguments)
+    sentences = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2, err
+    assert len(sentences) == 1, err
+    assert re.search(words, sentences[0]), sentences[0]
+    assert "Traceback" not in err
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    command = [sys.executable, "train.py", "configs/kitti.py", f"data.root={tmp_path}", f"out={tmp_path / 'run'}"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 2
+    assert re.fullmatch(rf"error: {re.escape(str(tmp_path))}: expected a KITTI folder with .*\n", finished.stderr)
+
+
+def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, here):
+    world, whole, _ = tiny_run
+    before = hashes(whole / "checkpoints/step_00000006")
+    for overrides, words in (
+        (["model.channels=64"], r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch"),
+        (["resume=none"], r"holds checkpoints and resume=none; choose another out=, or delete it"),
+        ([f"resume={tmp_path / 'step_00000001'}"], r"step_00000001: cannot resume from this checkpoint"),
+        (["train.ema=0"], r"it was written with averaged weights, and train\.ema now says otherwise"),
+    ):
+        code, _, err = here(*tiny(world, whole), *overrides)
+        assert code == 2, err
+        sentences = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(sentences) == 1
+        assert re.search(words, sentences[0]), sentences[0]
+    assert hashes(whole / "checkpoints/step_00000006") == before
+
+
+def test_skipped_images_are_reported(tiny_run, tmp_path, here):
+    root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
+    (root / f"training/image_2/{id}.png").write_bytes(b"no picture")
+    arguments = [*tiny(root, tmp_path / "run"), "data.skip_bad=true", "train.steps=4"]
+    code, out, err = here(ROOT / "configs/kitti.py", "model.pretrained=false", *arguments)
+    assert (code, "1 unreadable images were replaced in this epoch" in out + err) == (0, True), err
+
+
+def test_traceback_on_request(here, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        here(ROOT / "configs/kitti.py", f"data.root={tmp_path}", f"out={tmp_path / 'run'}", "--traceback")
+
+
+def test_help_lists_every_key(here):
+    code, out, _ = here("--help")
+    assert code == 0
+    for key in ("train.lr=0.001", "data.root=", "model.backbone=", "loss.loss_cls=", "resume="):
+        assert f"  {key}" in out
+
+
+def test_two_config_files_are_too_many(here):
+    code, _, err = here("a.py", "b.py")
+    assert (code, err) == (2, "error: expected one config file, got a.py, b.py (overrides are key=value)\n")
+    code, _, err = here("configs/none.py")
+    assert code == 2
+    assert re.search(r"configs/none\.py: no such config file; there are .*synthetic\.py", err)
+
+
+def test_lr_is_a_pure_function_of_the_step():
+    cosine = TrainConfig(lr=1.0, warmup=4, schedule="cosine")
+    assert [lr_at(s, 100, cosine) for s in range(5)] == pytest.approx(
+        [(s + 1) / 5 * (1 + math.cos(math.pi * s / 100)) / 2 for s in range(5)]
+    )
+    assert lr_at(50, 100, cosine) == pytest.approx(0.5)
+    assert lr_at(99, 100, cosine) == pytest.approx((1 + math.cos(0.99 * math.pi)) / 2)
+    steps = TrainConfig(lr=1.0, warmup=0, schedule="step")
+    assert [lr_at(s, 12, steps) for s in (0, 7, 8, 10, 11)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    constant = TrainConfig(lr=2.0, warmup=1, schedule="constant")
+    assert [lr_at(s, 9, constant) for s in (0, 1, 8)] == [1.0, 2.0, 2.0]
+
+
+def test_seeds_are_a_function_of_all_numbers():
+    seeds = {seed_of(a, b, c) for a in range(3) for b in range(3) for c in range(3)}
+    assert len(seeds) == 27
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert seed_of(1, 2, 3) == seed_of(1, 2, 3)
