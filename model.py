@@ -49,7 +49,7 @@ class ModelConfig:
     nms_iou: float = 0.6  # of visible boxes, per class
     candidates: int = 300  # locations decoded per image, before non-maximum suppression
     max_detections: int = 100  # per image
-    depth_tolerance: float = 1.0  # m: the score holds P(|depth error| < tolerance) under the predicted sigma
+    depth_tolerance: float = 2.0  # m: the score holds P(|depth error| < tolerance) under the predicted sigma
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # JSON has lists
@@ -110,14 +110,11 @@ def angle_from_double(double_alpha, bins):
 class Tower(nn.Sequential):
     """3x3 convolutions with GroupNorm and ReLU: BatchNorm in the towers halves AP (mmdetection3d issue 2482)."""
 
-    def __init__(self, channels, convs):
+    def __init__(self, inputs, channels, convs):
         layers = []
-        for _ in range(convs):
-            layers += [
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                nn.GroupNorm(min(32, channels // 4), channels),
-                nn.ReLU(True),
-            ]
+        for width in [inputs, *[channels] * (convs - 1)]:
+            convolution = nn.Conv2d(width, channels, 3, padding=1, bias=False)
+            layers += [convolution, nn.GroupNorm(min(32, channels // 4), channels), nn.ReLU(True)]
         super().__init__(*layers)
 
 
@@ -138,8 +135,8 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             )
         self.backbone = _build_backbone(model)
         self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), model.channels)
-        self.class_tower = Tower(model.channels, model.tower_convs)
-        self.box_tower = Tower(model.channels, model.tower_convs)
+        self.class_tower = Tower(model.channels, model.channels, model.tower_convs)
+        self.box_tower = Tower(model.channels + 2, model.channels, model.tower_convs)  # and the viewing ray
         self.fields = {
             "centerness": 1,
             "box": 4,
@@ -203,16 +200,28 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             levels.append(torch.full((len(pixels[-1]),), level))
         return torch.cat(pixels), torch.cat(strides), torch.cat(levels)
 
-    def forward(self, image):
-        """image (B, H, W, 3) uint8 RGB of the configured size -> class logits (B, N, C) and raw outputs (B, N, F), finest level first."""
+    def rays(self, K):
+        """Viewing ray (x / z, y / z) of every location under K (B, 3, 3), as maps (B, 2, H, W), one per level."""
+        counts = [(self.config.size[0] // s) * (self.config.size[1] // s) for s in self.config.strides]
+        ray = (self.location_pixel - K[:, None, :2, 2]) / torch.stack([K[:, 0, 0], K[:, 1, 1]], -1)[:, None]  # (B, N, 2)
+        parts = zip(ray.transpose(1, 2).split(counts, 2), self.config.strides, strict=True)
+        return [part.unflatten(2, (self.config.size[0] // s, self.config.size[1] // s)) for part, s in parts]
+
+    def forward(self, image, K):
+        """image (B, H, W, 3) uint8 RGB of the configured size, K (B, 3, 3) -> class logits (B, N, C) and raw outputs (B, N, F).
+
+        Finest level first. The box tower sees each location's viewing ray beside the features (CAM-Convs, arXiv:1904.02028), so that
+        it can tell an object's observation angle from its heading and a place on the ground from one above it.
+        """
         x = (image.permute(0, 3, 1, 2).float() - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
         features = self.backbone(x)
         features = [
             f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.backbone.feature_info.channels(), strict=True)
         ]
-        pyramid = self.fpn({str(i): f for i, f in enumerate(features)}).values()
+        pyramid = list(self.fpn({str(i): f for i, f in enumerate(features)}).values())
         logits = [self.class_predictor(self.class_tower(p)).flatten(2) for p in pyramid]
-        raw = [self.box_predictor(self.box_tower(p)).flatten(2) for p in pyramid]
+        seen = [torch.cat([p, ray.to(p.dtype)], 1) for p, ray in zip(pyramid, self.rays(K), strict=True)]
+        raw = [self.box_predictor(self.box_tower(p)).flatten(2) for p in seen]
         return torch.cat(logits, 2).transpose(1, 2), torch.cat(raw, 2).transpose(1, 2)  # (B, N, C), (B, N, F)
 
     def decode(self, raw, location, label, K):
@@ -267,7 +276,7 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         image (B, H, W, 3) uint8; K (B, 3, 3). Returns one dict per image, best score first: label (n,), score (n,), box (n, 4),
         center (n, 3), size (n, 3), yaw (n,), sigma (n,) depth standard deviation in metres.
         """
-        logits, raw = self(image)
+        logits, raw = self(image, K)
         boxes = self.rank(logits.float(), raw, K)
         same = boxes["label"] + len(self.config.classes) * torch.arange(len(image), device=raw.device)[:, None]
         keep = batched_nms(boxes["box"].flatten(0, 1), boxes["score"].flatten(), same.flatten(), self.config.nms_iou)

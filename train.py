@@ -224,7 +224,7 @@ def train(config, accelerator):
             with accelerator.accumulate(model):
                 targets = assign(batch, config.model)
                 batch["positives"] = accelerator.reduce(count_positives(targets), "mean").clamp(min=1)
-                logits, raw = model(batch["image"])
+                logits, raw = model(batch["image"], batch["K"])
                 losses = compute_losses(net, logits, raw, targets, batch, config.loss)
                 loss = sum(weights[name] * value for name, value in losses.items())
                 accelerator.backward(loss)

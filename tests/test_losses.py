@@ -363,7 +363,7 @@ def test_every_parameter_has_a_gradient(objects):
     torch.manual_seed(0)
     detector = Detector(dataclasses.replace(MODEL, norm="batch"))
     batch = make_batch(objects, objects)
-    logits, raw = detector(batch["image"])
+    logits, raw = detector(batch["image"], batch["K"])
     losses, _ = all_losses(detector, batch, logits, raw)
     sum(losses.values()).backward()
     for name, parameter in detector.named_parameters():

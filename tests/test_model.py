@@ -17,6 +17,7 @@ from config import Config, to_dict
 from model import Detector, ModelConfig, angle_from_double, heading_bin, unit
 from targets import assign, encode
 
+CAMERA = torch.as_tensor(K, dtype=torch.float32).reshape(1, 3, 3)
 BACKBONES = ("resnet18", "resnet50", "dla34", "mobilenetv4_conv_small", "convnext_tiny", "efficientnet_lite0", "regnety_004",
              "ese_vovnet39b", "swin_tiny_patch4_window7_224", "hgnetv2_b0")  # fmt: skip
 
@@ -42,7 +43,7 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
     model = make_detector(backbone=backbone, size=size, score_threshold=0.0)
     batch = make_batch([CAR, PERSON], [FAR], size=size)
     batch["image"] = torch.randint(0, 255, batch["image"].shape, dtype=torch.uint8)
-    logits, raw = model(batch["image"])
+    logits, raw = model(batch["image"], batch["K"])
     cells = sum((size[0] // s) * (size[1] // s) for s in MODEL.strides)
     assert logits.shape == (2, cells, 3)
     losses, _ = all_losses(model, batch, logits, raw)
@@ -255,12 +256,12 @@ def test_frozen_norms_stay_frozen():
     model.train()
     names = [name for name, value in model.backbone.state_dict().items() if "running" in name]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model(torch.randint(0, 255, (2, 96, 320, 3), dtype=torch.uint8))
+    model(torch.randint(0, 255, (2, 96, 320, 3), dtype=torch.uint8), CAMERA.repeat(2, 1, 1))
     assert names
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     moving = make_detector(norm="batch")
     before = {name: value.clone() for name, value in moving.state_dict().items()}
-    moving(torch.randint(0, 255, (2, 96, 320, 3), dtype=torch.uint8))
+    moving(torch.randint(0, 255, (2, 96, 320, 3), dtype=torch.uint8), CAMERA.repeat(2, 1, 1))
     assert any(not torch.equal(value, before[name]) for name, value in moving.state_dict().items())
 
 
@@ -295,7 +296,7 @@ def test_load_weights_lists_what_does_not_fit(detector, tmp_path):
 def trained(model, average=None):
     """A model with one AdamW step behind it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    logits, raw = model(torch.zeros(1, 96, 320, 3, dtype=torch.uint8))
+    logits, raw = model(torch.zeros(1, 96, 320, 3, dtype=torch.uint8), CAMERA)
     (logits.mean() + raw.mean()).backward()
     optimizer.step()
     return optimizer
