@@ -231,7 +231,7 @@ def train(config, accelerator):
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)
                     bad_steps = 0 if torch.isfinite(norm) else bad_steps + 1  # equal on all processes after DDP's average
-                    if not bad_steps:
+                    if not bad_steps or accelerator.scaler:  # fp16's scaler skips such a step itself, and must see it to lower its scale
                         optimizer.step()
                 optimizer.zero_grad()
         if bad_steps:
@@ -250,15 +250,15 @@ def train(config, accelerator):
             log.warning(f"{skipped} unreadable images were replaced in this epoch (data.skip_bad)")
             skipped = 0
         if done % eval_steps == 0 or done == total:
-            metrics, predictions = evaluate_run(config, accelerator, published, val_set)
+            metrics, predictions = evaluate_now(config, accelerator, published, val_set)
             best = after_evaluation(config, accelerator, metrics, published, done, step // per_epoch + 1, best)
             model.train()
         if (done % options.save_every == 0 or done == total) and main:
             meta = {"processes": world, "global_batch": global_batch, "best": best}
-            raw_and_average = (net, published if average else None, optimizer.optimizer)
-            save_checkpoint(out / "checkpoints", done, *raw_and_average, to_dict(config), meta, options.keep)
+            state = (net, published if average else None, optimizer.optimizer)
+            save_checkpoint(out / "checkpoints", done, *state, to_dict(config), meta, options.keep)
     if metrics is None:  # started again after the last step
-        metrics, predictions = evaluate_run(config, accelerator, published, val_set)
+        metrics, predictions = evaluate_now(config, accelerator, published, val_set)
     if main:
         draw_frames(val_set, metrics, predictions).save(out / "predictions.png")
         finish(config, metrics, start == total)
@@ -298,7 +298,7 @@ def report_bad_step(rank, losses, ids, step, bad_steps, most):
         raise FloatingPointError(f"{bad_steps} steps in a row had no finite gradient (train.max_bad_steps), the last one at step {step}")
 
 
-def evaluate_run(config, accelerator, model, dataset):
+def evaluate_now(config, accelerator, model, dataset):
     """`evaluate` with the run's settings, on the main process's BatchNorm statistics: those are the ones that are saved."""
     for buffer in model.buffers():
         broadcast(buffer)
@@ -362,9 +362,8 @@ def main(arguments=None):
     except (ValueError, KeyError, FloatingPointError, OSError) as error:
         if "--traceback" in arguments:
             raise
-        lines = (
-            str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()
-        )  # a loader worker's error arrives with its traceback; the last line is the sentence
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        lines = text.strip().splitlines()  # a loader worker's error arrives with its traceback; the last line is the sentence
         print(f"error: {lines[-1] if lines else repr(error)}", file=sys.stderr, flush=True)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
