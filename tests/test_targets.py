@@ -204,7 +204,7 @@ def test_encoded_truth_is_detected_as_it_is(model):
     for slot in targets.positive[0].nonzero()[:, 0].tolist():
         logits[0, targets.location[0, slot], targets.label[0, slot]] = 12.0
         raw[0, targets.location[0, slot]] = encoded[0, slot]
-    model.forward = lambda image: (logits, raw)
+    model.forward = lambda image, K: (logits, raw)
     try:
         found = model.detect(batch["image"], batch["K"])[0]
     finally:
