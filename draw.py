@@ -6,7 +6,6 @@ tick leaves it. Everything is drawn at twice the final size and averaged down, w
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -64,26 +63,6 @@ def draw_sheet(images: Sequence[Image.Image], columns: int = 1, gap: int = 6) ->
         for j, image in enumerate(row):
             sheet.paste(image, (j * (width + gap), sum(heights[:i]) + i * gap))
     return sheet
-
-
-def draw_predictions(dataset, predictions: dict[str, tuple[Labels, np.ndarray]], path: str | Path, count: int = 6) -> Path:
-    """Write a sheet of frames spread evenly over a `Detection3D`, none of them picked by its result. Returns its path.
-
-    predictions: what `evaluate` returns, id -> (Labels in the source's own frame, sigma). Shown are as many of them, best scores first, as
-    the whole data set has objects. Frames without an object of the trained classes are passed over while there are others.
-    """
-    objects = [int(np.isin(frame.labels.name.astype(str), dataset.classes).sum()) for frame in dataset.frames]
-    scores = np.sort(np.concatenate([labels.score for labels, _ in predictions.values()]))[::-1]
-    level = float(scores[min(sum(objects), len(scores)) - 1]) if len(scores) and sum(objects) else 0.3
-    busy = [frame for frame, number in zip(dataset.frames, objects, strict=True) if number] or dataset.frames
-    chosen = np.unique(np.linspace(0, len(busy) - 1, min(count, len(busy))).round().astype(int))
-    pictures = []
-    for frame in [busy[i] for i in chosen]:
-        with Image.open(frame.image) as image:
-            found = predictions[frame.id][0].moved(frame.offset)
-            pictures.append(draw_frame(image, frame.K, found, frame.labels, dataset.classes, min_score=level))
-    draw_sheet(pictures).save(path)
-    return Path(path)
 
 
 def _layers(predictions, truth, classes, min_score):

@@ -1,14 +1,13 @@
 """Pictures: boxes land where geometry says, filters work, and no box, however awkward, breaks a picture."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_kitti import make_labels, read_calib, read_labels, split_projection
-from draw import OTHER, PREDICTION, TRUTH, WIDTH, draw_frame, draw_predictions, draw_sheet
+from draw import OTHER, PREDICTION, TRUTH, WIDTH, draw_frame, draw_sheet
 from geometry import box_corners, project
 
 K = np.array([[700.0, 0, 320], [0, 700, 96], [0, 0, 1]])
@@ -88,20 +87,6 @@ def test_sheet_places_pictures_in_reading_order():
     assert sheet.getpixel((5, 22)) == (80, 0, 0)
     with pytest.raises(ValueError, match="at least one picture"):
         draw_sheet([])
-
-
-def test_predictions_of_a_data_set(tmp_path):
-    """As many predictions as objects are drawn, moved from the source's frame; frames without objects are passed over."""
-    Image.fromarray(GREY).save(tmp_path / "x.png")
-    offset = np.array([0.5, 0, 0])
-    frames = [SimpleNamespace(id=str(i), image=tmp_path / "x.png", K=K, labels=CAR[: i % 2], offset=offset) for i in range(8)]
-    weak = make_labels(["Car"], CAR.box, CAR.size, [[-4, 1, 20]], [0], score=[0.1])
-    predictions = {str(i): ((CAR if i % 2 else weak).moved(-offset), np.ones(1)) for i in range(8)}
-    dataset = SimpleNamespace(frames=frames, classes=("Car",))
-    path = draw_predictions(dataset, predictions, tmp_path / "sheet.png", count=3)
-    expected = draw_frame(GREY, K, CAR, CAR, min_score=0.8)
-    assert Image.open(path).size == (expected.width, 3 * expected.height + 2 * 6)
-    assert np.array_equal(np.asarray(Image.open(path))[: expected.height], np.asarray(expected))
 
 
 @pytest.mark.skipif(not KITTI.is_dir(), reason="the KITTI sample frames are not there")
