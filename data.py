@@ -48,7 +48,7 @@ class DataConfig:
     world_val: int = 150  # and of its val split
     world_seed: int = 0  # another world for every number
     flip: float = 0.5  # probability of a mirror image
-    scale: tuple[float, float] = (1.0, 1.0)  # range of the random scale; above 1 crops, below 1 pads
+    scale: tuple[float, float] = (1.0, 1.0)  # range of the random scale; above 1 crops, below 1 pads, both at a random position
     colour: float = 0.0  # strength of brightness, contrast and saturation changes: each factor in 1 +- colour
     workers: int = 2  # loader processes per training process
     skip_bad: bool = False  # replace an unreadable image by another one, count and report, instead of stopping
@@ -132,8 +132,13 @@ def whole_view(width, height, canvas):
 
 
 def random_view(rng, width, height, canvas, scale, flip):
-    """A `whole_view` varied by a scale from the range (low, high), a position, and a flip with that probability."""
+    """A `whole_view` varied by a scale from the range (low, high), a position, and a flip with that probability.
+
+    The range (1, 1) leaves the position alone too: such an image is seen in training as it is in evaluation.
+    """
     base = whole_view(width, height, canvas)
+    if tuple(scale) == (1, 1):
+        return dataclasses.replace(base, flip=bool(rng.random() < flip))
     factor = rng.uniform(*scale)
     wide, high = max(1, round(base.width * factor)), max(1, round(base.height * factor))
     low, top = min(0, canvas[1] - wide), min(0, canvas[0] - high)

@@ -306,6 +306,11 @@ def test_augmentation_varies_as_asked_and_only_in_training(folder):
     assert zoom.min() < 0.8 * 320 / 300 < 1.3 * 320 / 300 < zoom.max() * 1.1
     flips = [dataset[(epoch, 2)]["center"][0, 0].item() > 0 for epoch in range(60)]
     assert 15 < sum(flips) < 45
+    still = build(folder, training=True, scale=(1.0, 1.0), flip=0.0)
+    same = build(folder)
+    for epoch in range(4):  # no augmentation means the view of evaluation, position included
+        assert torch.equal(still[(epoch, 0)]["image"], same[0]["image"])
+        assert torch.equal(still[(epoch, 0)]["K"], same[0]["K"])
     plain = build(folder, scale=(0.7, 1.4))
     assert torch.equal(plain[0]["image"], plain[(7, 0)]["image"])
     still = build(folder, training=True, flip=0.0)
