@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 NEAR = 0.1  # metres: edges that cross this plane are cut there before projection
+MIN_DEPTH = 0.5  # metres, of virtual depth in the head's direct estimate: nothing nearer is estimated or has a usable projected centre
+DIRECTION_BORDER = math.pi / 4  # alpha where the two heading bins meet: away from the common 0, +-pi/2 and pi
 
 # Corner order: four at the bottom (+y), then four at the top; x forward, z left of a box at yaw 0 seen from above.
 CORNER_SIGNS = np.array([[+1, +1, +1], [+1, +1, -1], [-1, +1, -1], [-1, +1, +1],
@@ -49,6 +51,11 @@ def yaw_to_alpha(yaw, center):
 def alpha_to_yaw(alpha, center):
     """Inverse of `yaw_to_alpha`."""
     return wrap_angle(alpha + ray_angle(center))
+
+
+def heading_bin(alpha):
+    """Observation angle (radians) -> bin 1 in [border, border + pi), else 0, as in FCOS3D's direction classifier. Torch, long."""
+    return (torch.sin(alpha - DIRECTION_BORDER) >= 0).long()
 
 
 def project(points, K):

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from geometry import corners_from_axes, generalized_iou, ray_angle
-from model import heading_bin
+from geometry import corners_from_axes, generalized_iou, heading_bin, ray_angle
 
 
 @dataclasses.dataclass(frozen=True)

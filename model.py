@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 
 from data import load_image, place_image, whole_view
-from geometry import alpha_to_yaw, camera_problem, unproject, yaw_to_alpha
-
-MIN_DEPTH = 0.5  # metres of virtual depth: the direct estimate approaches it smoothly
-DIRECTION_BORDER = math.pi / 4  # alpha where the two heading bins meet: away from the common 0, +-pi/2 and pi
+from geometry import MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject, yaw_to_alpha
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +29,7 @@ class ModelConfig:
 
     backbone: str = "resnet18"  # any timm model with features at these strides
     pretrained: bool = False  # start from timm's ImageNet weights (downloaded once by timm)
+    drop_path: float = 0.0  # rate of stochastic depth in the backbone, where timm has it
     norm: str = "batch"  # backbone BatchNorm: 'batch', 'frozen' (statistics and affine), 'sync' (over processes, GPU)
     size: tuple[int, int] = (384, 1280)  # network input (height, width), px; images are scaled to fit and padded
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
@@ -60,6 +58,8 @@ class ModelConfig:
             raise ValueError(f"model.level_sizes has {len(self.level_sizes)} borders for {len(self.strides)} strides, expected one fewer")
         if any(side <= 0 or side % max(self.strides) for side in self.size):
             raise ValueError(f"model.size is {self.size}, expected (height, width) in multiples of the largest stride, {max(self.strides)}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path is {self.drop_path}, expected 0 <= drop_path < 1")
         if not self.classes:
             raise ValueError("model.classes is empty, expected at least one class name")
         for name, expected in (("size_prior", len(self.classes)), ("depth_mean", len(self.strides)), ("depth_std", len(self.strides))):
@@ -92,11 +92,6 @@ def bound(x, limit):
 def unit(vector):
     """Vectors (..., n) scaled to length 1; a zero vector stays zero, with a finite gradient."""
     return vector * torch.rsqrt((vector * vector).sum(-1, keepdim=True) + 1e-12)
-
-
-def heading_bin(alpha):
-    """Observation angle (radians) -> bin 1 in [border, border + pi), else 0, as in FCOS3D's direction classifier. Long tensor."""
-    return (torch.sin(alpha - DIRECTION_BORDER) >= 0).long()
 
 
 def angle_from_double(double_alpha, bins):
@@ -276,14 +271,18 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         image (B, H, W, 3) uint8; K (B, 3, 3). Returns one dict per image, best score first: label (n,), score (n,), box (n, 4),
         center (n, 3), size (n, 3), yaw (n,), sigma (n,) depth standard deviation in metres.
         """
-        logits, raw = self(image, K)
+        return self.select(*self(image, K), K)
+
+    @torch.no_grad()
+    def select(self, logits, raw, K):
+        """Raw outputs of `forward` -> what `detect` returns: decoded, scored, above the threshold, without duplicates."""
         boxes = self.rank(logits.float(), raw, K)
-        same = boxes["label"] + len(self.config.classes) * torch.arange(len(image), device=raw.device)[:, None]
+        same = boxes["label"] + len(self.config.classes) * torch.arange(len(raw), device=raw.device)[:, None]
         keep = batched_nms(boxes["box"].flatten(0, 1), boxes["score"].flatten(), same.flatten(), self.config.nms_iou)
         keep = keep[boxes["score"].flatten()[keep] > self.config.score_threshold]
         owner = keep // boxes["score"].shape[1]
         flat = {name: value.flatten(0, 1) for name, value in boxes.items()}
-        rows = [keep[owner == i][: self.config.max_detections] for i in range(len(image))]
+        rows = [keep[owner == i][: self.config.max_detections] for i in range(len(raw))]
         return [{name: value[row] for name, value in flat.items()} for row in rows]
 
     def rank(self, logits, raw, K):
@@ -378,15 +377,17 @@ def _build_backbone(config):
         raise ValueError(
             f"model.backbone {config.backbone!r} has no pretrained weights in timm; set model.pretrained=false or choose another"
         )
+    options = {"img_size": config.size} if "swin" in config.backbone else {}
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
     try:
-        probe = timm.create_model(config.backbone, features_only=True, pretrained=False)
+        probe = timm.create_model(config.backbone, features_only=True, pretrained=False, **options)
         strides = probe.feature_info.reduction()
     except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
         raise ValueError(f"model.backbone {config.backbone!r} gives no feature pyramid in timm: {error}") from None
     missing = [s for s in config.strides if s not in strides]
     if missing:
         raise ValueError(f"model.backbone {config.backbone!r} has features at strides {strides}, none at {missing} of model.strides")
-    options = {"img_size": config.size} if "swin" in config.backbone else {}
     numbers = probe.feature_info.out_indices  # timm's own numbering: DLA's begins at 1
     indices = tuple(max(i for i, s in zip(numbers, strides, strict=True) if s == stride) for stride in config.strides)
     backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, pretrained=config.pretrained, **options)

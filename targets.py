@@ -11,11 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from geometry import project, yaw_to_alpha
+from geometry import MIN_DEPTH, heading_bin, project, yaw_to_alpha
 
 RADIUS = 1.5  # strides
 CELLS = 9  # proposals per object and level: 3x3
-MIN_CENTER_DEPTH = 0.5  # m: nearer objects have no usable projected centre; they are trained in 2D only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +49,12 @@ def target_points(batch, height, width, projected=True):
     by the 2D box's centre.
     """
     center, box = batch["center"], batch["box"]
-    usable = center[..., 2] > MIN_CENTER_DEPTH
-    ahead = torch.where(usable[..., None], center, center.new_tensor([0.0, 0.0, 10.0]))
+    usable = center[..., 2] > MIN_DEPTH
+    ahead = torch.where(usable[..., None], center, 10.0)  # any point that can be projected
     pixel = project(ahead, batch["K"][:, None])
     middle = (box[..., :2] + box[..., 2:]) / 2
     pixel = torch.where(usable[..., None], pixel, middle)
-    edge = pixel.new_tensor([width - 1.0, height - 1.0])
+    edge = torch.stack([torch.full_like(pixel[..., 0], width - 1.0), torch.full_like(pixel[..., 1], height - 1.0)], -1)
     middle = torch.minimum(middle.clamp(min=0), edge)
     if not projected:
         return pixel, middle, usable
@@ -67,7 +66,15 @@ def target_points(batch, height, width, projected=True):
 def level_of(box, level_sizes):
     """Pyramid level (...) of visible boxes (..., 4): by the longer side, px."""
     side = (box[..., 2:] - box[..., :2]).amax(-1)
-    return (side[..., None] > side.new_tensor(level_sizes)).sum(-1) if level_sizes else torch.zeros_like(side, dtype=torch.long)
+    return sum(((side > border).long() for border in level_sizes), torch.zeros_like(side, dtype=torch.long))
+
+
+def per_level(level, values):
+    """The value (...) of each level (...), float: values[level] without a table that the device would have to be sent."""
+    chosen = torch.full_like(level, values[0], dtype=torch.float32)
+    for number, value in enumerate(values[1:], 1):
+        chosen = torch.where(level == number, float(value), chosen)
+    return chosen
 
 
 def propose(point, level, strides, height, width):
@@ -76,8 +83,8 @@ def propose(point, level, strides, height, width):
     Returns location (B, M, 9) over all levels, inside (B, M, 9) and distance (B, M, 9) from cell to point in strides.
     """
     counts = [(height // s) * (width // s) for s in strides]
-    table = point.new_tensor([[s, width // s, height // s, sum(counts[:i])] for i, s in enumerate(strides)])[level]  # (B, M, 4)
-    stride, columns, rows, first = table.unbind(-1)
+    stride, columns, rows = (per_level(level, v) for v in (strides, [width // s for s in strides], [height // s for s in strides]))
+    first = per_level(level, [sum(counts[:i]) for i in range(len(strides))])
     edge = torch.stack([columns, rows], -1) - 1
     cell = torch.minimum(((point + 0.5) / stride[..., None]).floor().clamp(min=0), edge)  # (B, M, 2)
     around = torch.cartesian_prod(torch.arange(-1, 2, device=point.device), torch.arange(-1, 2, device=point.device)).flip(-1)
@@ -159,6 +166,8 @@ def measure_priors(dataset, config):
     size_prior: mean (l, h, w) of each class; depth_mean and depth_std: of the virtual depth of the objects on each pyramid level.
     A class or level without objects gets the values of all objects. Returns the completed `ModelConfig`.
     """
+    if config.size_prior and config.depth_mean and config.depth_std:
+        return config
     labels, sizes, levels, depths = [], [], [], []
     for index in sorted({id: i for i, id in enumerate(dataset.ids)}.values()):
         try:
@@ -168,7 +177,7 @@ def measure_priors(dataset, config):
                 raise
             continue  # the loader replaces, counts and reports it
         sample = dataset.sample_from(dataset.frames[index], view)
-        near = sample["center"][:, 2] > MIN_CENTER_DEPTH
+        near = sample["center"][:, 2] > MIN_DEPTH
         labels.append(sample["label"][near])
         sizes.append(sample["size"][near])
         levels.append(level_of(sample["box"], config.level_sizes)[near])
@@ -205,11 +214,11 @@ def encode(targets, model, K):
 
     reach = torch.cat([pixel - targets.box[..., :2], targets.box[..., 2:] - pixel], -1) / stride
     full = torch.cat([pixel - targets.full_box[..., :2], targets.full_box[..., 2:] - pixel], -1) / (4 * stride)
-    excess = (targets.center[..., 2] * model.config.virtual_focal / focal - 0.5).clamp(min=1e-3)
-    depth = unbound(((excess + torch.log(-torch.expm1(-excess)) + 0.5) - model.depth_mean[level]) / model.depth_std[level], 10.0)
+    excess = (targets.center[..., 2] * model.config.virtual_focal / focal - MIN_DEPTH).clamp(min=1e-3)
+    depth = unbound(((excess + torch.log(-torch.expm1(-excess)) + MIN_DEPTH) - model.depth_mean[level]) / model.depth_std[level], 10.0)
     height = unbound(torch.log(focal * targets.size[..., 1] / targets.center[..., 2].clamp(min=0.1) / (4 * stride[..., 0])), 4.0)
     confident = torch.full_like(depth, -20.0)
-    bins = (torch.sin(targets.alpha - math.pi / 4) >= 0).float()
+    bins = heading_bin(targets.alpha).float()
     fields = {
         "centerness": torch.logit(targets.centerness.clamp(1e-4, 1 - 1e-4))[..., None],
         "box": unbound(torch.log(reach.clamp(min=1e-2)), 5.0),

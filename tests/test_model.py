@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from scenes import CAR, FAR, MODEL, PERSON, TRUNCATED, K, all_losses, make_batch
 from torchvision.ops import box_iou
 
-from checkpoint import complete_checkpoints, find_weights, load_checkpoint, load_weights, save_checkpoint, save_weights
+from checkpoint import find_weights, list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights, verify_checkpoint
 from config import Config, to_dict
-from model import Detector, ModelConfig, angle_from_double, heading_bin, unit
+from geometry import heading_bin
+from model import Detector, ModelConfig, angle_from_double, unit
 from targets import assign, encode
 
 CAMERA = torch.as_tensor(K, dtype=torch.float32).reshape(1, 3, 3)
@@ -310,8 +311,10 @@ def test_a_checkpoint_restores_everything(tmp_path, averaged):
     save_checkpoint(tmp_path, 7, model, average, optimizer, {}, {"processes": 1, "global_batch": 4, "best": 2.5}, keep=2)
     other, other_average = make_detector(), make_detector() if averaged else None
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
-    meta = load_checkpoint(tmp_path / "step_00000007", other, other_average, other_optimizer)
-    assert meta == {"step": 7, "processes": 1, "global_batch": 4, "best": 2.5}
+    meta, config = verify_checkpoint(tmp_path / "step_00000007")
+    load_checkpoint(tmp_path / "step_00000007", meta, other, other_average, other_optimizer)
+    assert {k: v for k, v in meta.items() if k != "optimizer"} == {"step": 7, "processes": 1, "global_batch": 4, "best": 2.5}
+    assert config == {}
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     moments, restored = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
@@ -328,24 +331,16 @@ def test_checkpoints_are_complete_or_absent_and_the_newest_stay(tmp_path):
     optimizer = trained(model)
     for step in (2, 4, 6):
         save_checkpoint(tmp_path, step, model, None, optimizer, {}, {"processes": 1, "global_batch": 4, "best": 0}, keep=2)
-    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000006", "step_00000004"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000006", "step_00000004"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006"]  # nothing half-written is left
-    (tmp_path / "step_00000006/meta.json").unlink()
-    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000004"]
 
 
-@pytest.mark.parametrize("damage", ["short", "text", "other"])
-def test_damaged_or_foreign_checkpoints_are_named(tmp_path, damage):
+def test_foreign_checkpoints_are_named(tmp_path):
     model = make_detector()
     save_checkpoint(tmp_path, 2, model, None, trained(model), {}, {"processes": 1, "global_batch": 4, "best": 0}, keep=2)
-    folder = tmp_path / "step_00000002"
-    if damage == "short":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    elif damage == "text":
-        (folder / "meta.json").write_text("{")
-    other = make_detector(channels=64) if damage == "other" else make_detector()
-    with pytest.raises(ValueError, match=r"step_00000002: cannot resume from this checkpoint: "):
-        load_checkpoint(folder, other, None, torch.optim.AdamW(other.parameters()))
+    folder, other = tmp_path / "step_00000002", make_detector(channels=64)
+    with pytest.raises(ValueError, match=r"step_00000002: cannot resume from this checkpoint: .*size mismatch"):
+        load_checkpoint(folder, verify_checkpoint(folder)[0], other, None, torch.optim.AdamW(other.parameters()))
 
 
 def test_a_truncated_object_can_be_said(detector):
@@ -354,6 +349,13 @@ def test_a_truncated_object_can_be_said(detector):
     targets = assign(batch, MODEL)
     decoded = detector.decode(encode(targets, detector, batch["K"]), targets.location, targets.label, batch["K"])
     assert (decoded.pixel[targets.positive][:, 0] > 319).all()
+
+
+def test_drop_path_reaches_the_backbone():
+    rates = [getattr(m, "drop_prob", None) for m in make_detector(backbone="resnet10t", drop_path=0.3).backbone.modules()]
+    assert max(r for r in rates if r) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"model\.drop_path is 1\.0, expected 0 <= drop_path < 1"):
+        ModelConfig(drop_path=1.0)
 
 
 def test_model_config_survives_json():

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # module: the project's modules that it may import at its top
     "draw": {"geometry", "data_kitti"},
     "targets": {"geometry"},
     "model": {"geometry", "data"},  # predict places an image as the data does
-    "losses": {"geometry", "model"},
+    "losses": {"geometry"},
     "checkpoint": set(),
     "config": {"data", "losses", "model"},
 }
