@@ -1,9 +1,11 @@
 """Checkpoints that are complete or absent: written aside, synced, renamed. Weights and moments as safetensors, progress as JSON.
 
 A checkpoint folder step_00001234 holds config.json, model.safetensors (the weights that predict), train.safetensors (raw weights when
-an average is kept, and the optimizer's moments) and meta.json, written last. Nothing in it can carry code.
+an average is kept, and the optimizer's moments) and meta.json: progress, and the SHA-256 of every file, its own content included, so that
+a flipped bit is noticed. Nothing in it can carry code.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -46,63 +48,156 @@ def save_weights(folder, model, config, metrics):
     folder = Path(folder)
     aside = folder.with_name(f".tmp_{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(_tensors(model), aside / MODEL)
-    (aside / CONFIG).write_text(json.dumps(config, indent=1))
-    (aside / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    _publish(aside, folder)
+    try:
+        aside.mkdir(parents=True)
+        save_file(_tensors(model), aside / MODEL)
+        (aside / CONFIG).write_text(json.dumps(config, indent=1))
+        (aside / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        _publish(aside, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{folder}: cannot write the weights: {error}") from None
 
 
 def save_checkpoint(root, step, model, average, optimizer, config, meta, keep):
-    """Write root/step_<step> and remove all but the newest `keep`. average: the module of averaged weights, or None."""
+    """Write root/step_<step> and remove all but the newest `keep`. average: the module of averaged weights, or None.
+
+    Raises OSError, leaving the older checkpoints as they were, when the disk does not take it.
+    """
     root = Path(root)
     aside = root / f".tmp_step_{step:08d}"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    moments, numbers = _flat_optimizer(optimizer)
-    save_file(_tensors(average or model), aside / MODEL)
-    save_file({**(_tensors(model, "model.") if average else {}), **moments}, aside / TRAIN)
-    (aside / CONFIG).write_text(json.dumps(config, indent=1))
-    (aside / META).write_text(json.dumps({"step": step, "optimizer": numbers, **meta}, indent=1))
-    _publish(aside, root / f"step_{step:08d}")
+    try:
+        aside.mkdir(parents=True)
+        moments, numbers = _flat_optimizer(optimizer)
+        save_file(_tensors(average or model), aside / MODEL)
+        save_file({**(_tensors(model, "model.") if average else {}), **moments}, aside / TRAIN)
+        (aside / CONFIG).write_text(json.dumps(config, indent=1))
+        digests = {name: _digest(aside / name) for name in (MODEL, TRAIN, CONFIG)}
+        _write_meta(aside / META, {"step": step, "optimizer": numbers, **meta, "sha256": digests})
+        _publish(aside, root / f"step_{step:08d}")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{root}: cannot write the checkpoint of step {step}: {error}; the older ones are whole") from None
     for old in sorted(root.glob("step_*"))[:-keep]:
         doomed = old.with_name(".del_" + old.name)
         os.rename(old, doomed)  # a half-deleted folder must not look like a checkpoint
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # a network file system keeps files that somebody reads
+
+
+def amend_checkpoint(folder, **changes):
+    """Replace entries of a checkpoint's meta, at once or not at all."""
+    folder = Path(folder)
+    meta = {**_read_meta(folder), **changes}
+    aside = folder / ".tmp_meta"
+    _write_meta(aside, meta)
+    _sync(aside)
+    os.replace(aside, folder / META)
+    _sync(folder)
+
+
+def remove_leftovers(root, names="step_*"):
+    """Undo what a killed process left half done to the folders of these names under root."""
+    for path in Path(root).glob(f".old_{names}"):  # it was about to be replaced
+        final = path.with_name(path.name.removeprefix(".old_"))
+        if not final.exists():
+            os.rename(path, final)
+    for prefix in (".tmp_", ".del_", ".old_"):
+        for path in Path(root).glob(prefix + names):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_newer_aside(folder):
+    """Rename the checkpoints beside `folder` that are newer: a run that goes on from it has not reached them. Returns the new paths."""
+    folder, moved = Path(folder), []
+    for path in list_checkpoints(folder.parent):
+        if path.name > folder.name:
+            name = f"aside_{path.name}"
+            while path.with_name(name).exists():
+                name += "_again"
+            moved.append(path.with_name(name))
+            os.rename(path, moved[-1])
+    return moved
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _meta_digest(meta):
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _write_meta(path, meta):
+    path.write_text(json.dumps({**meta, "meta_sha256": _meta_digest(meta)}, indent=1))
+
+
+def _read_meta(folder):
+    """meta.json, checked against its own digest. Raises OSError or ValueError."""
+    try:
+        meta = json.loads((folder / META).read_text())
+        recorded = meta.pop("meta_sha256", None)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        meta = recorded = None
+    if meta is None or recorded != _meta_digest(meta):
+        raise ValueError(f"{META} is damaged")
+    return meta
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _publish(aside, final):
     """Sync a folder's files and rename it into place; what stood there before is removed only then."""
     for path in [*aside.iterdir(), aside]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        _sync(path)
     if final.exists():
-        doomed = final.with_name(f".del_{final.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(final, doomed)
+        old = final.with_name(f".old_{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
         os.rename(aside, final)
-        shutil.rmtree(doomed)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(aside, final)
-    handle = os.open(final.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    _sync(final.parent)
 
 
-def complete_checkpoints(root):
-    """Checkpoint folders under root that were finished, newest first."""
-    return sorted((p for p in Path(root).glob("step_*") if (p / META).is_file()), reverse=True)
+def list_checkpoints(root):
+    """Checkpoint folders under root, damaged ones too, newest first."""
+    return sorted(Path(root).glob("step_*"), reverse=True)
 
 
-def load_checkpoint(folder, model, average, optimizer):
-    """Restore everything from a checkpoint folder. Returns its meta (step, processes, global_batch, best).
+def verify_checkpoint(folder):
+    """Meta and config of a checkpoint folder whose files all have the content that was written.
 
-    Raises ValueError naming the folder when it is damaged or belongs to another architecture.
+    Raises ValueError naming the folder and the file that is missing or damaged.
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = _read_meta(folder)
+        for name, digest in meta.pop("sha256").items():
+            if _digest(folder / name) != digest:
+                raise ValueError(f"{name} is damaged")
+        return meta, json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: cannot resume from this checkpoint: {Path(error.filename).name} is missing") from None
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: cannot resume from this checkpoint: {error}") from None
+
+
+def load_checkpoint(folder, meta, model, average, optimizer):
+    """Restore weights and moments from a verified checkpoint folder with its meta.
+
+    Raises ValueError naming the folder when it belongs to another architecture or optimizer.
+    """
+    folder = Path(folder)
+    try:
         weights, rest = load_file(folder / MODEL), load_file(folder / TRAIN)
         raw = {k.removeprefix("model."): v for k, v in rest.items() if k.startswith("model.")}
         if bool(raw) != (average is not None):
@@ -110,10 +205,9 @@ def load_checkpoint(folder, model, average, optimizer):
         if average is not None:
             average.load_state_dict(weights)
         model.load_state_dict(raw or weights)
-        _load_optimizer(optimizer, {k: v for k, v in rest.items() if k.startswith("optimizer.")}, meta.pop("optimizer"))
+        _load_optimizer(optimizer, {k: v for k, v in rest.items() if k.startswith("optimizer.")}, meta["optimizer"])
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot resume from this checkpoint: {textwrap.shorten(str(error), 400)}") from None
-    return meta
 
 
 def find_weights(path):
@@ -122,7 +216,7 @@ def find_weights(path):
     Raises FileNotFoundError saying what was looked for.
     """
     path = Path(path)
-    newest = [folder / MODEL for folder in complete_checkpoints(path / "checkpoints")]
+    newest = [folder / MODEL for folder in list_checkpoints(path / "checkpoints")]
     for candidate in (path, path / MODEL, path / "best" / MODEL, *newest):
         if candidate.is_file():
             return candidate

@@ -9,6 +9,8 @@ import importlib.util
 import inspect
 import json
 import math
+import textwrap
+import traceback
 import typing
 from pathlib import Path
 
@@ -39,7 +41,8 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints; one is always written at the end
     keep: int = 2  # newest checkpoints that stay
     log_every: int = 50  # steps
-    max_bad_steps: int = 10  # non-finite steps in a row after which the run stops
+    max_bad_steps: int = 10  # steps in a row without a finite gradient after which the run stops; fewer are skipped and named
+    timeout: float = 10.0  # minutes that a process waits for the others before it gives up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Config:
     out: str = "runs/default"  # run folder
     seed: int = 0  # of weights, order and augmentation
     resume: str = "auto"  # 'auto': go on from the newest checkpoint in out, 'none': start anew in an empty out, or a checkpoint folder
+    allow_changes: bool = False  # resume although keys that shape the training differ from the run's
     load_from: str = ""  # weights only: a run, checkpoint or .safetensors file; what does not fit is listed
     log_with: str = ""  # 'tensorboard', 'trackio' or 'wandb', beside log.jsonl
     best: str = "Car/3d/moderate/AP_R40"  # metric that chooses best/; without Cars the mean over the classes
@@ -67,8 +71,8 @@ class Config:
         for name, allowed in choices.items():
             if getattr(train, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(train, name)!r}, expected one of {', '.join(allowed)}")
-        if train.lr <= 0 or not 0 <= train.ema < 1 or train.clip <= 0 or train.warmup < 0 or train.epochs <= 0:
-            raise ValueError("train: expected lr > 0, 0 <= ema < 1, clip > 0, warmup >= 0 and epochs > 0")
+        if train.lr <= 0 or not 0 <= train.ema < 1 or train.clip <= 0 or train.warmup < 0 or train.epochs <= 0 or train.timeout <= 0:
+            raise ValueError("train: expected lr > 0, 0 <= ema < 1, clip > 0, warmup >= 0, epochs > 0 and timeout > 0")
         if self.loss.loss_alpha_constrain and not self.model.predict_yaw:
             raise ValueError("loss.loss_alpha_constrain compares two angle outputs: it needs model.predict_yaw=true")
         if not self.loss.loss_cls:
@@ -92,7 +96,14 @@ def load_config(path, overrides=()):
         raise ValueError(f"{path}: expected a Python run file that defines `config`")
     spec = importlib.util.spec_from_file_location(f"run_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: not Python: {error.msg}") from None
+    except Exception as error:  # whatever a user's file does: one sentence with the line, as for every other mistake
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{path}:{lines[-1] if lines else 1}: {kind}{textwrap.shorten(str(error), 600)}") from None
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"{path}: expected a variable `config` holding a config.Config, got {type(config).__name__}")
@@ -203,12 +214,39 @@ def to_dict(config):
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+# Keys that may change when a run is resumed: they do not shape the training, or, like the global batch, are compared by themselves.
+FREE_TOP = ("out", "resume", "allow_changes", "load_from", "log_with", "best")
+FREE_DATA = ("root", "val", "workers", "skip_bad")
+FREE_TRAIN = ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every", "max_bad_steps", "timeout")
+FREE_KEYS = {*FREE_TOP, *(f"data.{name}" for name in FREE_DATA), *(f"train.{name}" for name in FREE_TRAIN)}
+
+
+def changed_keys(old, new, prefix=""):
+    """['train.lr: 0.001 -> 0.002', ...]: where two dicts of `to_dict` differ in what shapes the training."""
+    changes = []
+    for name in sorted({*old, *new}):
+        key, before, after = prefix + name, old.get(name), new.get(name)
+        if key in FREE_KEYS:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += changed_keys(before, after, key + ".")
+            continue
+        if key == "data.train":  # its roots may move
+            before, after = ([{k: v for k, v in source.items() if k != "root"} for source in sources or ()] for sources in (before, after))
+        if before != after:
+            changes.append(f"{key}: {json.dumps(before)} -> {json.dumps(after)}")
+    return changes
+
+
 def read_config(path):
     """Config from a config.json. Raises FileNotFoundError or ValueError naming the file."""
     try:
-        return build(json.loads(Path(path).read_text()), Config, str(path))
-    except json.JSONDecodeError as error:
+        return build(json.loads(Path(path).read_text(encoding="utf-8")), Config, str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    except ValueError as error:
+        text = textwrap.shorten(str(error), 600)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def describe(config):

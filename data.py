@@ -5,7 +5,9 @@ draw is a pure function of (seed, epoch, index), never of a worker's state, so t
 """
 
 import collections
+import contextlib
 import dataclasses
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -182,8 +184,11 @@ def change_colour(rng, picture, strength):
     return picture
 
 
-def read_kitti(source, root, training=True):
-    """Frames of a KITTI folder. Raises FileNotFoundError or ValueError naming the folder, split, file or line."""
+def read_kitti(source, root, problems=None):
+    """Frames of a KITTI folder. Raises FileNotFoundError or ValueError naming the folder, split, file or line.
+
+    With a list `problems`, what is wrong with single frames is added to it as a sentence, and the frame left out, instead.
+    """
     root = Path(source.root or root)
     if not (root / "training" / "image_2").is_dir():
         raise FileNotFoundError(f"{root}: expected a KITTI folder with training/image_2, training/label_2, training/calib and ImageSets")
@@ -191,28 +196,43 @@ def read_kitti(source, root, training=True):
     frames = []
     for split in source.split:
         for id in data_kitti.read_split(root, split):
-            if id not in images:
-                raise FileNotFoundError(f"{root}/training/image_2/{id}.png: no such image, named by ImageSets/{split}.txt")
-            for folder in ("calib", "label_2"):
-                if not (root / "training" / folder / f"{id}.txt").is_file():
-                    raise FileNotFoundError(f"{root}/training/{folder}/{id}.txt: frame {id} of split {split} has no {folder} file")
-            K, offset = data_kitti.split_projection(data_kitti.read_calib(root / "training" / "calib" / f"{id}.txt"))
-            labels = data_kitti.read_labels(root / "training" / "label_2" / f"{id}.txt").moved(offset)
-            frames.append(Frame(id, images[id], K, labels, offset))
+            try:
+                frames.append(read_kitti_frame(root, split, id, images))
+            except (ValueError, OSError) as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
     return frames
 
 
-def read_source(source, config):
-    """Frames of one `Source`, renamed and limited, not repeated."""
+def read_kitti_frame(root, split, id, images):
+    """One `Frame` of a KITTI folder; images: paths by id. Raises FileNotFoundError or ValueError naming the file or line."""
+    if id not in images:
+        raise FileNotFoundError(f"{root}/training/image_2/{id[:80]}.png: no such image, named by ImageSets/{split}.txt")
+    for folder in ("calib", "label_2"):
+        if not (root / "training" / folder / f"{id}.txt").is_file():
+            raise FileNotFoundError(f"{root}/training/{folder}/{id}.txt: frame {id} of split {split} has no {folder} file")
+    K, offset = data_kitti.split_projection(data_kitti.read_calib(root / "training" / "calib" / f"{id}.txt"))
+    labels = data_kitti.read_labels(root / "training" / "label_2" / f"{id}.txt").moved(offset)
+    return Frame(id, images[id], K, labels, offset)
+
+
+def read_source(source, config, problems=None):
+    """Frames of one `Source`, renamed and limited, not repeated. problems: see `read_kitti`."""
     if source.kind == "kitti":
-        frames = read_kitti(source, config.root)
+        frames = read_kitti(source, config.root, problems)
     elif source.kind == "synthetic":
         world = data_synthetic.build_world(
             Path(source.root or config.root), train=config.world_train, val=config.world_val, seed=config.world_seed
         )
-        frames = read_kitti(dataclasses.replace(source, root=str(world)), config.root)
+        frames = read_kitti(dataclasses.replace(source, root=str(world)), config.root, problems)
     elif source.kind == "jsonl":
-        frames = [Frame(r.id, Path(r.image), r.K, r.labels, np.zeros(3)) for r in data_json.read_jsonl(source.root or config.root)]
+        path = source.root or config.root
+        wrong = data_json.check_jsonl(path) if problems is not None else []
+        records = [] if wrong else data_json.read_jsonl(path)
+        frames = [Frame(r.id, Path(r.image), r.K, r.labels, np.zeros(3)) for r in records]
+        if wrong:
+            problems += wrong
     else:
         raise ValueError(f"data source kind is {source.kind!r}, expected 'kitti', 'jsonl' or 'synthetic'")
     if source.repeat < 1 or source.limit < 0:
@@ -369,6 +389,29 @@ def collate(samples, multiple=16):
     return batch
 
 
+def seed_of(*numbers):
+    """A 63-bit seed, a pure function of some integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def start_worker(_):
+    """For loader workers: one thread each, and deaf to the signals that ask the whole job to stop after the step."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def loading(loader):
+    """The batches of a DataLoader; its workers end with the block. They ignore SIGTERM, so an exit that only sends it would hang."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
+
+
 class StepBatches:
     """Batch sampler that never ends an epoch short: step -> this process's [(epoch, index)], a pure function of (seed, step).
 
@@ -389,9 +432,9 @@ class StepBatches:
         for step in range(self.start, self.stop):
             yield self.at(step)
 
-    def at(self, step):
-        """[(epoch, index)] of this process at a step."""
-        first = step * self.global_batch + self.rank * self.share
+    def at(self, step, rank=None):
+        """[(epoch, index)] of this process, or another one, at a step."""
+        first = step * self.global_batch + (self.rank if rank is None else rank) * self.share
         return [self.sample(position) for position in range(first, first + self.share)]
 
     def sample(self, position):

@@ -11,9 +11,8 @@ from __future__ import annotations  # Accelerator and Detection3D are named in s
 import argparse
 import dataclasses
 import json
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,39 +36,61 @@ SHOWN_FRAMES = 3  # best, and as many worst, on the picture
 # ---- a model on a data set
 
 
+class Stopped(Exception):
+    """An evaluation was asked to stop, on all processes alike."""
+
+
 def predict_dataset(
-    model: torch.nn.Module, dataset: Detection3D, accelerator: Accelerator, batch_size: int = 8, workers: int = 0, progress: bool = True
+    model: torch.nn.Module,
+    dataset: Detection3D,
+    accelerator: Accelerator,
+    batch_size: int = 8,
+    workers: int = 0,
+    progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, tuple[Labels, np.ndarray]]:
     """Detections of every frame of a `Detection3D`, each exactly once, whatever the number of processes.
 
     Each process takes every so-manieth frame; one exchange at the end. Returns, on every process and in the order of dataset.ids,
     id -> (Labels in the source's own frame and original pixels, sigma (n,) metres of depth). A frame whose image could not be
-    read (data.skip_bad) has no detections, and is counted on stderr.
+    read (data.skip_bad) has no detections, and is counted on stderr. Raises `Stopped` on every process, after the same batch, once
+    `stop()` holds on one of them.
     """
     from accelerate.utils import gather_object  # the files mode needs neither
 
-    from data import collate
+    from data import collate, loading, start_worker
 
     if len(set(dataset.ids)) != len(dataset.ids):
         raise ValueError("data.val lists frames more than once, expected repeat=1; train.eval_repeat counts each frame several times")
     own = list(range(len(dataset)))[accelerator.process_index :: accelerator.num_processes]
     batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
     generator = torch.Generator()  # else the loader draws from the global one
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=generator)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=start_worker, generator=generator
+    )
     detector = accelerator.unwrap_model(model)
     training = detector.training
     detector.eval()
     found, unread = [], []
-    for number, (indices, batch) in enumerate(zip(batches, loader, strict=True), 1):
-        with accelerator.autocast():
-            detections = detector.detect(batch["image"].to(accelerator.device), batch["K"].to(accelerator.device))
-        for index, skipped, detection in zip(indices, batch["skipped"].tolist(), detections, strict=True):
-            if skipped:
-                unread.append(dataset.ids[index])
-                detection = {name: value[:0] for name, value in detection.items()}
-            found.append((dataset.ids[index], to_source(detection, dataset, index, skipped)))
-        if progress and accelerator.is_main_process:
-            show_progress("evaluating batch", number, len(batches))
+    frames_each = -(-len(dataset) // accelerator.num_processes)
+    rounds = -(-frames_each // batch_size)  # equal on all processes, of which some have a batch fewer
+    with loading(loader) as loaded:
+        for number in range(1, rounds + 1):
+            if accelerator.reduce(torch.tensor(float(stop()), device=accelerator.device)) > 0:
+                detector.train(training)
+                raise Stopped
+            if number > len(batches):
+                continue
+            indices, batch = batches[number - 1], next(loaded)
+            with accelerator.autocast():
+                detections = detector.detect(batch["image"].to(accelerator.device), batch["K"].to(accelerator.device))
+            for index, skipped, detection in zip(indices, batch["skipped"].tolist(), detections, strict=True):
+                if skipped:
+                    unread.append(dataset.ids[index])
+                    detection = {name: value[:0] for name, value in detection.items()}
+                found.append((dataset.ids[index], to_source(detection, dataset, index, skipped)))
+            if progress and accelerator.is_main_process:
+                show_progress("evaluating batch", number, rounds)
     detector.train(training)
     gathered = gather_object(found)
     predictions = dict(gathered)
@@ -99,12 +120,13 @@ def evaluate(
     repeat: int = 1,
     overlap: str = "strict",
     progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, dict[str, tuple[Labels, np.ndarray]]]:
     """Metrics of a model on a data set, the same on every process, and its predictions.
 
-    Returns the dict of `kitti_ap` with `object_errors` under "errors", and the dict of `predict_dataset`.
+    Returns the dict of `kitti_ap` with `object_errors` under "errors", and the dict of `predict_dataset`. Raises its `Stopped`.
     """
-    predictions = predict_dataset(model, dataset, accelerator, batch_size, workers, progress)
+    predictions = predict_dataset(model, dataset, accelerator, batch_size, workers, progress, stop)
     truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
     results = {id: labels for id, (labels, _) in predictions.items()}
     metrics = kitti_ap(truth, results, dataset.classes, overlap, repeat)
@@ -328,19 +350,6 @@ def find_checkpoint(run: str | Path) -> Path:
     return folder
 
 
-def start_accelerator(precision: str) -> Accelerator:
-    """`Accelerator` with as many processes as were asked for. Raises ValueError when the launch gave another number."""
-    from accelerate import Accelerator
-
-    accelerator, asked = Accelerator(mixed_precision=precision), int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != asked:
-        raise ValueError(
-            f"launched {asked} processes, but Accelerate joins only {accelerator.num_processes} (without GPUs: "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N evaluate.py)"
-        )
-    return accelerator
-
-
 def evaluate_run(options: argparse.Namespace) -> None:
     """The run mode: prints the table on the main process and fills the folder `evaluation` beside the checkpoint."""
     from safetensors import SafetensorError
@@ -349,6 +358,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     from checkpoint import CONFIG, MODEL
     from config import override, read_config
     from data import build_dataset
+    from launch import start_accelerator
     from model import Detector
 
     folder = find_checkpoint(options.run)

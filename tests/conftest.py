@@ -64,12 +64,17 @@ def tiny(world, out, *more):
     ]  # fmt: skip
 
 
-def launch(*arguments, processes=1, timeout=240):
-    """`accelerate launch train.py` as a user would; on the CPU whatever the machine has."""
+def command_line(*arguments, processes=1, script="train.py"):
+    """(command, environment) of `accelerate launch train.py` as a user would; on the CPU whatever the machine has."""
     several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1", "--cpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--num_machines", "1", "train.py", *arguments]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+               "--num_machines", "1", "--main_process_port", "0", script, *map(str, arguments)]  # fmt: skip
+    return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def launch(*arguments, processes=1, script="train.py", timeout=240):
+    """Run it to its end."""
+    command, environment = command_line(*arguments, processes=processes, script=script)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 

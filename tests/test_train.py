@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 import train
 from config import TrainConfig, read_config
+from data import seed_of
 from data_kitti import read_split
 from model import Detector
-from train import lr_at, seed_of
+from train import lr_at
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - Epoch \[(\d+)\]\[(\d+)/(\d+)\]  lr: \d\.\d{5}, eta: \d+:\d\d:\d\d, "
@@ -64,6 +65,7 @@ def here(capfd):
 def test_a_run_leaves_what_it_should(tiny_run):
     _, out, finished = tiny_run
     assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
         "DONE",
         "best",
         "checkpoints",
@@ -246,10 +248,11 @@ def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, he
     world, whole, _ = tiny_run
     before = hashes(whole / "checkpoints/step_00000006")
     for overrides, words in (
-        (["model.channels=64"], r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch"),
+        (["model.channels=64"], r"step_00000006: this is not the run's config \(model\.channels: 32 -> 64\); allow_changes=true goes on"),
+        (["model.channels=64", "allow_changes=true"], r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch"),
         (["resume=none"], r"holds checkpoints and resume=none; choose another out=, or delete it"),
-        ([f"resume={tmp_path / 'step_00000001'}"], r"step_00000001: cannot resume from this checkpoint"),
-        (["train.ema=0"], r"it was written with averaged weights, and train\.ema now says otherwise"),
+        ([f"resume={tmp_path / 'step_00000001'}", f"out={tmp_path / 'new'}"], r"step_00000001: cannot resume .*: meta\.json is missing"),
+        (["train.ema=0", "allow_changes=true"], r"it was written with averaged weights, and train\.ema now says otherwise"),
     ):
         code, _, err = here(*tiny(world, whole), *overrides)
         assert code == 2, err
@@ -264,7 +267,7 @@ def test_skipped_images_are_reported(tiny_run, tmp_path, here):
     (root / f"training/image_2/{id}.png").write_bytes(b"no picture")
     arguments = [*tiny(root, tmp_path / "run"), "data.skip_bad=true", "train.steps=4"]
     code, out, err = here(ROOT / "configs/kitti.py", "model.pretrained=false", *arguments)
-    assert (code, "1 unreadable images were replaced in this epoch" in out + err) == (0, True), err
+    assert (code, f"1 unreadable images were replaced (data.skip_bad): {id}" in out + err) == (0, True), err
 
 
 def test_traceback_on_request(here, tmp_path):
@@ -275,7 +278,7 @@ def test_traceback_on_request(here, tmp_path):
 def test_help_lists_every_key(here):
     code, out, _ = here("--help")
     assert code == 0
-    for key in ("train.lr=0.001", "data.root=", "model.backbone=", "loss.loss_cls=", "resume="):
+    for key in ("train.lr=0.008", "data.root=", "model.backbone=", "loss.loss_cls=", "resume="):
         assert f"  {key}" in out
 
 

@@ -1,0 +1,691 @@
+"""A run that cannot go on broken: kills, damaged checkpoints, non-finite steps, signals, ranks that fail, locks, changed configs.
+
+The real train.py runs here, mostly as a process of its own; tests/faulty.py puts the faults in.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command_line, launch, tiny
+from safetensors.torch import load_file
+from test_train import hashes, here, losses_of, records  # noqa: F401  `here` is a fixture
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import replay
+import train
+from checkpoint import (
+    amend_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    remove_leftovers,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from config import Config, changed_keys, override, to_dict
+from faults import Agreement, Signals, Statistics, lock_folder, poison, step_unless, weights_finite
+
+KILLS = int(os.environ.get("DEEP3D_KILLS", 1))  # of the torture test; 20 on request
+slow = pytest.mark.skipif(not os.environ.get("DEEP3D_SLOW"), reason="much alike runs with it; DEEP3D_SLOW=1 runs this one too")
+HARD = ("data.workers=2", "model.backbone=resnet10t", "model.drop_path=0.3", "train.accumulate=2", "train.batch_size=1",
+        "train.save_every=1", "model.size=64,224")  # fmt: skip
+
+
+def start(*arguments, processes=1, script="train.py"):
+    """A training in the background, in a process group of its own; its output goes to OUT.out."""
+    command, environment = command_line(*arguments, processes=processes, script=script)
+    if processes == 1:
+        command = [sys.executable, script, *map(str, arguments)]
+    log = open(next(a for a in arguments if str(a).startswith("out=")).removeprefix("out=") + ".out", "w+")  # noqa: SIM115
+    environment.update(DEEP3D_TEST=log.name, PET_SHUTDOWN_TIMEOUT="3")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process.log = log
+    return process
+
+
+def finish(process, timeout=60):
+    """Its exit code and output, once it and everything it started have ended."""
+    try:
+        code = process.wait(timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.log.seek(0)
+    return code, process.log.read()
+
+
+def wait_for_step(out, step, process, timeout=120):
+    """Until the log of a run says that a step is done."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        if (out / "log.jsonl").is_file() and any(r["step"] >= step for r in records(out)):
+            return
+        time.sleep(0.05)
+    process.log.seek(0)
+    raise AssertionError(f"step {step} was not reached: {process.log.read()}")
+
+
+def ranks_of(process):
+    """Process ids of the trainings that a launcher started, by rank, whoever their parent is by now."""
+    found = {}
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                variables = dict(v.split(b"=", 1) for v in file.read().split(b"\0") if b"=" in v)
+            if variables.get(b"DEEP3D_TEST") == process.log.name.encode() and b"RANK" in variables:
+                found.setdefault(int(variables[b"RANK"]), pid)  # loader workers have higher ids
+    return found
+
+
+def training_state(out):
+    newest = list_checkpoints(out / "checkpoints")[0]
+    return newest.name, hashes(newest)
+
+
+# ---- exact resume
+
+
+@pytest.fixture(scope="module")
+def hard_run(tiny_run, tmp_path_factory):
+    """Two processes, accumulation, drop-path, augmentation, averages, warm-up: 6 steps without a stop."""
+    out = tmp_path_factory.mktemp("hard") / "whole"
+    finished = launch(*tiny(tiny_run[0], out, *HARD, "data.workers=0"), processes=2)
+    assert finished.returncode == 0, finished.stderr
+    return out
+
+
+def test_killed_at_any_moment_equals_never_stopped(tiny_run, hard_run, tmp_path):
+    """SIGKILL to a whole job of two processes with workers, again and again, at random or in the middle of a save."""
+    out, rng = tmp_path / "out", random.Random(time.time_ns())
+    for number in range(KILLS):
+        in_save, step = rng.random() < 0.5, 1 + number * 5 // max(1, KILLS - 1)
+        fault = json.dumps([{"what": "slow", "steps": []}, *[{"what": "kill in save", "steps": [step], "rank": 0}] * in_save])
+        process = start(fault, *tiny(tiny_run[0], out, *HARD), processes=2, script="tests/faulty.py")
+        if not in_save:
+            time.sleep(rng.uniform(4, 12))
+            for pid in [process.pid, *ranks_of(process).values()]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        finish(process)
+    finished = launch(*tiny(tiny_run[0], out, *HARD), processes=2)
+    assert finished.returncode == 0, finished.stderr
+    print(f"{KILLS} kills, {finished.stdout.count('resumed from')} resumed, final state {training_state(out)}")
+    assert training_state(out) == training_state(hard_run)
+    assert not [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")]
+    steps = {r["step"]: {k: v for k, v in r.items() if k.startswith("loss")} for r in records(out)}
+    assert [steps[i] for i in range(1, 7)] == [{k: v for k, v in r.items() if k.startswith("loss")} for r in records(hard_run)]
+
+
+def test_one_process_killed_in_a_save_equals_never_stopped(tiny_run, tmp_path, here):  # noqa: F811
+    """Without workers; the third save leaves a half-written file behind."""
+    out = tmp_path / "out"
+    fault = json.dumps({"what": "kill in save", "steps": [6]})
+    code, text = finish(start(fault, *tiny(tiny_run[0], out), script="tests/faulty.py"))
+    assert code == -signal.SIGKILL, text
+    assert [p.name for p in (out / "checkpoints").glob(".tmp_*")] == [".tmp_step_00000006"]
+    code, text, err = here(*tiny(tiny_run[0], out))
+    assert code == 0, err
+    assert f"resumed from {out}/checkpoints/step_00000004" in text
+    assert training_state(out) == training_state(tiny_run[1])
+
+
+def test_another_number_of_processes_goes_on_with_the_same_order(tiny_run, hard_run, tmp_path, here, monkeypatch):  # noqa: F811
+    out = tmp_path / "out"
+    shutil.copytree(hard_run / "checkpoints/step_00000004", out / "checkpoints/step_00000004")
+    seen = []
+    normal = train.send_to_device
+    monkeypatch.setattr(train, "send_to_device", lambda batch, *a, **k: seen.append(batch["index"].tolist()) or normal(batch, *a, **k))
+    code, text, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0"))
+    assert code == 0, err
+    assert "with 2 -> 1 processes of 2 images, the same global batch" in text
+    assert "6 steps of 4 images" in text
+    config = to_dict(override(Config(), ()))
+    assert [r["lr"] for r in records(out)] == [r["lr"] for r in records(hard_run)[4:]]
+    order = [train.StepBatches(8, 2, rank, 2, config["seed"], 0, 12) for rank in (0, 1)]
+    assert [sorted(i) for i in seen] == [sorted(i for o in order for _, i in o.at(micro)) for micro in range(8, 12)]
+    shutil.rmtree(out / "checkpoints/step_00000006")
+    code, text, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0"))  # a second time, now from a checkpoint of one process
+    assert code == 0, err
+    assert f"resumed from {out}/checkpoints/step_00000005\n" in text
+    assert "6 steps of 4 images" in text
+    shutil.rmtree(out)
+    shutil.copytree(hard_run / "checkpoints/step_00000004", out / "checkpoints/step_00000004")
+    code, _, err = here(*tiny(tiny_run[0], out, *HARD, "train.accumulate=3"))
+    assert code == 2
+    assert re.search(r"global batch of 4 does not divide over 1 processes with train\.accumulate=3", err)
+
+
+# ---- checkpoints
+
+
+class Payload:
+    """A pickle that leaves a trace when it is loaded."""
+
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/deep3d_was_here",))
+
+
+def flip(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGE = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "one bit flipped": flip,
+    "last bit flipped": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "a pickle": lambda content: pickle.dumps(Payload()),
+    "deleted": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["model.safetensors", "train.safetensors", "config.json", "meta.json"])
+def test_a_damaged_file_is_noticed_and_named(tiny_run, tmp_path, name, damage):
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
+    verify_checkpoint(folder)
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if DAMAGE[damage]:
+        (folder / name).write_bytes(DAMAGE[damage](content))
+    if name == "meta.json" and damage == "last bit flipped" and json.loads(content) == _json_or_none(folder / name):
+        return  # the last byte was white space
+    with pytest.raises(ValueError, match=rf"step_00000002: cannot resume from this checkpoint: {re.escape(name)} is (damaged|missing)"):
+        verify_checkpoint(folder)
+    assert not os.path.exists("/tmp/deep3d_was_here")
+
+
+def _json_or_none(path):
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "train.safetensors"])
+def test_a_strangers_pickle_is_never_run(tiny_run, tmp_path, name):
+    """Even with digests that fit."""
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
+    (folder / name).write_bytes(pickle.dumps(Payload()))
+    digests = json.loads((folder / "meta.json").read_text())["sha256"]
+    amend_checkpoint(folder, sha256={**digests, name: hashlib.sha256((folder / name).read_bytes()).hexdigest()})
+    meta, _ = verify_checkpoint(folder)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="step_00000002: cannot resume from this checkpoint"):
+        load_checkpoint(folder, meta, model, torch.nn.Linear(2, 2), torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match=r"not a readable safetensors file|none of its"):
+        load_weights(model, folder / name)
+    assert not os.path.exists("/tmp/deep3d_was_here")
+
+
+def test_a_start_from_elsewhere_goes_on_from_its_own_checkpoints(tiny_run, tmp_path, here):  # noqa: F811
+    out, elsewhere = tmp_path / "out", tiny_run[1] / "checkpoints/step_00000002"
+    code, text, err = here(*tiny(tiny_run[0], out), f"resume={elsewhere}")
+    assert code == 0, err
+    assert f"resumed from {elsewhere}" in text
+    assert training_state(out) == training_state(tiny_run[1])
+    code, text, err = here(*tiny(tiny_run[0], out), f"resume={elsewhere}")
+    assert code == 0, err
+    assert f"resumed from {out}/checkpoints/step_00000006" in text
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_last_one_refused(tiny_run, tmp_path, here):  # noqa: F811
+    world, whole, _ = tiny_run
+    out = tmp_path / "out"
+    shutil.copytree(whole / "checkpoints", out / "checkpoints")
+    for step in (4, 6):
+        path = out / f"checkpoints/step_0000000{step}/model.safetensors"
+        path.write_bytes(flip(path.read_bytes()))
+    code, text, err = here(*tiny(world, out))
+    assert code == 0, err
+    for step in (4, 6):
+        assert f"step_0000000{step}: cannot resume from this checkpoint: model.safetensors is damaged; passing it over" in text
+        assert f"kept as {out}/checkpoints/aside_step_0000000{step}" in text
+    assert f"resumed from {out}/checkpoints/step_00000002" in text
+    assert training_state(out) == training_state(whole)
+    for folder in list_checkpoints(out / "checkpoints"):
+        (folder / "meta.json").unlink()
+    code, _, err = here(*tiny(world, out))
+    assert code == 2
+    assert re.search(r"meta\.json is missing; nothing older is left \(delete .*checkpoints to start anew\)", err)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_run, tmp_path):
+    """On a file system of 3 MB, in a mount namespace of its own."""
+    out = tmp_path / "small"
+    out.mkdir()
+    arguments = tiny(tiny_run[0], out / "run", "train.save_every=1", "train.keep=9")
+    inside = f"mount -t tmpfs -o size=3m tmpfs {out} && {sys.executable} train.py {' '.join(arguments)}; code=$?; " + (
+        f"cp -r {out}/run/checkpoints {tmp_path}/seen; exit $code"
+    )
+    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", out], capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"no mount namespaces here: {probe.stderr.strip()}")
+    finished = subprocess.run(["unshare", "-rm", "sh", "-c", inside], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    sentences = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1
+    assert re.search(r"cannot write the checkpoint of step \d: .*No space left.*; the older ones are whole", sentences[0])
+    left = list_checkpoints(tmp_path / "seen")
+    assert len(left) >= 1
+    for folder in left:
+        verify_checkpoint(folder)
+
+
+def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
+    """A kill between the two renames that put new weights in the place of old ones."""
+    for name in (".old_best", ".tmp_best", ".old_step_00000002", "step_00000002", ".del_step_00000001", ".tmp_mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, "best")
+    left = {p.name: (p / "which").read_text() for p in tmp_path.iterdir()}
+    assert left == {"best": ".old_best", "step_00000002": "step_00000002", ".tmp_mine": ".tmp_mine"}
+
+
+def test_meta_is_amended_at_once(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    save_checkpoint(tmp_path, 3, model, None, torch.optim.AdamW(model.parameters()), {}, {"best": None, "evaluated": False}, keep=1)
+    amend_checkpoint(tmp_path / "step_00000003", best=4.5, evaluated=True)
+    meta, _ = verify_checkpoint(tmp_path / "step_00000003")
+    assert (meta["step"], meta["best"], meta["evaluated"]) == (3, 4.5, True)
+    assert sorted(p.name for p in (tmp_path / "step_00000003").iterdir()) == [
+        "config.json", "meta.json", "model.safetensors", "train.safetensors",
+    ]  # fmt: skip
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_run, tmp_path, here):  # noqa: F811
+    code, _, err = here(*tiny(tiny_run[0], tmp_path / "out", "train.optimizer=adamw", "train.lr=1e38", "train.warmup=0"))
+    assert code == 3, err
+    assert re.search(r"error: .*(the weights are not finite after step|had no finite gradient)", err)
+    assert all(weights_are_finite(folder) for folder in list_checkpoints(tmp_path / "out/checkpoints"))
+
+
+def weights_are_finite(folder):
+    tensors = [*load_file(folder / "model.safetensors").values(), *load_file(folder / "train.safetensors").values()]
+    return all(torch.isfinite(t).all() for t in tensors if t.is_floating_point())
+
+
+# ---- steps that are not finite
+
+
+def test_a_nan_loss_on_one_process_is_skipped_and_at_last_ends_both(tiny_run, tmp_path):
+    fault = json.dumps([{"what": "gradient", "steps": [2], "rank": 1}, {"what": "loss", "steps": [4, 5], "rank": 1}])
+    out = tmp_path / "out"
+    process = start(fault, *tiny(tiny_run[0], out, "train.max_bad_steps=2"), processes=2, script="tests/faulty.py")
+    wait_for_step(out, 3, process)
+    began = time.monotonic()
+    code, text = finish(process)
+    assert code != 0
+    assert time.monotonic() - began < 20
+    ids = {p.stem for p in next(tiny_run[0].glob("*/training")).glob("label_2/*.txt")}
+    for step in (2, 4, 5):
+        [line] = [line for line in text.splitlines() if f"step {step} skipped" in line]
+        what = "gradient nan" if step == 2 else "loss_size nan, gradient nan"
+        named = re.search(rf"its gradient is not finite; process 1: {what}; frames (\S+) (\S+)$", line)
+        assert named, line
+        assert {*named.groups()} <= ids
+    sentence = "2 steps in a row had no finite gradient, the last one is step 5; the first is step 4: loss_size, gradient on process 1"
+    assert text.count(f"error: {sentence}") == 2  # both processes
+    assert sentence in text[text.rindex("Root Cause") :]
+    assert [r["step"] for r in records(out)] == [1, 3]
+    assert all(weights_are_finite(folder) for folder in list_checkpoints(out / "checkpoints"))
+    record = json.loads((out / "nonfinite.json").read_text())
+    assert (record["step"], record["process"]) == (3, 1)
+    order = train.StepBatches(8, 4, 1, 2, 0, 0, 6)
+    assert [[tuple(s) for s in samples] for samples in record["batches"]] == [order.at(3)]
+
+
+@pytest.mark.parametrize(("what", "words"), [
+    pytest.param("gradient", "gradient on process 0", marks=slow), ("camera", "loss_"), pytest.param("label", "loss_", marks=slow),
+    ("loss", "loss_size, gradient on process 0"),
+])  # fmt: skip
+def test_too_many_bad_steps_end_the_run_and_can_be_replayed(tiny_run, tmp_path, what, words):
+    out = tmp_path / "out"
+    fault = json.dumps({"what": what, "steps": [3, 4, 5, 6]})
+    arguments = tiny(tiny_run[0], out, "train.max_bad_steps=3", "train.log_every=50")
+    environment = command_line()[1]
+    finished = subprocess.run(
+        [sys.executable, "tests/faulty.py", fault, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert finished.returncode == 3, finished.stderr
+    sentence = finished.stderr.splitlines()[-1]
+    assert re.match(r"error: 3 steps in a row had no finite gradient, the last one is step 5; the first is step 3: ", sentence)
+    assert words in sentence
+    assert sentence.endswith(f"to replay it: python replay.py {out}/nonfinite.json")
+    assert all(weights_are_finite(folder) for folder in list_checkpoints(out / "checkpoints"))
+    record = json.loads((out / "nonfinite.json").read_text())
+    assert (record["step"], record["process"], len(record["frames"])) == (2, 0, 2)
+    assert all(torch.isfinite(t).all() for t in load_file(out / "nonfinite.safetensors").values() if t.is_floating_point())
+    losses, findings = replay.replay(out / "nonfinite.json")  # the fault was put in from outside, so the batch itself is fine
+    assert all(math.isfinite(v) for v in losses.values())
+    assert findings == []
+
+
+def test_replay_names_the_cause(tiny_run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    config = to_dict(override(Config(), [a for a in tiny(tiny_run[0], out) if not a.startswith("data.train")]))
+    source = next(tiny_run[0].glob("*/training")).parent
+    config["data"]["root"] = str(source)
+    config["model"] = json.loads((tiny_run[1] / "config.json").read_text())["model"]
+    from model import Detector, ModelConfig
+
+    net = Detector(ModelConfig(**config["model"]))
+    from faults import write_replay
+
+    path = write_replay(out, config, net, {"step": 0, "process": 0, "losses": {"loss_size": math.nan}, "frames": ["a", "b"],
+                                           "batches": [[(0, 1), (0, 2)]]})  # fmt: skip
+    normal = replay.collate
+
+    def spoilt(items):
+        batch = normal(items)
+        batch["size"][0, 0] = math.inf
+        return batch
+
+    monkeypatch.setattr(replay, "collate", spoilt)
+    with pytest.raises(SystemExit) as stop:
+        replay.main([str(path)])
+    assert stop.value.code == 3
+    assert re.search(r"loss_size is (nan|inf)", capsys.readouterr().out)
+    (out / "nonfinite.safetensors").write_bytes(b"no")
+    with pytest.raises(SystemExit) as stop:
+        replay.main([str(path)])
+    assert stop.value.code == 2
+    assert "nonfinite.json: not a replay that train.py wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    lambda p: torch.optim.Adamax(p, lr=0.1),
+], ids=["fused AdamW", "SGD", "Adamax"])  # fmt: skip
+def test_a_broken_step_leaves_weights_moments_and_count(make):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    optimizer = make(model.parameters())
+    states = []
+    for broken in (True, False, True, True, False):
+        model.zero_grad()
+        model(torch.ones(1, 3) * (math.nan if broken else 1.0)).sum().backward()
+        step_unless(torch.tensor(broken), optimizer)
+        moments = [v.clone() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        states.append([p.detach().clone() for p in model.parameters()] + moments)
+    assert all(torch.equal(a, b) for a, b in zip(states[1], states[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(states[1], states[3], strict=True))
+    assert len({tuple(states[i][0].flatten().tolist()) for i in (0, 1, 4)}) == 3
+    assert torch.equal(states[0][0], before)
+    assert all(torch.isfinite(t).all() for t in states[4])
+
+
+def test_running_statistics_of_a_broken_step_are_undone():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
+    statistics = Statistics(model)
+    model(torch.randn(2, 3, 4, 4))
+    statistics.settle(torch.tensor(True))
+    kept = {name: b.clone() for name, b in model.named_buffers()}
+    model(torch.full((2, 3, 4, 4), math.nan))
+    assert not weights_finite(model)
+    statistics.settle(torch.tensor(False))
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            assert torch.equal(buffer, kept[name])
+    assert weights_finite(model)
+    assert Statistics(torch.nn.Linear(2, 2)).settle(torch.tensor(False)) is None
+
+
+def test_poison_is_one_for_good_losses():
+    assert poison(torch.tensor(3.0)) == 1
+    assert torch.isnan(poison(torch.tensor(math.inf)))
+    assert torch.isnan(poison(torch.tensor(math.nan)))
+
+
+def test_agreement_returns_what_was_given():
+    agreement = Agreement(torch.device("cpu"))
+    assert agreement.exchange(torch.tensor([1.0, 2.0])) == [1.0, 2.0]
+    agreement.lag = 0
+    assert agreement.exchange(torch.tensor([0.5])) == [0.5]
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts operators whose result the host must wait for on a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.marks = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[-1].split(".")[0]
+        boolean_index = name in ("index", "index_put_") and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
+        if name in self.WAITING or boolean_index:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_good_step_never_waits_for_the_device(tiny_run, tmp_path, here, monkeypatch):  # noqa: F811
+    """Between two log lines no operator of the step makes the host wait; the counter itself is shown to see one that does."""
+    counter = CountSyncs()
+    normal = train.Window.add
+
+    def mark(window, *rest):
+        counter.marks.append(list(counter.found))
+        return normal(window, *rest)
+
+    monkeypatch.setattr(train.Window, "add", mark)
+    every = [f"loss.{f.name}=0.5" for f in dataclasses.fields(train.compute_losses.__globals__["LossConfig"])]
+    with counter:
+        quiet = ("model.predict_yaw=true", "train.optimizer=adamw", "train.log_every=100", "train.save_every=100")
+        code, _, err = here(*tiny(tiny_run[0], tmp_path / "out", *every, *quiet))
+        torch.ones(2).sum().item()
+    assert code == 0, err
+    assert len(counter.marks) == 6
+    assert counter.found[-1] == "_local_scalar_dense"
+    waits = [b[len(a) :] for a, b in zip(counter.marks[1:], counter.marks[2:], strict=False)]
+    assert waits == [[]] * 4
+
+
+# ---- signals
+
+
+def goes_on_to_the_same_end(tiny_run, out):
+    """Run the same command again and compare with the run that was never stopped."""
+    finished = subprocess.run([sys.executable, "train.py", *tiny(tiny_run[0], out)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert finished.returncode == 0, finished.stderr
+    assert (out / "DONE").exists()
+    assert training_state(out) == training_state(tiny_run[1])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=slow), "SIGINT"])
+def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(tiny_run, tmp_path, here, name):  # noqa: F811
+    """The whole process group is signalled, workers included, as Slurm and a terminal do."""
+    out = tmp_path / "out"
+    process = start(json.dumps({"what": "slow", "steps": []}), *tiny(tiny_run[0], out, "data.workers=2"), script="tests/faulty.py")
+    wait_for_step(out, 1, process)
+    os.killpg(process.pid, getattr(signal, name))
+    code, text = finish(process)
+    assert code == 0, text
+    assert f"stopped by {name}, saved; the same command goes on" in text
+    assert not (out / "DONE").exists()
+    assert (out / "STOPPED").exists()
+    newest = list_checkpoints(out / "checkpoints")[0]
+    assert verify_checkpoint(newest)[0]["step"] == max(r["step"] for r in records(out))
+    code, text, err = here(*tiny(tiny_run[0], out))
+    assert code == 0, err
+    assert f"resumed from {newest}" in text
+    assert training_state(out) == training_state(tiny_run[1])
+
+
+def test_ctrl_c_twice_stops_at_once(tiny_run, tmp_path):
+    out = tmp_path / "out"
+    process = start(json.dumps({"what": "hang", "steps": [3]}), *tiny(tiny_run[0], out), script="tests/faulty.py")
+    wait_for_step(out, 2, process)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None  # it waits for the step
+    os.kill(process.pid, signal.SIGINT)
+    code, text = finish(process, timeout=10)
+    assert code == 130
+    assert text.splitlines()[-1] == "interrupted; the same command goes on from the newest checkpoint"
+
+
+@pytest.mark.parametrize("what", [pytest.param("signal in save", marks=slow), "signal in evaluation"])
+def test_a_signal_while_saving_or_evaluating(tiny_run, tmp_path, here, what):  # noqa: F811
+    out = tmp_path / "out"
+    arguments = tiny(tiny_run[0], out, "train.batch_size=2", "train.eval_every=0.5")  # after steps 2, 4 and 6
+    process = start(json.dumps({"what": what, "steps": [4]}), *arguments, script="tests/faulty.py")
+    code, text = finish(process)
+    assert code == 0, text
+    assert "stopped by SIGTERM, saved; the same command goes on" in text
+    newest = list_checkpoints(out / "checkpoints")[0]
+    assert newest.name == "step_00000004"
+    assert verify_checkpoint(newest)[0]["evaluated"] is False
+    assert [r["step"] for r in records(out, "val")] == [2]
+    code, _, err = here(*arguments)
+    assert code == 0, err
+    assert [r["step"] for r in records(out, "val")] == [2, 4, 6]
+    assert verify_checkpoint(list_checkpoints(out / "checkpoints")[0])[0]["evaluated"] is True
+    assert training_state(out) == training_state(tiny_run[1])
+
+
+@pytest.mark.parametrize(("whom", "name"), [
+    ("rank 1", "SIGUSR1"), pytest.param("launcher", "SIGTERM", marks=slow), ("launcher", "SIGUSR1"),
+])  # fmt: skip
+def test_two_processes_stop_at_the_same_step(tiny_run, tmp_path, whom, name):
+    """Also SIGUSR1 to a launcher, which dies of it and would leave its processes orphaned."""
+    out = tmp_path / "out"
+    process = start(json.dumps({"what": "slow", "steps": []}), *tiny(tiny_run[0], out), processes=2, script="tests/faulty.py")
+    wait_for_step(out, 1, process)
+    ranks = ranks_of(process)
+    assert sorted(ranks) == [0, 1]
+    os.kill(ranks[1] if whom == "rank 1" else process.pid, getattr(signal, name))
+    code = process.wait(60)
+    end = time.monotonic() + 30
+    while ranks_of(process) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not ranks_of(process)  # nobody is left behind
+    _, text = finish(process)
+    assert code == 0 or whom == "launcher", text  # launchers hide the exit codes of their processes: look at DONE
+    assert re.search(r"stopped by (SIG\w+|a signal to another process), saved; the same command goes on", text), text
+    assert not (out / "DONE").exists()
+    newest = list_checkpoints(out / "checkpoints")[0]
+    assert verify_checkpoint(newest)[0]["step"] == max(r["step"] for r in records(out))
+
+
+def test_signals_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        assert signals.received == ""
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == "SIGUSR1"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---- processes
+
+
+@pytest.mark.parametrize("what", ["raise", pytest.param("kill", marks=slow)])
+def test_one_process_that_fails_ends_the_job(tiny_run, tmp_path, what):
+    """Until then it has no object in any of its batches, which holds nobody up."""
+    out = tmp_path / "out"
+    fault = json.dumps([{"what": what, "steps": [3], "rank": 1}, {"what": "empty", "steps": [1, 2], "rank": 1}])
+    process = start(fault, *tiny(tiny_run[0], out), processes=2, script="tests/faulty.py")
+    wait_for_step(out, 2, process)
+    began = time.monotonic()
+    code, text = finish(process, timeout=30)
+    assert code != 0
+    assert time.monotonic() - began < 15
+    last = text[text.rindex("Root Cause") :]
+    assert "rank      : 1" in last
+    if what == "raise":
+        assert "a label that nobody expected" in last
+        assert text.count("error: a label that nobody expected") == 1
+    else:
+        assert "SIGKILL" in last
+    assert list_checkpoints(out / "checkpoints")[0].name == "step_00000002"
+
+
+@slow
+def test_a_process_that_hangs_ends_the_job_after_the_timeout(tiny_run, tmp_path):
+    fault = json.dumps({"what": "hang", "steps": [2], "rank": 1})
+    out = tmp_path / "out"
+    process = start(fault, *tiny(tiny_run[0], out, "train.timeout=0.1"), processes=2, script="tests/faulty.py")
+    wait_for_step(out, 1, process)
+    code, text = finish(process, timeout=50)
+    assert code != 0
+    assert "waited in vain for another process" in text
+
+
+@slow
+def test_a_process_without_objects_holds_nobody_up(tiny_run, tmp_path):
+    fault = json.dumps({"what": "empty", "steps": [1, 2, 3, 4, 5], "rank": 1})
+    out = tmp_path / "out"
+    finished = launch(fault, *tiny(tiny_run[0], out), processes=2, script="tests/faulty.py")
+    assert finished.returncode == 0, finished.stderr
+    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
+
+
+# ---- repeated use
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tiny_run, tmp_path, here):  # noqa: F811
+    out = tmp_path / "out"
+    process = start(json.dumps({"what": "hang", "steps": [2]}), *tiny(tiny_run[0], out, "data.workers=2"), script="tests/faulty.py")
+    wait_for_step(out, 1, process)
+    code, _, err = here(*tiny(tiny_run[0], out))
+    assert code == 2
+    assert re.fullmatch(rf"error: {out} is being written by process {process.pid} on \S+ since .*; stop it or choose another out=\n", err)
+    os.kill(process.pid, signal.SIGKILL)  # its workers are still there for a moment
+    process.wait()
+    lock_folder(out).close()
+    finish(process)
+
+
+def test_a_changed_config_is_shown_and_refused_unless_allowed(tiny_run, tmp_path, here):  # noqa: F811
+    out = tmp_path / "out"
+    shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", out / "checkpoints/step_00000002")
+    code, text, err = here(*tiny(tiny_run[0], out), "train.lr=0.5", "loss.loss_y=1", "train.log_every=3")
+    assert code == 2
+    for change in ("loss.loss_y: 0.0 -> 1.0", "train.lr: 0.008 -> 0.5"):
+        assert f"changed since the checkpoint: {change}" in text
+        assert change in err
+    assert "log_every" not in err
+    code, text, err = here(*tiny(tiny_run[0], out), "train.lr=0.5", "allow_changes=true")
+    assert code == 0, err
+    assert "changed since the checkpoint: train.lr: 0.008 -> 0.5" in text
+
+
+def test_changed_keys_knows_what_shapes_a_training():
+    config = Config()
+    old = to_dict(config)
+    assert changed_keys(old, old) == []
+    assert changed_keys(old, to_dict(override(config, ["train.lr=2", "out=x", "data.workers=9", "train.keep=7"]))) == [
+        "train.lr: 0.001 -> 2.0"
+    ]
+    assert changed_keys({k: v for k, v in old.items() if k != "seed"}, old) == ["seed: null -> 0"]
+
+
+def test_losses_of_resumed_runs_are_compared_at_all(tiny_run):
+    assert len(losses_of(tiny_run[1])) == 6
+    assert np.isfinite([row["loss"] for row in losses_of(tiny_run[1])]).all()
