@@ -373,10 +373,10 @@ def _check_keys(entry, keys, place):
         if key not in keys:
             near = difflib.get_close_matches(key.lower(), [k.lower() for k in keys], 1, 0.6)
             hint = f"did you mean {next(k for k in keys if k.lower() == near[0])!r}?" if near else f"expected {', '.join(keys)}"
-            raise ValueError(f"{place} has an unknown key {key!r}; {hint}")
+            raise ValueError(f"{place} has an unknown key {key[:80]!r}; {hint}")
     missing = [key for key, required in keys.items() if required and key not in entry]
     if missing:
-        raise ValueError(f"{place} lacks {', '.join(repr(key) for key in missing)}; it has {', '.join(entry) or 'no keys'}")
+        raise ValueError(f"{place} lacks {', '.join(repr(key) for key in missing)}; it has {', '.join(entry)[:200] or 'no keys'}")
 
 
 def _refuse_constant(name):

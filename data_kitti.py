@@ -5,12 +5,14 @@ Format: the devkit's readme of the object benchmark, http://www.cvlibs.net/datas
 
 import dataclasses
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
 from geometry import ray_angle, wrap_angle
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LARGEST = 1e8  # of any number in a file, px, m or rad: larger ones are damage, and would overflow later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +113,12 @@ def _parse_row(fields, count, place):
     try:
         row = [float(field) for field in fields[1:]]
     except ValueError as error:
-        raise ValueError(f"{place}: expected numbers after the class name: {error}") from None
+        raise ValueError(f"{place}: expected numbers after the class name: {shorten(str(error), 200)}") from None
     if not np.isfinite(row).all():
         bad = int(np.flatnonzero(~np.isfinite(row))[0])
         raise ValueError(f"{place}: field {bad + 2} is {row[bad]}, expected a finite number")
+    if max(map(abs, row)) > LARGEST:
+        raise ValueError(f"{place}: a field is {max(row, key=abs):g}, expected at most {LARGEST:g} of any unit")
     if count == 16:
         return row  # detectors write empty 2D boxes, and -1 -1 -1 -1000 -1000 -1000 for "no 3D box": the evaluator has rules for both
     if fields[0] != "DontCare" and min(row[7:10]) <= 0:
@@ -155,11 +159,11 @@ def read_calib(path):
         try:
             values = np.array([float(field) for field in rest.split()])
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: expected numbers after P2: {error}") from None
+            raise ValueError(f"{path}:{number}: expected numbers after P2: {shorten(str(error), 200)}") from None
         if values.size != 12 or not np.isfinite(values).all():
             raise ValueError(f"{path}:{number}: P2 has {values.size} values, expected 12 finite numbers")
         P2 = values.reshape(3, 4)
-        if P2[0, 0] <= 0 or P2[1, 1] <= 0 or abs(P2[2, 2] - 1) > 1e-6:
+        if P2[0, 0] <= 0 or P2[1, 1] <= 0 or abs(P2[2, 2] - 1) > 1e-6 or abs(P2).max() > LARGEST or np.linalg.cond(P2[:, :3]) > 1e12:
             raise ValueError(f"{path}:{number}: P2 is not a pinhole camera: focal lengths {P2[0, 0]:g}, {P2[1, 1]:g}, last row {P2[2]}")
         return P2
     raise ValueError(f"{path}: no line 'P2: ...' with the projection of the left colour camera")
@@ -191,7 +195,10 @@ def read_split(root, split):
     if not path.is_file():
         there = sorted(p.stem for p in folder.glob("*.txt"))
         raise FileNotFoundError(f"{path}: no such split file; {'there are ' + ', '.join(there) if there else 'ImageSets holds none'}")
-    ids = path.read_text().split()
+    try:
+        ids = path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from None
     if not ids:
         raise ValueError(f"{path}: the split is empty, expected one frame id a line")
     return ids
