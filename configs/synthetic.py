@@ -17,11 +17,12 @@ config = Config(
         root="data/synthetic",
         train=(Source(kind="synthetic", split=("train",)),),
         val=(Source(kind="synthetic", split=("val",)),),
+        world_train=1600,
         min_height=12.0,
         max_occlusion=2,
         workers=1,
     ),
     model=ModelConfig(backbone="resnet10t", size=(128, 416), strides=(8, 16), level_sizes=(64.0,), channels=64),
     loss=LossConfig(loss_bbox=2.0, loss_location=0.5, loss_centerness=0.5),
-    train=TrainConfig(batch_size=4, steps=880, lr=1.5e-3, beta2=0.99, warmup=40, eval_every=0, log_every=20, save_every=200),
+    train=TrainConfig(batch_size=4, steps=840, optimizer="muon", lr=8e-3, warmup=40, eval_every=0, log_every=20, save_every=200),
 )
