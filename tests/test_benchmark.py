@@ -1,0 +1,36 @@
+"""The benchmark runs, counts what it says it counts, and writes the keys that others read."""
+
+import json
+
+import torch
+from conftest import tiny
+
+from benchmark import Count, main, table
+
+
+def test_every_number_is_there(tiny_run, tmp_path, capsys):
+    words = [word for word in tiny(tiny_run[0], tmp_path / "out") if not word.startswith("data.workers")]
+    assert main([str(tmp_path.parent / "none.py")]) == 2
+    from conftest import ROOT
+
+    arguments = [str(ROOT / "configs/synthetic.py"), *words, "--rounds", "2", "--threads", "1", "--json", str(tmp_path / "b.json")]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    for name in ("train_step_over_backbone", "predict_over_backbone_forward", "peak_memory_over_backbone", "loader_over_bare_decode"):
+        assert found[name] > 0, name
+    assert found["host_syncs_per_step"] == 0
+    assert set(found["targets_losses_ms"]) == set(found["operator_calls"]) == {"8", "30", "100"}
+    assert len({*found["operator_calls"].values()}) == 1  # the work does not depend on the number of objects
+    assert set(found["decode_nms_ms"]) == {"threshold", "900_candidates"}
+    assert table(found) in capsys.readouterr().out
+
+
+def test_waits_are_counted():
+    x = torch.arange(3.0)
+    with Count() as count:
+        x + 1
+        x[x > 1]
+        x.sum().item()
+        x.nonzero()
+    assert count.waits == 3
+    assert count.calls["add"] == 1
