@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -308,8 +309,12 @@ def _parse_image(value, folder, images):
     if not isinstance(value, str) or not value:
         raise ValueError(f"image is {_short(value)}, expected a path relative to {folder}")
     path = folder / value
-    if images and not path.is_file():
-        raise ValueError(f"image is {value!r}, expected a file: there is no {path}")
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that no file system takes
+        raise ValueError(f"image is {value[:80]!r}, expected a file: {error.strerror}") from None
+    if images and not there:
+        raise ValueError(f"image is {value[:80]!r}, expected a file: there is none of that name in {folder}")
     return path
 
 
@@ -319,7 +324,7 @@ def _image_size(path, name):
         with Image.open(path) as image:
             size = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image is {name!r}, expected an image file: {error}") from None
+        raise ValueError(f"image is {name[:80]!r}, expected an image file: {shorten(str(error), 200)}") from None
     if min(size) < IMAGE_SIDES[0] or max(size) > IMAGE_SIDES[1]:
         raise ValueError(f"image {name!r} is {size[0]}x{size[1]}, expected sides from {IMAGE_SIDES[0]} to {IMAGE_SIDES[1]} pixels")
     return size
