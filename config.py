@@ -202,9 +202,9 @@ def build(value, kind, key):
         if not isinstance(value, dict):
             raise ValueError(f"{key}: expected a JSON object, got {value!r}")
         return {k: build(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{key}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
     return value
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_kitti import Labels, make_labels
+from data_kitti import LARGEST, Labels, make_labels
 from geometry import box_iou, clip_boxes, project_boxes, wrap_angle
 
 FRAME_KEYS = {"image": True, "K": True, "objects": True, "id": False, "ignore": False}  # key: required
@@ -343,12 +343,12 @@ def _parse_id(frame):
 
 
 def _numbers(value, shape, place, expected):
-    """JSON value -> float array of that shape; ValueError unless it is nested lists of finite numbers (true is no number)."""
+    """JSON value -> float array of that shape; ValueError unless it is nested lists of finite numbers of sane size (true is no number)."""
     try:
         array = np.asarray(value, dtype=object)
         if array.shape == shape and all(type(v) in (int, float) for v in array.flat):
             array = array.astype(float)
-            if np.isfinite(array).all():
+            if np.isfinite(array).all() and np.abs(array).max(initial=0) <= LARGEST:
                 return array
     except (ValueError, OverflowError):  # ragged lists, integers beyond floats
         pass
