@@ -72,6 +72,7 @@ def read(reader, path, content):
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # numpy's, for numbers that overflow
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, for a header that claims a huge picture
         try:
             return reader(path)
         except (ValueError, FileNotFoundError, OSError) as caught:
