@@ -35,6 +35,8 @@ class TrainConfig:
     warmup: int = 100  # steps of linear warm-up
     clip: float = 35.0  # largest gradient norm
     mixed_precision: str = "no"  # 'no', 'bf16', 'fp16'
+    compile: bool = False  # torch.compile of model, targets and losses, each as one graph
+    checkpoint_backbone: bool = False  # compute the backbone's activations again in backward instead of keeping them: less memory, slower
     ema: float = 0.998  # decay of the averaged weights that are evaluated and published; 0: none
     eval_every: float = 1.0  # epochs between evaluations; 0: only at the end
     eval_repeat: int = 1  # count every val frame so many times: lifts the official cap on R40 of few frames
@@ -107,7 +109,7 @@ def load_config(path, overrides=()):
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"{path}: expected a variable `config` holding a config.Config, got {type(config).__name__}")
-    return override(config, overrides)
+    return override(build(dataclasses.asdict(config), Config, str(path)), overrides)  # a dataclass takes values of any type
 
 
 def override(config, overrides):
@@ -218,7 +220,8 @@ def to_dict(config):
 FREE_TOP = ("out", "resume", "allow_changes", "load_from", "log_with", "best")
 FREE_DATA = ("root", "val", "workers", "skip_bad")
 FREE_TRAIN = ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every", "max_bad_steps", "timeout")
-FREE_KEYS = {*FREE_TOP, *(f"data.{name}" for name in FREE_DATA), *(f"train.{name}" for name in FREE_TRAIN)}
+FREE_SPEED = ("compile", "checkpoint_backbone")
+FREE_KEYS = {*FREE_TOP, *(f"data.{name}" for name in FREE_DATA), *(f"train.{name}" for name in FREE_TRAIN + FREE_SPEED)}
 
 
 def changed_keys(old, new, prefix=""):

@@ -131,7 +131,7 @@ def test_wrong_json_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: unknown key 'trian', expected train"):
         read_config(path)
     path.write_text(json.dumps({"train": {"lr": "fast"}}))
-    with pytest.raises(ValueError, match=r"config\.json\.train\.lr: expected float, got 'fast'"):
+    with pytest.raises(ValueError, match=r"config\.json\.train\.optimizer: expected str, got 3"):
         read_config(path)
 
 
@@ -165,3 +165,12 @@ def test_every_field_has_a_reader(owner):
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().out = "x"
+
+
+def test_a_run_file_with_a_value_of_another_type_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from config import Config, TrainConfig\nconfig = Config(seed=0, train=TrainConfig(optimizer=3))\n")
+    with pytest.raises(ValueError, match=r"mine\.py\.train\.optimizer: expected str, got 3"):
+        load_config(path)
+    path.write_text("from config import Config, TrainConfig\nconfig = Config(seed=0, train=TrainConfig(lr=1))\n")
+    assert type(load_config(path).train.lr) is float
