@@ -27,7 +27,7 @@ from data import build_dataset, collate, load_image
 from data_kitti import make_labels
 from faults import Statistics, poison, step_unless
 from geometry import clip_boxes, project_boxes
-from losses import compute_losses, count_positives
+from losses import compute_losses, count_positives, weighted_sum
 from metrics import kitti_ap
 from model import Detector
 from targets import assign
@@ -109,7 +109,7 @@ class Step:
         targets = assign(self.batch, self.net.config)
         self.batch["positives"] = count_positives(targets).clamp(min=1)
         losses = compute_losses(self.net, self.logits, self.raw, targets, self.batch, self.config.loss)
-        loss = sum(getattr(self.config.loss, name) * value for name, value in losses.items())
+        loss = weighted_sum(losses, self.config.loss)
         self.loss = loss * poison(loss)
 
     def backward(self):
@@ -209,7 +209,7 @@ def measure_head(config, device, images, rounds):
             targets = assign(batch, net.config)
             batch["positives"] = count_positives(targets).clamp(min=1)
             losses = compute_losses(net, logits, raw, targets, batch, config.loss)
-            torch.autograd.grad(sum(getattr(config.loss, name) * value for name, value in losses.items()), (logits, raw))
+            torch.autograd.grad(weighted_sum(losses, config.loss), (logits, raw))
 
         found["targets_losses_ms"][str(objects)] = 1e3 * min(interleave({"run": run}, 3 * rounds, device)["run"])
         with Count() as count:

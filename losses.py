@@ -231,6 +231,11 @@ def compute_losses(model, logits, raw, targets, batch, weights):
         return {name: terms[name]() / batch["positives"] for name in chosen}
 
 
+def weighted_sum(losses, weights):
+    """The scalar that is learned: the sum of {name: scalar}, each times its weight in `LossConfig`."""
+    return sum(getattr(weights, name) * value for name, value in losses.items())
+
+
 def count_positives(targets):
     """Number of positive slots of this process's batch, a float scalar on its device, not yet averaged over processes."""
     return targets.positive.sum().float()

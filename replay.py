@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from config import Config, build
 from data import build_dataset, collate, seed_of
-from losses import compute_losses, count_positives
+from losses import compute_losses, count_positives, weighted_sum
 from model import Detector
 from targets import assign
 
@@ -53,7 +53,7 @@ def replay(path):
         findings += [f"the head's {name} are not finite" for name, value in outputs if not torch.isfinite(value).all()]
         losses = compute_losses(model, logits, raw, targets, batch, config.loss)
         findings += [f"{name} is {value.item()}" for name, value in losses.items() if not torch.isfinite(value)]
-        sum(getattr(config.loss, name) * value for name, value in losses.items()).backward()
+        weighted_sum(losses, config.loss).backward()
         broken = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
         if broken:
             findings.append(f"the gradients of {len(broken)} parameters are not finite, the last one is {broken[-1]}")

@@ -5,22 +5,19 @@ accelerate launch train.py [CONFIG.py] [key=value ...]     (--help lists every k
 
 import argparse
 import dataclasses
-import datetime
 import difflib
 import json
 import logging
 import math
 import os
 import re
-import resource
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
+from accelerate.utils import broadcast, send_to_device, set_seed
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, muon
 from timm.utils import ModelEmaV3
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -32,7 +29,8 @@ from data import StepBatches, build_dataset, collate, loading, seed_of, start_wo
 from evaluate import Stopped, draw_frames, evaluate
 from faults import REPLAY, Agreement, Signals, Statistics, lock_folder, poison, step_unless, watch_gradient, weights_finite, write_replay
 from launch import follow_launcher, start_accelerator, use_cores
-from losses import compute_losses, count_positives
+from logbook import Window, log_window, report_broken, report_unreadable, start_log, write_log
+from losses import compute_losses, count_positives, weighted_sum
 from metrics import format_table, main_metric
 from model import Detector
 from resume import find_start
@@ -54,94 +52,6 @@ def lr_at(step, total, config):
     return config.lr * warm
 
 
-def start_log(out, main):
-    """Log lines to the console and out/train.log on the main process, nothing elsewhere."""
-    handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(out / "train.log")] if main else [logging.NullHandler()]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
-    log.handlers, log.propagate = handlers, False
-    log.setLevel(logging.INFO)
-
-
-def memory_mb(device):
-    """Peak memory of this process so far: on the GPU, or resident on the CPU, MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-class Window:
-    """What the next log line shows; stays on the device until `read`, the one sync of a window."""
-
-    def __init__(self):
-        self.rows, self.steps, self.time, self.data_time = [], [], 0.0, 0.0
-
-    def add(self, step, parts, norm):
-        """One step: {name: device scalar} of its micro-steps, the weighted sum under 'loss', and the gradient norm."""
-        means = parts[0] if len(parts) == 1 else {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        self.rows.append({**means, "grad_norm": norm})
-        self.steps.append(step)
-
-    def read(self, accelerator):
-        """What happened since the last reading, over all processes, and starts anew.
-
-        Returns means {'data_time', 'time', each loss, 'loss', 'grad_norm'} over the steps that counted, empty without one, and
-        [(step, process or None if unknown, {name: value of what is not finite})] of the others.
-        """
-        if not self.rows:
-            return {}, []
-        names, steps = list(self.rows[0]), self.steps
-        table = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.rows])  # (steps, names)
-        times = torch.tensor([self.data_time / len(steps), self.time / len(steps)], device=table.device)
-        times = accelerator.reduce(times, "mean").tolist()
-        table = accelerator.gather(table[None]).tolist()  # (processes, steps, names)
-        self.__init__()
-        good = [i for i in range(len(steps)) if math.isfinite(table[0][i][-1])]  # the norm is equal on all processes
-        logged = [(n, name) for n, name in enumerate(names) if name != "gradient"] if good else []
-        means = {name: np.mean([[rows[i][n] for i in good] for rows in table]).item() for n, name in logged}
-        broken = []
-        for i in sorted({*range(len(steps))} - {*good}):
-            own = [name for name in names if name not in ("loss", "grad_norm")]  # the sum says nothing new, the norm is everybody's
-            values = [{n: v for n, v in zip(names, rows[i], strict=True) if n in own and not math.isfinite(v)} for rows in table]
-            guilty = [(steps[i], process, found) for process, found in enumerate(values) if found]
-            broken += guilty or [(steps[i], None, {})]
-        return means and {"data_time": times[0], "time": times[1], **means}, broken
-
-
-def write_log(accelerator, out, record, line):
-    """One console line, one line of log.jsonl, and the trackers."""
-    log.info(line)
-    if accelerator.is_main_process:
-        with open(out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-    accelerator.log({key: value for key, value in record.items() if isinstance(value, int | float)}, step=record["step"])
-
-
-def log_window(accelerator, out, values, step, total, per_epoch, lr):
-    """The line of a window's values, in mmdetection's form and keys."""
-    epoch, place = divmod(step - 1, per_epoch)
-    memory = memory_mb(accelerator.device)
-    record = {"mode": "train", "epoch": epoch + 1, "iter": place + 1, "step": step, "lr": lr, "memory": memory, **values}
-    eta = datetime.timedelta(seconds=int(values["time"] * (total - step)))
-    losses = ", ".join(f"{name}: {value:.4f}" for name, value in values.items() if name.startswith("loss"))
-    line = f"Epoch [{epoch + 1}][{place + 1}/{per_epoch}]  lr: {lr:.5f}, eta: {eta}, time: {values['time']:.3f}, "
-    write_log(accelerator, out, record, f"{line}data_time: {values['data_time']:.3f}, memory: {memory}, {losses}")
-
-
-def report_broken(broken, order, ids, accumulate, world):
-    """Name the steps that were skipped. Returns the reports as `faults.write_replay` wants them."""
-    reports = []
-    for step, process, values in broken:
-        ranks = range(world) if process is None else [process]  # a gradient can break behind the head, where nobody looks
-        batches = [order.at(step * accumulate + part, rank) for rank in ranks for part in range(accumulate)]
-        frames = [ids[index] for samples in batches for _, index in samples]
-        reports.append({"step": step, "process": process, "losses": values, "frames": frames, "batches": batches})
-        what = ", ".join(f"{name} {value}" for name, value in values.items()) or "all losses finite"
-        who = "process unknown" if process is None else f"process {process}"
-        log.warning(f"step {step + 1} skipped, its gradient is not finite; {who}: {what}; frames {' '.join(frames)}")
-    return reports
-
-
 def make_optimizer(model, options, device):
     """timm's optimizer of that name, fused where there is such; no weight decay on norms and biases. Raises ValueError if unknown."""
     names = list_optimizers()
@@ -157,6 +67,18 @@ def make_optimizer(model, options, device):
     return create_optimizer_v2(model, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, **chosen)
 
 
+def checkpoint_backbone(net):
+    """Keep few activations of a `Detector`'s backbone, and compute the others again in backward. Raises ValueError where timm has none."""
+    backbone = net.backbone
+    owner = next((getattr(backbone, name) for name in ("body", "model") if hasattr(backbone, name)), backbone)  # timm's wrappers skip these
+    try:
+        owner.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ValueError(
+            f"model.backbone {net.config.backbone!r} has no gradient checkpointing in timm; train.checkpoint_backbone=false"
+        ) from None
+
+
 def make_loader(dataset, order, workers, device):
     """Batches of a `StepBatches` order: workers live as long as the run; pinned for a GPU."""
     return DataLoader(
@@ -170,161 +92,164 @@ def make_loader(dataset, order, workers, device):
     )
 
 
+class Run:
+    """One training run: its data, its model, how far it got, and one step of it. What outlives a step is in the checkpoint."""
+
+    def __init__(self, config, accelerator):
+        self.accelerator, self.out, self.main = accelerator, Path(config.out), accelerator.is_main_process
+        self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
+        with accelerator.main_process_first():  # the main process renders the built-in world, the others find it there
+            self.train_set = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True, config.seed)
+            self.val_set = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, False)
+        frames, self.asked_batch = len(self.train_set), config.train.batch_size
+        folder, progress, config = find_start(config, accelerator, frames)
+        self.config = config = dataclasses.replace(config, model=measure_priors(self.train_set, config.model))
+        self.options = options = config.train
+        log.info(f"train: {self.train_set.summary()}")
+        log.info(f"val: {self.val_set.summary()}")
+
+        set_seed(config.seed)
+        self.net = net = Detector(config.model)
+        for line in load_weights(net, config.load_from) if config.load_from and not folder else ():
+            log.info(line)
+        optimizer = make_optimizer(net, options, self.device)
+        self.scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+        self.model, self.optimizer = accelerator.prepare(net, optimizer)
+        self.average = ModelEmaV3(net, decay=options.ema, use_warmup=True) if options.ema else None
+        self.published = self.average.module if self.average else net  # the weights that are evaluated and saved for prediction
+        self.assign, self.compute_losses = assign, compute_losses
+        if options.compile:  # in place, so that names of weights stay; the average, a copy made before, is not compiled
+            net.compile(fullgraph=True)
+            self.assign, self.compute_losses = (torch.compile(f, fullgraph=True) for f in (assign, compute_losses))
+        if options.checkpoint_backbone:
+            checkpoint_backbone(net)
+        if folder:
+            load_checkpoint(folder, progress, *self.state())
+            if accelerator.scaler and progress["scaler"]:
+                accelerator.scaler.load_state_dict(progress["scaler"])
+        self.statistics, self.bad_steps = Statistics(net), torch.zeros((), device=self.device)  # in a row
+
+        micro_batch = options.batch_size * self.world
+        self.global_batch = micro_batch * options.accumulate
+        self.per_epoch = math.ceil(frames / self.global_batch)
+        self.total = options.steps or math.ceil(options.epochs * frames / self.global_batch)
+        self.eval_steps = max(1, round(options.eval_every * self.per_epoch)) if options.eval_every else self.total
+        self.start, self.best, evaluated = progress.get("step", 0), progress.get("best"), progress.get("evaluated", False)
+        self.due_at_start = bool(folder) and not evaluated and (self.start % self.eval_steps == 0 or self.start == self.total)
+        self.finished_before = self.start == self.total and evaluated
+        part = (self.start * options.accumulate, self.total * options.accumulate)
+        self.order = StepBatches(frames, micro_batch, self.rank, self.world, config.seed, *part)
+        self.unreadable = []
+        log.info(
+            f"{config.model.backbone}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters; {self.world} process(es) on "
+            f"{self.device}, mixed precision: {options.mixed_precision}; {self.total} steps of {self.global_batch} images, "
+            f"{self.per_epoch} an epoch"
+        )
+
+    def state(self):
+        """What a checkpoint holds: the network, its average or None, and the torch optimizer."""
+        return self.net, self.average.module if self.average else None, self.optimizer.optimizer
+
+    def open_folder(self):
+        """Write the config, and take back what an earlier end of this run has said."""
+        if self.main:
+            (self.out / "config.json").write_text(json.dumps(to_dict(self.config), indent=1))
+            (self.out / "STOPPED").unlink(missing_ok=True)
+            if self.start < self.total:
+                (self.out / "DONE").unlink(missing_ok=True)
+        if self.config.log_with:
+            self.accelerator.init_trackers("deep3d", config={})
+
+    def learn(self, step, batches, window, stop):
+        """One optimizer step of `accumulate` micro-steps; losses, gradient norm and the time spent waiting go into the window.
+
+        Nothing waits for the device. A step whose gradient is not finite on any process is left out on all of them. Returns a device
+        tensor (2,): the share of processes that want to stop, and how many steps in a row had no finite gradient.
+        """
+        accelerator, parts = self.accelerator, []
+        self.lr = lr_at(step, self.total, self.options)
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = self.lr * scale
+        torch.manual_seed(seed_of(self.config.seed, step, self.rank))  # dropout and drop-path: a function of the step, nothing to save
+        for _ in range(self.options.accumulate):
+            batch = send_to_device(self.next_batch(batches, window), self.device, non_blocking=True)
+            with accelerator.accumulate(self.model):
+                targets = self.assign(batch, self.config.model)
+                asked = torch.full((), float(stop), device=self.device)
+                positives, asked = accelerator.reduce(torch.stack([count_positives(targets), asked]), "mean").unbind()
+                batch["positives"] = positives.clamp(min=1)
+                logits, raw = self.model(batch["image"], batch["K"])
+                losses = self.compute_losses(self.net, logits, raw, targets, batch, self.config.loss)
+                loss = weighted_sum(losses, self.config.loss)
+                seen = watch_gradient(logits, raw)
+                accelerator.backward(loss * poison(loss))
+                parts.append({**{name: value.detach() for name, value in losses.items()}, "loss": loss.detach(), "gradient": sum(seen)})
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)  # after DDP's average: equal everywhere
+                    broken = ~torch.isfinite(norm)
+                    if accelerator.scaler:  # fp16's scaler leaves such a step out itself, and must see it to lower its scale
+                        self.optimizer.step()
+                    else:
+                        step_unless(broken, self.optimizer.optimizer)
+                self.optimizer.zero_grad()
+        self.statistics.settle(~broken)
+        self.bad_steps = torch.where(broken, self.bad_steps + 1, 0)
+        if self.average:
+            self.average.update(self.net, step=step)
+        window.add(step, parts, norm)
+        return torch.stack([asked, self.bad_steps])
+
+    def next_batch(self, batches, window):
+        """The next batch of the loader, on the host."""
+        waiting = time.perf_counter()
+        batch = next(batches)
+        window.data_time += time.perf_counter() - waiting
+        counts = zip(batch["index"].tolist(), batch["skipped"].tolist(), strict=True)
+        self.unreadable += [self.train_set.ids[index - skipped] for index, skipped in counts if skipped]
+        return batch
+
+    def save(self, done):
+        """Write the checkpoint of a step. Raises FloatingPointError rather than save weights that are not finite."""
+        if not self.main:
+            return
+        if not weights_finite(self.net, self.published):
+            raise FloatingPointError(f"the weights are not finite after step {done}; they are not saved (lower train.lr?)")
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        meta = {"processes": self.world, "global_batch": self.global_batch, "asked_batch": self.asked_batch, "frames": len(self.train_set)}
+        meta.update(best=self.best, evaluated=False, scaler=scaler)
+        save_checkpoint(self.out / "checkpoints", done, *self.state(), to_dict(self.config), meta, self.options.keep)
+
+    def evaluate(self, done, stop):
+        """Metrics and predictions; the best value so far is noted in the checkpoint of this step, which is there already."""
+        for buffer in self.published.buffers():
+            broadcast(buffer)  # the main process's BatchNorm statistics: those are the ones that are saved
+        options, workers = self.options, self.config.data.workers
+        metrics, predictions = evaluate(
+            self.published, self.val_set, self.accelerator, options.batch_size, workers, options.eval_repeat, stop=stop
+        )
+        epoch = math.ceil(done / self.per_epoch)
+        self.best = after_evaluation(self.config, self.accelerator, metrics, self.published, done, epoch, self.best)
+        own = self.out / "checkpoints" / f"step_{done:08d}"
+        if self.main and own.is_dir():  # resume= may name one of another run
+            amend_checkpoint(own, best=self.best, evaluated=True)
+        return metrics, predictions
+
+
 def train(config, accelerator):
     """The whole run described by a config: data, model, loop, evaluation, checkpoints.
 
     Returns the metrics of the last evaluation, or None when a signal stopped the run before its end.
     """
-    out, main, device = Path(config.out), accelerator.is_main_process, accelerator.device
-    world, rank = accelerator.num_processes, accelerator.process_index
+    out, main = Path(config.out), accelerator.is_main_process
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out) if main else None  # noqa: F841  held until this process ends
     start_log(out, main)
-
-    with accelerator.main_process_first():  # the main process renders the built-in world, the others find it there
-        train_set = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True, config.seed)
-        val_set = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, False)
-    asked_batch = config.train.batch_size
-    folder, progress, config = find_start(config, accelerator, len(train_set))
-    config = dataclasses.replace(config, model=measure_priors(train_set, config.model))
-    options = config.train
-    log.info(f"train: {train_set.summary()}")
-    log.info(f"val: {val_set.summary()}")
-
-    set_seed(config.seed)
-    net = Detector(config.model)
-    for line in load_weights(net, config.load_from) if config.load_from and not folder else ():
-        log.info(line)
-    optimizer = make_optimizer(net, options, device)
-    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
-    model, optimizer = accelerator.prepare(net, optimizer)
-    average = ModelEmaV3(net, decay=options.ema, use_warmup=True) if options.ema else None
-    published = average.module if average else net  # the weights that are evaluated and saved for prediction
-    if folder:
-        load_checkpoint(folder, progress, net, published if average else None, optimizer.optimizer)
-        if accelerator.scaler and progress["scaler"]:
-            accelerator.scaler.load_state_dict(progress["scaler"])
-
-    micro_batch = options.batch_size * world
-    global_batch = micro_batch * options.accumulate
-    per_epoch = math.ceil(len(train_set) / global_batch)
-    total = options.steps or math.ceil(options.epochs * len(train_set) / global_batch)
-    eval_steps = max(1, round(options.eval_every * per_epoch)) if options.eval_every else total
-    start, best, evaluated = progress.get("step", 0), progress.get("best"), progress.get("evaluated", False)
-    if main:
-        (out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
-        (out / "STOPPED").unlink(missing_ok=True)
-        if start < total:
-            (out / "DONE").unlink(missing_ok=True)
-    if config.log_with:
-        accelerator.init_trackers("deep3d", config={})
-    log.info(
-        f"{config.model.backbone}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters; {world} process(es) on {device}, "
-        f"mixed precision: {options.mixed_precision}; {total} steps of {global_batch} images, {per_epoch} an epoch"
-    )
-
-    def save(done):
-        if not main:
-            return
-        if not weights_finite(net, published):
-            raise FloatingPointError(f"the weights are not finite after step {done}; they are not saved (lower train.lr?)")
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        meta = {"processes": world, "global_batch": global_batch, "asked_batch": asked_batch, "frames": len(train_set)}
-        meta.update(best=best, evaluated=False, scaler=scaler)
-        state = (net, published if average else None, optimizer.optimizer)
-        save_checkpoint(out / "checkpoints", done, *state, to_dict(config), meta, options.keep)
-
-    def evaluate_now(done):
-        """Metrics and predictions; the best value so far is noted in the checkpoint of this step, which is there already."""
-        nonlocal best
-        for buffer in published.buffers():
-            broadcast(buffer)  # the main process's BatchNorm statistics: those are the ones that are saved
-        workers, repeat = config.data.workers, options.eval_repeat
-        metrics, predictions = evaluate(
-            published, val_set, accelerator, options.batch_size, workers, repeat, stop=lambda: bool(signals.received)
-        )
-        best = after_evaluation(config, accelerator, metrics, published, done, math.ceil(done / per_epoch), best)
-        own = out / "checkpoints" / f"step_{done:08d}"
-        if main and own.is_dir():  # resume= may name one of another run
-            amend_checkpoint(own, best=best, evaluated=True)
-        return metrics, predictions
-
-    order = StepBatches(len(train_set), micro_batch, rank, world, config.seed, start * options.accumulate, total * options.accumulate)
-    loader = make_loader(train_set, order, config.data.workers, device)
-    weights, window, agreement, statistics = dataclasses.asdict(config.loss), Window(), Agreement(device), Statistics(net)
-    bad_steps = torch.zeros((), device=device)  # in a row
-    metrics, stopped, reports, unreadable = None, False, [], []
+    run = Run(config, accelerator)
+    run.open_folder()
+    loader = make_loader(run.train_set, run.order, config.data.workers, run.device)
     with Signals() as signals, loading(loader) as batches:
         try:
-            if folder and not evaluated and (start % eval_steps == 0 or start == total):
-                metrics, predictions = evaluate_now(start)  # the run was stopped while it evaluated
-            model.train()
-            for step in range(start, total):
-                began, lr = time.perf_counter(), lr_at(step, total, options)
-                for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                    group["lr"] = lr * scale
-                torch.manual_seed(seed_of(config.seed, step, rank))  # dropout and drop-path: a function of the step, so nothing to save
-                parts = []
-                for _ in range(options.accumulate):
-                    waiting = time.perf_counter()
-                    batch = next(batches)
-                    window.data_time += time.perf_counter() - waiting
-                    unreadable += [
-                        train_set.ids[i - k] for i, k in zip(batch["index"].tolist(), batch["skipped"].tolist(), strict=True) if k
-                    ]
-                    batch = send_to_device(batch, device, non_blocking=True)
-                    with accelerator.accumulate(model):
-                        targets = assign(batch, config.model)
-                        asked = torch.full((), float(bool(signals.received)), device=device)
-                        positives, asked = accelerator.reduce(torch.stack([count_positives(targets), asked]), "mean").unbind()
-                        batch["positives"] = positives.clamp(min=1)
-                        logits, raw = model(batch["image"], batch["K"])
-                        losses = compute_losses(net, logits, raw, targets, batch, config.loss)
-                        loss = sum(weights[name] * value for name, value in losses.items())
-                        seen = watch_gradient(logits, raw)
-                        accelerator.backward(loss * poison(loss))
-                        shown = {name: value.detach() for name, value in losses.items()}
-                        parts.append({**shown, "loss": loss.detach(), "gradient": sum(seen)})
-                        if accelerator.sync_gradients:
-                            norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)  # after DDP's average: equal everywhere
-                            broken = ~torch.isfinite(norm)
-                            if accelerator.scaler:  # fp16's scaler leaves such a step out itself, and must see it to lower its scale
-                                optimizer.step()
-                            else:
-                                step_unless(broken, optimizer.optimizer)
-                        optimizer.zero_grad()
-                statistics.settle(~broken)
-                bad_steps = torch.where(broken, bad_steps + 1, 0)
-                if average:
-                    average.update(net, step=step)
-                window.add(step, parts, norm)
-                window.time += time.perf_counter() - began
-
-                done = step + 1
-                asked, bad_in_a_row = agreement.exchange(torch.stack([asked, bad_steps])) or (0, 0)
-                stopped, failed = asked > 0, bad_in_a_row >= options.max_bad_steps
-                last = stopped or failed or done == total
-                if done % options.log_every == 0 or last:
-                    values, broken_steps = window.read(accelerator)
-                    reports += report_broken(broken_steps, order, train_set.ids, options.accumulate, world)
-                    reports = [r for r in reports if r["step"] >= done - agreement.lag - bad_in_a_row]  # of the bad steps in a row
-                    if values:
-                        log_window(accelerator, out, values, done, total, per_epoch, lr)
-                if failed:
-                    fail(config, accelerator, net, reports, done - agreement.lag)
-                if config.data.skip_bad and (done % per_epoch == 0 or last):
-                    unreadable = report_unreadable(unreadable)
-                due = done % eval_steps == 0 or done == total
-                if due or stopped or done % options.save_every == 0:
-                    save(done)
-                if stopped:
-                    accelerator.wait_for_everyone()  # a node whose processes have ended may end the job of one that still saves
-                    raise Stopped
-                if due:
-                    metrics, predictions = evaluate_now(done)
-                    model.train()
-            if metrics is None:  # started again after the last step
-                metrics, predictions = evaluate_now(total)
+            metrics, predictions = loop(run, batches, signals)
         except Stopped:
             log.info(f"stopped by {signals.received or 'a signal to another process'}, saved; the same command goes on")
             if main:
@@ -332,18 +257,53 @@ def train(config, accelerator):
             accelerator.end_training()
             return None
     if main:
-        draw_frames(val_set, metrics, predictions).save(out / "predictions.png")
-        finish(config, metrics, start == total and evaluated)
+        draw_frames(run.val_set, metrics, predictions).save(out / "predictions.png")
+        finish(run.config, metrics, run.finished_before)
     accelerator.end_training()
     return metrics
 
 
-def report_unreadable(own):
-    """Name the unreadable images that all processes have replaced. Returns a new list, empty."""
-    ids = gather_object(own)
-    if ids:
-        log.warning(f"{len(ids)} unreadable images were replaced (data.skip_bad): {', '.join(sorted({*ids})[:20])}")
-    return []
+def loop(run, batches, signals):
+    """All steps from where the run stands to its end. Returns metrics and predictions of the last evaluation; raises `Stopped`."""
+    accelerator, options, total = run.accelerator, run.options, run.total
+    window, agreement, reports, evaluation = Window(), Agreement(run.device), [], None
+
+    def stop():
+        return bool(signals.received)
+
+    if run.due_at_start:
+        evaluation = run.evaluate(run.start, stop)  # the run was stopped while it evaluated
+    run.model.train()
+    for step in range(run.start, total):
+        began = time.perf_counter()
+        state = run.learn(step, batches, window, stop())
+        window.time += time.perf_counter() - began
+
+        done = step + 1
+        asked, bad_in_a_row = agreement.exchange(state) or (0, 0)
+        stopped, failed = asked > 0, bad_in_a_row >= options.max_bad_steps
+        last = stopped or failed or done == total
+        if done % options.log_every == 0 or last:
+            values, broken = window.read(accelerator)
+            reports += report_broken(broken, run.order, run.train_set.ids, options.accumulate, run.world)
+            reports = [r for r in reports if r["step"] >= done - agreement.lag - bad_in_a_row]  # of the bad steps in a row
+            if values:
+                log_window(accelerator, run.out, values, done, total, run.per_epoch, run.lr)
+                window.warn_of_waiting(run.config.data.workers)
+        if failed:
+            fail(run.config, accelerator, run.net, reports, done - agreement.lag)
+        if run.config.data.skip_bad and (done % run.per_epoch == 0 or last):
+            run.unreadable = report_unreadable(run.unreadable)
+        due = done % run.eval_steps == 0 or done == total
+        if due or stopped or done % options.save_every == 0:
+            run.save(done)
+        if stopped:
+            accelerator.wait_for_everyone()  # a node whose processes have ended may end the job of one that still saves
+            raise Stopped
+        if due:
+            evaluation = run.evaluate(done, stop)
+            run.model.train()
+    return evaluation or run.evaluate(total, stop)  # started again after the last step
 
 
 def fail(config, accelerator, net, reports, done):

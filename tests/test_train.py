@@ -1,15 +1,20 @@
 """The training command: what a run leaves behind, exact resume, processes, accumulation, and mistakes in one sentence."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, launch, tiny
@@ -19,6 +24,7 @@ import train
 from config import TrainConfig, read_config
 from data import seed_of
 from data_kitti import read_split
+from logbook import Window
 from model import Detector
 from train import lr_at
 
@@ -308,3 +314,66 @@ def test_seeds_are_a_function_of_all_numbers():
     assert len(seeds) == 27
     assert all(0 <= s < 2**63 for s in seeds)
     assert seed_of(1, 2, 3) == seed_of(1, 2, 3)
+
+
+def test_a_compiled_run_equals_an_eager_one(tiny_run, tmp_path, here, monkeypatch):
+    """Each of model, targets and losses as one graph; traced and differentiated only, since inductor takes minutes (DEEP3D_SLOW=1)."""
+    if not os.environ.get("DEEP3D_SLOW"):
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    arguments = [*tiny(tiny_run[0], tmp_path / "a"), "train.steps=2", "train.log_every=1"]
+    assert here(*arguments)[0] == 0
+    compiled = [*tiny(tiny_run[0], tmp_path / "b"), "train.steps=2", "train.log_every=1", "train.compile=true"]
+    code, _, err = here(*compiled)
+    assert code == 0, err
+    for eager, other in zip(losses_of(tmp_path / "a"), losses_of(tmp_path / "b"), strict=True):
+        assert other == pytest.approx(eager, rel=1e-3, abs=1e-4)
+    names = [load_file(tmp_path / run / "checkpoints/step_00000002/model.safetensors").keys() for run in "ab"]
+    assert names[0] == names[1]
+
+
+def test_a_checkpointed_backbone_keeps_less_and_learns_the_same(tiny_run):
+    config = read_config(tiny_run[1] / "config.json")
+    torch.manual_seed(0)
+    net, batch = Detector(config.model), torch.randint(0, 255, (2, *config.model.size, 3), dtype=torch.uint8)
+    K = torch.tensor([[200.0, 0, 100], [0, 200, 50], [0, 0, 1]]).expand(2, 3, 3)
+    found = {}
+    for on in (False, True):
+        if on:
+            train.checkpoint_backbone(net)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            logits, raw = net(batch, K)
+        net.zero_grad()
+        (logits.square().mean() + raw.square().mean()).backward()
+        found[on] = sum(kept), [p.grad.clone() for p in net.parameters()]
+    assert found[True][0] < 0.8 * found[False][0]
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["convnext_atto", "vit_tiny_patch16_224", "hrnet_w18_small"])
+def test_checkpointing_reaches_the_layers_or_is_refused(backbone):
+    features = timm.create_model(backbone, features_only=True, pretrained=False)
+    net = types.SimpleNamespace(backbone=features, config=types.SimpleNamespace(backbone=backbone))
+    if backbone == "hrnet_w18_small":
+        with pytest.raises(ValueError, match="'hrnet_w18_small' has no gradient checkpointing in timm"):
+            train.checkpoint_backbone(net)
+    else:
+        train.checkpoint_backbone(net)
+        assert any(getattr(m, "grad_checkpointing", False) for m in features.modules())
+
+
+@pytest.mark.parametrize(("workers", "waited", "enough"), [(2, 0.5, 5), (0, 0.75, 4), (1, 0.001, None)])
+def test_waiting_for_data_is_said_once_with_the_workers_that_would_do(workers, waited, enough, caplog):
+    window = Window()
+    with caplog.at_level("WARNING", "deep3d"):
+        log = logging.getLogger("deep3d")
+        log.addHandler(caplog.handler)
+        for _ in range(6):
+            window.waits.append((waited, 1.0))
+            window.warn_of_waiting(workers)
+        log.removeHandler(caplog.handler)
+    if enough is None:
+        assert not caplog.messages
+    else:
+        assert len(caplog.messages) == 1
+        assert f"data.workers={enough} a process would be enough (now {workers})" in caplog.messages[0]
