@@ -19,7 +19,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 
-from data import load_image, place_image, whole_view
+from data import decode, opened, place_image, reduction_of, whole_view
 from geometry import MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject, yaw_to_alpha
 
 
@@ -316,12 +316,16 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         """
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)
+        if isinstance(image, Image.Image):
+            picture, size = image.convert("RGB"), image.size
+        else:  # as evaluation reads it
+            with opened(image) as file:
+                size, picture = file.size, decode(file, reduction_of(file, self.config.size))
         K = np.asarray(K, dtype=np.float64)
-        problem = camera_problem(K, *picture.size)
+        problem = camera_problem(K, *size)
         if problem:
             raise ValueError(f"K of the image: {problem}")
-        view = whole_view(*picture.size, self.config.size)
+        view = whole_view(*size, self.config.size)
         tensor = torch.from_numpy(place_image(picture, view)).to(self.pixel_mean.device)[None]
         training = self.training
         self.eval()

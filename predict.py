@@ -107,7 +107,7 @@ def to_labels(found: Prediction) -> Labels:
 def predict_file(detector: Detector, path: Path, name: str, options: argparse.Namespace) -> Record:
     """Predict one image; writes its result file and picture as `name` and returns its JSON line."""
     image, K, offset = open_frame(path, options)
-    found = detector.predict(image, K, min_score=options.min_score)
+    found = detector.predict(path, K, min_score=options.min_score)
     labels = to_labels(found)
     write_labels(options.out / "results" / f"{name}.txt", labels.moved(-offset), scores=True, digits=4)
     draw_frame(image, K, labels, None, min_score=options.draw_score).save(options.out / "pictures" / f"{name}.png")

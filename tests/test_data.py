@@ -1,6 +1,7 @@
 """From frames to batches: exact views, augmentation as a pure function, ignore regions, sources, errors, and the order of training."""
 
 import dataclasses
+import multiprocessing
 import re
 
 import numpy as np
@@ -20,10 +21,14 @@ from data import (
     StepBatches,
     View,
     build_dataset,
+    change_colour,
     collate,
+    decode,
     load_image,
+    opened,
     place_image,
     place_labels,
+    reduction_of,
     whole_view,
 )
 from data_json import Record, write_jsonl
@@ -420,3 +425,97 @@ def test_the_built_in_world_is_a_source(tmp_path):
     sets = [build_dataset(config.data, sources, CLASSES, (96, 320), False) for sources in (config.data.train, config.data.val)]
     assert [len(s) for s in sets] == [8, 4]
     assert not set(sets[0].ids) & set(sets[1].ids)
+
+
+def jpeg(path, size, point, spread):
+    """A JPEG of a bright blob; written without loss of position."""
+    down, across = np.mgrid[: size[1], : size[0]]
+    blob = 255 * np.exp(-((across - point[0]) ** 2 + (down - point[1]) ** 2) / (2 * spread**2))
+    Image.fromarray(np.repeat(blob[..., None], 3, 2).round().astype(np.uint8)).save(path, quality=98)
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas", "reduction"),
+    [
+        ((1600, 896), (96, 320), 8),
+        ((1600, 896), (120, 400), 4),
+        ((1600, 896), (256, 640), 2),
+        ((1600, 896), (512, 1280), 1),
+        ((1599, 896), (96, 320), 1),
+    ],
+)
+def test_reduced_jpegs_keep_pixels_where_the_camera_says(tmp_path, size, canvas, reduction):
+    point = (903.4, 411.7)
+    jpeg(tmp_path / "a.jpg", size, point, 20.0)
+    with opened(tmp_path / "a.jpg") as image:
+        assert reduction_of(image, canvas) == reduction
+        picture = decode(image, reduction)
+    assert picture.size == (size[0] // reduction, size[1] // reduction)
+    view = whole_view(*size, canvas)
+    shown = place_image(picture, view).astype(float)[: view.height, : view.width, 0]
+    found = np.array([(shown.sum(0) * np.arange(view.width)).sum(), (shown.sum(1) * np.arange(view.height)).sum()]) / shown.sum()
+    expected = (view.matrix @ [*point, 1])[:2]
+    assert np.abs(found - expected).max() < 0.05
+    with opened(tmp_path / "a.jpg") as image:  # a crop shows more of it, so it must not be reduced as far
+        assert reduction_of(image, canvas, 4.0) == max(1, reduction // 4)
+
+
+def test_colours_change_as_their_definitions_say():
+    rng = np.random.default_rng(3)
+    picture = Image.fromarray(rng.integers(60, 160, (20, 30, 3), dtype=np.uint8))  # nothing is clipped
+    brightness, contrast, saturation = np.random.default_rng(7).uniform(0.8, 1.2, 3)
+    x = np.asarray(picture) * brightness
+    grey = np.asarray(picture.convert("L")).mean() * brightness
+    x = grey + contrast * (x - grey)
+    own = (x @ [0.299, 0.587, 0.114])[..., None]
+    expected = own + saturation * (x - own)
+    found = np.asarray(change_colour(np.random.default_rng(7), picture, 0.2)).astype(float)
+    assert np.abs(found - expected).max() <= 1.0
+
+
+def test_the_cache_gives_the_same_pixels_and_follows_the_images(folder, tmp_path):
+    plain, cached = (build(folder, training=True, scale=(0.7, 1.4), colour=0.3, cache=c) for c in ("", str(tmp_path / "cache")))
+    for _ in range(2):
+        for key in ((0, 0), (3, 1)):
+            for name, value in plain[key].items():
+                assert torch.equal(value, cached[key][name]), name
+    entries = sorted((tmp_path / "cache").iterdir())
+    assert [e.suffix for e in entries] == [".rgb", ".rgb"]
+    entries[0].write_bytes(entries[0].read_bytes()[:1000])  # damaged: made again
+    path = cached.frames[1].image
+    size = Image.open(path).size
+    Image.new("RGB", size, (200, 10, 10)).save(path)  # another image under the same name: made again
+    for key in ((0, 0), (3, 1)):
+        assert torch.equal(plain[key]["image"], cached[key]["image"])
+    assert sorted((tmp_path / "cache").iterdir()) == entries
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="no such image"):
+        cached[(0, 1)]
+
+
+def test_the_cache_is_read_and_not_the_image(folder, tmp_path, monkeypatch):
+    cached = build(folder, cache=str(tmp_path / "cache"))
+    before = cached[0]["image"]
+    monkeypatch.setattr(data, "decode", None)
+    assert torch.equal(cached[0]["image"], before)
+
+
+def test_many_processes_may_fill_a_cache_together(folder, tmp_path):
+    cached = build(folder, cache=str(tmp_path / "cache"))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.map(cached.__getitem__, [i % len(cached) for i in range(24)], chunksize=1)
+    plain = build(folder)
+    assert all(torch.equal(sample["image"], plain[i % len(plain)]["image"]) for i, sample in enumerate(found))
+    assert len(list((tmp_path / "cache").iterdir())) == len(cached)
+
+
+def test_a_cache_that_cannot_be_written_stops_the_run_in_a_sentence(folder, tmp_path, monkeypatch):
+    cached = build(folder, cache=str(tmp_path / "cache"), skip_bad=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.os, "replace", full)
+    with pytest.raises(ValueError, match=r"data\.cache .*cache: cannot be written: No space left on device"):
+        cached[0]
+    assert not list((tmp_path / "cache").iterdir())
