@@ -72,9 +72,10 @@ def unproject(pixels, depth, K):
 
     Inverse of `project` for a K with zero skew; K's leading shape must broadcast with the pixels'.
     """
-    x = (pixels[..., 0] - K[..., 0, 2]) / K[..., 0, 0] * depth
-    y = (pixels[..., 1] - K[..., 1, 2]) / K[..., 1, 1] * depth
-    return _library(pixels).stack([x, y, depth], -1)
+    library = _library(pixels)
+    focal = library.stack([K[..., 0, 0], K[..., 1, 1]], -1)
+    flat = (pixels - K[..., :2, 2]) / focal * depth[..., None]
+    return library.concatenate([flat, depth[..., None]], -1)
 
 
 def corners_from_axes(center, size, sine, cosine):
@@ -173,10 +174,17 @@ def generalized_iou(a, b, eps=1e-7):
 
     Unlike torchvision's loss it indexes with no mask, so it never waits for the device.
     """
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    both = (high - low).clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+
+    def area(extent):
+        width, height = extent.unbind(-1)
+        return width * height  # prod(-1) would run fifty operators backward
+
+    (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
+    extent_a, extent_b = a_high - a_low, b_high - b_low
+    overlap = torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)  # negative where they are apart
+    both = area(overlap.clamp(min=0))
+    union = area(extent_a) + area(extent_b) - both
+    hull = area(extent_a + extent_b - overlap)
     return (both + eps) / (union + eps) - (hull - union) / (hull + eps)
 
 

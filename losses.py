@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from geometry import corners_from_axes, generalized_iou, heading_bin, ray_angle
+from geometry import generalized_iou, heading_bin, ray_angle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,9 @@ def half_angle(double, reference):
         angle = torch.atan2(double[..., 0], double[..., 1]) / 2
         angle = angle + math.pi * (torch.cos(angle - reference) < 0)
         sine, cosine = torch.sin(angle), torch.cos(angle)
-    turned_sine = double[..., 0] * cosine - double[..., 1] * sine
-    turned_cosine = double[..., 1] * cosine + double[..., 0] * sine
+    double_sine, double_cosine = double.unbind(-1)
+    turned_sine = double_sine * cosine - double_cosine * sine
+    turned_cosine = double_cosine * cosine + double_sine * sine
     return (sine + turned_sine) / 2, (cosine + turned_cosine) / 2
 
 
@@ -131,6 +132,15 @@ def turn(sine, cosine, angle):
     return sine * c + cosine * s, cosine * c - sine * s
 
 
+def corner_reach(length, width, sine, cosine):
+    """Mean over the corners of a box of |x| + |z| from its centre; lengths (...) m along axes of any (sine, cosine) (...).
+
+    Corners lie at x = +-a +-b, and the mean of |a + b| and |a - b| is max(|a|, |b|): the eight corners need not be built.
+    """
+    length, width, sine, cosine = length.abs(), width.abs(), sine.abs(), cosine.abs()
+    return (torch.maximum(cosine * length, sine * width) + torch.maximum(sine * length, cosine * width)) / 2
+
+
 def loss_regress(decoded, targets, K):
     """Disentangled L1 over the 8 corners, metres (MonoDIS, arXiv:1905.12365): one group of outputs at a time, the others true.
 
@@ -138,23 +148,23 @@ def loss_regress(decoded, targets, K):
     output where there is one). K (B, 3, 3). Returns the sum over positives of the mean over groups, corners and axes.
     """
     mask = targets.positive & targets.center_ok
-    truth, sine, cosine = targets.center, torch.sin(targets.yaw), torch.cos(targets.yaw)
-    corners = corners_from_axes(truth, targets.size, sine, cosine)
-    depth = truth[..., 2]
-    fx, fy = K[:, None, 0, 0], K[:, None, 1, 1]
-    shift = (decoded.pixel - targets.pixel) * depth[..., None].clamp(min=0.1) / torch.stack([fx, fy], -1)  # px to metres at the true depth
-    ray = truth / depth[..., None].clamp(min=0.1)
+    truth, depth = targets.center, targets.center[..., 2:]
+    metres = depth.clamp(min=0.1) / torch.stack([K[:, None, 0, 0], K[:, None, 1, 1]], -1)  # per px at the true depth (B, S, 2)
+    ray = truth / depth.clamp(min=0.1)
     if decoded.yaw_vector is None:
-        turned = turn(*half_angle(decoded.double_alpha, targets.alpha), ray_angle(truth))
+        sine, cosine = turn(*half_angle(decoded.double_alpha, targets.alpha), ray_angle(truth))
     else:
-        turned = decoded.yaw_vector[..., 0], decoded.yaw_vector[..., 1]
+        sine, cosine = decoded.yaw_vector.unbind(-1)
+    length, _, width = targets.size.unbind(-1)
+    more_length, more_height, more_width = (decoded.size - targets.size).unbind(-1)
+    true_sine, true_cosine = torch.sin(targets.yaw), torch.cos(targets.yaw)
     groups = (
-        shift.abs().sum(-1) / 3,  # every corner moves alike
-        ((decoded.depth[..., :1] - depth[..., None]) * ray).abs().mean(-1),
-        (corners_from_axes(truth, decoded.size, sine, cosine) - corners).abs().mean((-1, -2)),
-        (corners_from_axes(truth, targets.size, *turned) - corners).abs().mean((-1, -2)),
+        ((decoded.pixel - targets.pixel) * metres).abs().sum(-1),  # every corner moves alike
+        ((decoded.depth[..., :1] - depth) * ray).abs().sum(-1),
+        corner_reach(more_length, more_width, true_sine, true_cosine) + more_height.abs() / 2,
+        corner_reach(length, width, sine - true_sine, cosine - true_cosine),
     )
-    return masked_sum(choose(mask, sum(groups) / len(groups), torch.zeros_like(depth)), mask)
+    return masked_sum(choose(mask, sum(groups) / (3 * len(groups)), torch.zeros_like(length)), mask)
 
 
 def loss_direction(decoded, targets):

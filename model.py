@@ -232,21 +232,23 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         K = K.float()[:, None]
         metres = K[..., 1, 1] / self.config.virtual_focal  # real metres per virtual metre (B, 1)
 
-        reach = stride * torch.exp(bound(out["box"], 5.0))  # distances to left, top, right, bottom
-        box = torch.cat([pixel - reach[..., :2], pixel + reach[..., 2:]], -1)
-        reach = stride * 4 * out["full_box"]  # signed
-        a, b = pixel - reach[..., :2], pixel + reach[..., 2:]
+        before, after = (stride * torch.exp(bound(out["box"], 5.0))).split(2, -1)  # distances to left and top, right and bottom
+        box = torch.cat([pixel - before, pixel + after], -1)
+        before, after = (stride * 4 * out["full_box"]).split(2, -1)  # signed
+        a, b = pixel - before, pixel + after
         full_box = torch.cat([torch.minimum(a, b), torch.maximum(a, b)], -1)  # crossed sides are sorted, so that a gradient remains
 
         size = self.size_prior[label] * torch.exp(bound(out["size"], 2.0))
         mean, std = self.depth_mean[level], self.depth_std[level]
-        direct = metres * (MIN_DEPTH + F.softplus(mean + std * bound(out["depth"][..., 0], 10.0) - MIN_DEPTH))
-        height_px = 4 * stride[..., 0] * torch.exp(bound(out["height"][..., 0], 4.0))
+        depth, depth_scale = out["depth"].unbind(-1)
+        height, height_scale = out["height"].unbind(-1)
+        direct = metres * (MIN_DEPTH + F.softplus(mean + std * bound(depth, 10.0) - MIN_DEPTH))
+        height_px = 4 * stride[..., 0] * torch.exp(bound(height, 4.0))
         geometric = K[..., 1, 1] * size[..., 1] / height_px
-        log_scale = torch.log(std * metres)[..., None]
-        log_sigma = log_scale + bound(torch.stack([out["depth"][..., 1], out["height"][..., 1]], -1), 5.0)
+        log_sigma = torch.log(std * metres)[..., None] + bound(torch.stack([depth_scale, height_scale], -1), 5.0)
         weight = torch.softmax(-2 * log_sigma, -1)
-        fused = weight[..., 0] * direct + weight[..., 1] * geometric
+        estimates = torch.stack([direct, geometric], -1)
+        fused = (weight * estimates).sum(-1)
         fused_log_sigma = -0.5 * torch.logsumexp(-2 * log_sigma, -1, keepdim=True)
 
         center_pixel = pixel + stride * out["offset"]
@@ -256,12 +258,12 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             pixel=center_pixel,
             center=unproject(center_pixel, fused, K),
             size=size,
-            depth=torch.stack([fused, direct, geometric], -1),
+            depth=torch.cat([fused[..., None], estimates], -1),
             log_sigma=torch.cat([fused_log_sigma, log_sigma], -1),
             double_alpha=unit(out["alpha"]),
             direction=out["direction"],
             yaw_vector=unit(out["yaw"]) if "yaw" in out else None,
-            centerness=out["centerness"][..., 0],
+            centerness=out["centerness"].squeeze(-1),
         )
 
     @torch.no_grad()

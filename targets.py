@@ -83,15 +83,17 @@ def propose(point, level, strides, height, width):
     Returns location (B, M, 9) over all levels, inside (B, M, 9) and distance (B, M, 9) from cell to point in strides.
     """
     counts = [(height // s) * (width // s) for s in strides]
-    stride, columns, rows = (per_level(level, v) for v in (strides, [width // s for s in strides], [height // s for s in strides]))
-    first = per_level(level, [sum(counts[:i]) for i in range(len(strides))])
-    edge = torch.stack([columns, rows], -1) - 1
-    cell = torch.minimum(((point + 0.5) / stride[..., None]).floor().clamp(min=0), edge)  # (B, M, 2)
+    stride, first = (per_level(level, values)[..., None] for values in (strides, [sum(counts[:i]) for i in range(len(strides))]))
+    columns, rows = width / stride, height / stride
+    edge = torch.cat([columns, rows], -1) - 1
+    at = (point + 0.5) / stride  # cells (B, M, 2)
+    cell = torch.minimum(at.floor().clamp(min=0), edge)
     around = torch.cartesian_prod(torch.arange(-1, 2, device=point.device), torch.arange(-1, 2, device=point.device)).flip(-1)
     cells = cell[..., None, :] + around  # (B, M, 9, 2)
     inside = ((cells >= 0) & (cells <= edge[..., None, :])).all(-1)
-    distance = (((cells + 0.5) - (point + 0.5)[..., None, :] / stride[..., None, None]) ** 2).sum(-1).sqrt()
-    location = first[..., None] + cells[..., 1] * columns[..., None] + cells[..., 0]
+    distance = (cells + 0.5 - at[..., None, :]).norm(dim=-1)
+    column, row = cells.unbind(-1)
+    location = first + row * columns + column
     return torch.where(inside, location, 0).long(), inside, distance
 
 
@@ -107,23 +109,25 @@ def assign(batch, config):
         images, objects = batch["valid"].shape
         owner = torch.arange(objects, device=location.device).repeat_interleave(CELLS).expand(images, -1)  # (B, S)
 
-        def per_slot(value):
-            return value.repeat_interleave(CELLS, 1)
+        alpha = yaw_to_alpha(batch["yaw"], batch["center"])
+        told = [batch["center"], batch["size"], batch["box"], batch["full_box"], pixel, batch["yaw"][..., None], alpha[..., None]]
+        told = torch.cat(told, -1).repeat_interleave(CELLS, 1)  # at once: each operator counts more than what it moves
+        center, size, box, full_box, pixel, yaw, alpha = told.split([3, 3, 4, 4, 2, 1, 1], -1)
 
         return Targets(
             location=location,
             positive=positive,
             object=owner,
-            label=per_slot(batch["label"]),
-            center=per_slot(batch["center"]),
-            size=per_slot(batch["size"]),
-            yaw=per_slot(batch["yaw"]),
-            alpha=per_slot(yaw_to_alpha(batch["yaw"], batch["center"])),
-            box=per_slot(batch["box"]),
-            full_box=per_slot(batch["full_box"]),
-            full_ok=per_slot(~batch["crosses"]),
-            center_ok=per_slot(usable),
-            pixel=per_slot(pixel),
+            label=batch["label"].repeat_interleave(CELLS, 1),
+            center=center,
+            size=size,
+            yaw=yaw.squeeze(-1),
+            alpha=alpha.squeeze(-1),
+            box=box,
+            full_box=full_box,
+            full_ok=~batch["crosses"].repeat_interleave(CELLS, 1),
+            center_ok=usable.repeat_interleave(CELLS, 1),
+            pixel=pixel,
             centerness=torch.exp(-2.5 * distance.flatten(1) / (math.sqrt(2) * RADIUS)),
             ignored=inside_regions(batch["ignore"], config),
         )
