@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import data_json
 import data_kitti
@@ -483,6 +483,19 @@ def start_worker(_):
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(dataset, order, workers, device):
+    """Batches of a `StepBatches` order: workers live as long as the run; pinned for a GPU."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+        generator=torch.Generator().manual_seed(0),  # else making the iterator draws from the global generator
+    )
 
 
 @contextlib.contextmanager

@@ -21,11 +21,10 @@ from accelerate.utils import broadcast, send_to_device, set_seed
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, muon
 from timm.utils import ModelEmaV3
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from torch.utils.data import DataLoader
 
 from checkpoint import amend_checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from config import help_text, load_config, to_dict
-from data import StepBatches, build_dataset, collate, loading, seed_of, start_worker
+from data import StepBatches, build_dataset, loading, make_loader, seed_of
 from evaluate import Stopped, draw_frames, evaluate
 from faults import REPLAY, Agreement, Signals, Statistics, lock_folder, poison, step_unless, watch_gradient, weights_finite, write_replay
 from launch import follow_launcher, start_accelerator, use_cores
@@ -77,19 +76,6 @@ def checkpoint_backbone(net):
         raise ValueError(
             f"model.backbone {net.config.backbone!r} has no gradient checkpointing in timm; train.checkpoint_backbone=false"
         ) from None
-
-
-def make_loader(dataset, order, workers, device):
-    """Batches of a `StepBatches` order: workers live as long as the run; pinned for a GPU."""
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(0),  # else making the iterator draws from the global generator
-    )
 
 
 class Run:

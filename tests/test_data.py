@@ -376,7 +376,7 @@ def test_truth_is_what_the_file_says(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_do_not_change_a_batch(folder, workers):
-    from train import make_loader
+    from data import make_loader
 
     dataset = build(folder, training=True, scale=(0.7, 1.4), colour=0.2)
     order = StepBatches(len(dataset), 2, 0, 1, seed=3, start=0, stop=3)
