@@ -21,6 +21,7 @@ from torch import Tensor
 NEAR = 0.1  # metres: edges that cross this plane are cut there before projection
 MIN_DEPTH = 0.5  # metres, of virtual depth in the head's direct estimate: nothing nearer is estimated or has a usable projected centre
 DIRECTION_BORDER = math.pi / 4  # alpha where the two heading bins meet: away from the common 0, +-pi/2 and pi
+LIMITS = {"box": (5.0,) * 4, "depth": (10.0, 5.0), "height": (4.0, 5.0), "size": (2.0,) * 3}  # of the head's outputs, kept smoothly
 
 # Corner order: four at the bottom (+y), then four at the top; x forward, z left of a box at yaw 0 seen from above.
 CORNER_SIGNS = np.array([[+1, +1, +1], [+1, +1, -1], [-1, +1, -1], [-1, +1, +1],

@@ -237,8 +237,9 @@ def compute_losses(model, logits, raw, targets, batch, weights):
             "loss_alpha_constrain": lambda: loss_alpha_constrain(decoded, targets),
             "loss_relative": lambda: loss_relative(decoded, targets, batch["valid"].shape[1]),
         }
-        chosen = {name: weight for name, weight in dataclasses.asdict(weights).items() if weight}
-        return {name: terms[name]() / batch["positives"] for name in chosen}
+        chosen = [field.name for field in dataclasses.fields(weights) if getattr(weights, field.name)]
+        values = torch.stack([terms[name]() for name in chosen]) / batch["positives"]
+        return dict(zip(chosen, values.unbind(), strict=True))
 
 
 def weighted_sum(losses, weights):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 
 from data import decode, opened, place_image, reduction_of, whole_view
-from geometry import MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject, yaw_to_alpha
+from geometry import LIMITS, MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject, yaw_to_alpha
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +154,7 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         self.register_buffer("size_prior", torch.tensor(model.size_prior, dtype=torch.float32), persistent=False)  # (C, 3)
         self.register_buffer("depth_mean", torch.tensor(model.depth_mean, dtype=torch.float32), persistent=False)  # (L,)
         self.register_buffer("depth_std", torch.tensor(model.depth_std, dtype=torch.float32), persistent=False)
+        self.register_buffer("limits", torch.tensor([limit for limits in LIMITS.values() for limit in limits]), persistent=False)
         pixel, stride, level = self.make_locations(*model.size)
         self.register_buffer("location_pixel", pixel, persistent=False)  # (N, 2)
         self.register_buffer("location_stride", stride, persistent=False)  # (N,)
@@ -232,20 +233,23 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         K = K.float()[:, None]
         metres = K[..., 1, 1] / self.config.virtual_focal  # real metres per virtual metre (B, 1)
 
-        before, after = (stride * torch.exp(bound(out["box"], 5.0))).split(2, -1)  # distances to left and top, right and bottom
+        bounded = bound(torch.cat([out[name] for name in LIMITS], -1), self.limits)
+        out.update(zip(LIMITS, bounded.split([len(limits) for limits in LIMITS.values()], -1), strict=True))
+
+        before, after = (stride * torch.exp(out["box"])).split(2, -1)  # distances to left and top, right and bottom
         box = torch.cat([pixel - before, pixel + after], -1)
         before, after = (stride * 4 * out["full_box"]).split(2, -1)  # signed
         a, b = pixel - before, pixel + after
         full_box = torch.cat([torch.minimum(a, b), torch.maximum(a, b)], -1)  # crossed sides are sorted, so that a gradient remains
 
-        size = self.size_prior[label] * torch.exp(bound(out["size"], 2.0))
+        size = self.size_prior[label] * torch.exp(out["size"])
         mean, std = self.depth_mean[level], self.depth_std[level]
         depth, depth_scale = out["depth"].unbind(-1)
         height, height_scale = out["height"].unbind(-1)
-        direct = metres * (MIN_DEPTH + F.softplus(mean + std * bound(depth, 10.0) - MIN_DEPTH))
-        height_px = 4 * stride[..., 0] * torch.exp(bound(height, 4.0))
+        direct = metres * (MIN_DEPTH + F.softplus(mean + std * depth - MIN_DEPTH))
+        height_px = 4 * stride[..., 0] * torch.exp(height)
         geometric = K[..., 1, 1] * size[..., 1] / height_px
-        log_sigma = torch.log(std * metres)[..., None] + bound(torch.stack([depth_scale, height_scale], -1), 5.0)
+        log_sigma = torch.log(std * metres)[..., None] + torch.stack([depth_scale, height_scale], -1)
         weight = torch.softmax(-2 * log_sigma, -1)
         estimates = torch.stack([direct, geometric], -1)
         fused = (weight * estimates).sum(-1)

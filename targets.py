@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from geometry import MIN_DEPTH, heading_bin, project, yaw_to_alpha
+from geometry import LIMITS, MIN_DEPTH, heading_bin, project, yaw_to_alpha
 
 RADIUS = 1.5  # strides
 CELLS = 9  # proposals per object and level: 3x3
@@ -213,24 +213,25 @@ def encode(targets, model, K):
     level = model.location_level[targets.location]
     focal = K.float()[:, None, 1, 1]
 
-    def unbound(value, limit):
+    def unbound(value, name):
+        limit = LIMITS[name][0]
         return limit * torch.atanh((value / limit).clamp(-1 + 1e-6, 1 - 1e-6))
 
     reach = torch.cat([pixel - targets.box[..., :2], targets.box[..., 2:] - pixel], -1) / stride
     full = torch.cat([pixel - targets.full_box[..., :2], targets.full_box[..., 2:] - pixel], -1) / (4 * stride)
     excess = (targets.center[..., 2] * model.config.virtual_focal / focal - MIN_DEPTH).clamp(min=1e-3)
-    depth = unbound(((excess + torch.log(-torch.expm1(-excess)) + MIN_DEPTH) - model.depth_mean[level]) / model.depth_std[level], 10.0)
-    height = unbound(torch.log(focal * targets.size[..., 1] / targets.center[..., 2].clamp(min=0.1) / (4 * stride[..., 0])), 4.0)
+    depth = unbound(((excess + torch.log(-torch.expm1(-excess)) + MIN_DEPTH) - model.depth_mean[level]) / model.depth_std[level], "depth")
+    height = unbound(torch.log(focal * targets.size[..., 1] / targets.center[..., 2].clamp(min=0.1) / (4 * stride[..., 0])), "height")
     confident = torch.full_like(depth, -20.0)
     bins = heading_bin(targets.alpha).float()
     fields = {
         "centerness": torch.logit(targets.centerness.clamp(1e-4, 1 - 1e-4))[..., None],
-        "box": unbound(torch.log(reach.clamp(min=1e-2)), 5.0),
+        "box": unbound(torch.log(reach.clamp(min=1e-2)), "box"),
         "full_box": full,
         "offset": (targets.pixel - pixel) / stride,
         "depth": torch.stack([depth, confident], -1),
         "height": torch.stack([height, confident], -1),
-        "size": unbound(torch.log(targets.size / model.size_prior[targets.label]), 2.0),
+        "size": unbound(torch.log(targets.size / model.size_prior[targets.label]), "size"),
         "alpha": torch.stack([torch.sin(2 * targets.alpha), torch.cos(2 * targets.alpha)], -1),
         "direction": torch.stack([10 - 20 * bins, 20 * bins - 10], -1),
         "yaw": torch.stack([torch.sin(targets.yaw), torch.cos(targets.yaw)], -1),
