@@ -28,7 +28,9 @@ from metrics import CLASSES, DIFFICULTIES, MIN_OVERLAP, format_table, kitti_ap, 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from config import Config
     from data import Detection3D
+    from model import Detector
 
 SHOWN_FRAMES = 3  # best, and as many worst, on the picture
 
@@ -350,25 +352,33 @@ def find_checkpoint(run: str | Path) -> Path:
     return folder
 
 
-def evaluate_run(options: argparse.Namespace) -> None:
-    """The run mode: prints the table on the main process and fills the folder `evaluation` beside the checkpoint."""
+def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Detector]:
+    """Config, with overrides, and detector of a checkpoint folder. Raises ValueError naming the file that does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from checkpoint import CONFIG, MODEL
     from config import override, read_config
-    from data import build_dataset
-    from launch import start_accelerator
     from model import Detector
 
-    folder = find_checkpoint(options.run)
-    config = override(read_config(folder / CONFIG), options.overrides)
-    accelerator = start_accelerator(config.train.mixed_precision)
+    folder = Path(folder)
+    config = override(read_config(folder / CONFIG), overrides)
     model = Detector(dataclasses.replace(config.model, pretrained=False))  # the weights come from the checkpoint
     try:
         model.load_state_dict(load_file(folder / MODEL))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder / MODEL}: damaged, or of another architecture than {CONFIG}: {str(error).splitlines()[0]}") from None
+    return config, model
+
+
+def evaluate_run(options: argparse.Namespace) -> None:
+    """The run mode: prints the table on the main process and fills the folder `evaluation` beside the checkpoint."""
+    from data import build_dataset
+    from launch import start_accelerator
+
+    folder = find_checkpoint(options.run)
+    config, model = load_run(folder, options.overrides)
+    accelerator = start_accelerator(config.train.mixed_precision)
     with accelerator.main_process_first():  # the main process may have to render the built-in world
         dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
     metrics, predictions = evaluate(

@@ -1,0 +1,72 @@
+"""The yardstick: oracles replace what they say and nothing else, seeds are grouped, and a run is measured end to end."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import yardstick
+from config import Config, TrainConfig
+from data_kitti import make_labels
+from geometry import project, project_boxes
+from yardstick import KNOWN, cell, group, match, tell
+
+K = np.array([[700.0, 0, 600], [0, 700, 180], [0, 0, 1]])
+
+
+@pytest.fixture
+def scene():
+    """Three true objects and three detections: a Car a little off, a Pedestrian, and a Car where there is none."""
+    center, size, yaw = np.array([[1.0, 1, 20], [-6, 1, 30], [4, 1, 15]]), np.full((3, 3), 1.8), np.array([0.3, -1.0, 2.0])
+    names = ["Car", "Pedestrian", "Cyclist"]
+    truth = make_labels(names, project_boxes(center, size, yaw, K)[0], size, center, yaw)
+    away = np.array([[1.1, 1.05, 22], [-6, 1, 30], [9, 1, 15]])
+    found = make_labels(["Car", "Pedestrian", "Car"], project_boxes(away, size, yaw, K)[0], size * 1.1, away, yaw + 0.4, score=np.ones(3))
+    return found, truth
+
+
+def test_detections_meet_objects_of_their_class(scene):
+    found, truth = scene
+    assert match(found, truth).tolist() == [0, 1, -1]
+    assert match(found, truth[:0]).tolist() == [-1, -1, -1]
+    assert match(found[:0], truth).tolist() == []
+    assert len(tell(found, truth[:0], K, "all")) == 3
+
+
+def test_an_oracle_tells_one_thing(scene):
+    found, truth = scene
+    told = {known: tell(found, truth, K, known) for known in KNOWN}
+    for known, labels in told.items():
+        np.testing.assert_array_equal(labels.center[2], found.center[2])  # nobody to learn from
+        same = {
+            "center": known in ("nothing", "size", "heading"),
+            "size": known not in ("size", "all"),
+            "yaw": known not in ("heading", "all"),
+        }
+        for field, expected in same.items():
+            assert (np.abs(getattr(labels, field)[0] - getattr(found, field)[0]).max() < 1e-12) == expected, (known, field)
+    np.testing.assert_allclose(told["all"].center[0], truth.center[0])
+    np.testing.assert_allclose(told["depth"].center[0, 2], 20)
+    np.testing.assert_allclose(project(told["depth"].center[0], K), project(found.center[0], K))
+    np.testing.assert_allclose(told["projected centre"].center[0, 2], 22)
+    np.testing.assert_allclose(project(told["projected centre"].center[0], K), project(truth.center[0], K))
+
+
+def test_seeds_are_one_row_with_mean_and_spread():
+    config = Config(out="runs/a")
+    other = dataclasses.replace(config, train=TrainConfig(lr=0.5))
+    runs = [("a", config, 1.0), ("b", dataclasses.replace(config, seed=1, out="runs/b"), 3.0), ("c", other, 5.0)]
+    assert group(runs) == [("a", [1.0, 3.0]), ("c", [5.0])]
+    assert cell([1.0, 3.0]) == "2.0 +- 1.4"
+    assert cell([5.0]) == "5.0"
+
+
+def test_a_run_is_measured(tiny_run, capsys, tmp_path):
+    assert yardstick.main([str(tiny_run[1]), "--oracles", "--json", str(tmp_path / "y.json")]) == 0
+    out = capsys.readouterr().out
+    assert "| 3D strict |" in out
+    assert f"| {tiny_run[1].name} | 1 |" in out
+    assert "| projected centre |" in out
+    assert (tmp_path / "y.json").stat().st_size > 500
+    assert yardstick.main([str(tmp_path / "none")]) == 2
+    assert "no such run" in capsys.readouterr().err
