@@ -17,7 +17,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork, batched_nms
+from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou
 
 from data import decode, opened, place_image, reduction_of, whole_view
 from geometry import LIMITS, MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject, yaw_to_alpha
@@ -47,6 +47,8 @@ class ModelConfig:
     nms_iou: float = 0.6  # of visible boxes, per class
     candidates: int = 300  # locations decoded per image, before non-maximum suppression
     max_detections: int = 100  # per image
+    fuse_duplicates: bool = True  # depth and visible box of a detection become the mean over the duplicates that it suppresses
+    centerness_share: float = 0.25  # score = class^(1 - share) centerness^share P(...); 0: class alone
     depth_tolerance: float = 2.0  # m: the score holds P(|depth error| < tolerance) under the predicted sigma
 
     def __post_init__(self):
@@ -60,6 +62,8 @@ class ModelConfig:
             raise ValueError(f"model.size is {self.size}, expected (height, width) in multiples of the largest stride, {max(self.strides)}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path}, expected 0 <= drop_path < 1")
+        if not 0 <= self.centerness_share < 1:
+            raise ValueError(f"model.centerness_share is {self.centerness_share}, expected 0 <= centerness_share < 1")
         if not self.classes:
             raise ValueError("model.classes is empty, expected at least one class name")
         for name, expected in (("size_prior", len(self.classes)), ("depth_mean", len(self.strides)), ("depth_std", len(self.strides))):
@@ -100,6 +104,24 @@ def angle_from_double(double_alpha, bins):
     other = heading_bin(half) != bins
     alpha = half + math.pi * other
     return torch.where(alpha >= math.pi, alpha - 2 * math.pi, alpha)
+
+
+def average_duplicates(kept, every, overlap):
+    """Means over all candidates of a class that overlap a kept one, weighted by score and overlap, depth also by inverse variance.
+
+    kept, every: dicts of one image's n kept rows and of all its S candidates, with label, score, box, depth, sigma as `Detector.rank`
+    gives them. Returns visible boxes (n, 4) and depths (n,) m. The sigma of a detection stays as it is: its duplicates err alike.
+    Box voting (Gidaris and Komodakis, ICCV 2015) with MonoFlex's weights for the depth.
+    """
+    shared = box_iou(kept["box"], every["box"]).nan_to_num()  # of boxes without area
+    same = (kept["label"][:, None] == every["label"]) & (shared > overlap)
+    weight = torch.where(same, shared * every["score"], 0.0)  # (n, S)
+    weight = weight / weight.sum(1, keepdim=True)
+    trusted = weight / every["sigma"] ** 2
+    box = (weight[..., None] * every["box"]).sum(1)  # a matrix product would be rounded under autocast
+    depth = (trusted * every["depth"]).sum(1) / trusted.sum(1)
+    alone = ~same.any(1)
+    return torch.where(alone[:, None], kept["box"], box), torch.where(alone, kept["depth"], depth)
 
 
 class Tower(nn.Sequential):
@@ -283,33 +305,41 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
     def select(self, logits, raw, K):
         """Raw outputs of `forward` -> what `detect` returns: decoded, scored, above the threshold, without duplicates."""
         boxes = self.rank(logits.float(), raw, K)
-        same = boxes["label"] + len(self.config.classes) * torch.arange(len(raw), device=raw.device)[:, None]
+        images, candidates = boxes["score"].shape
+        same = boxes["label"] + len(self.config.classes) * torch.arange(images, device=raw.device)[:, None]
         keep = batched_nms(boxes["box"].flatten(0, 1), boxes["score"].flatten(), same.flatten(), self.config.nms_iou)
         keep = keep[boxes["score"].flatten()[keep] > self.config.score_threshold]
-        owner = keep // boxes["score"].shape[1]
-        flat = {name: value.flatten(0, 1) for name, value in boxes.items()}
-        rows = [keep[owner == i][: self.config.max_detections] for i in range(len(raw))]
-        return [{name: value[row] for name, value in flat.items()} for row in rows]
+        found = []
+        for i in range(images):
+            rows = keep[keep // candidates == i][: self.config.max_detections] - i * candidates
+            every = {name: value[i] for name, value in boxes.items()}
+            own = {name: value[rows] for name, value in every.items()}
+            if self.config.fuse_duplicates:
+                own["box"], own["depth"] = average_duplicates(own, every, self.config.nms_iou)
+            center = unproject(own.pop("pixel"), own.pop("depth"), K[i].float())
+            found.append({**own, "center": center, "yaw": alpha_to_yaw(own.pop("alpha"), center)})
+        return found
 
     def rank(self, logits, raw, K):
         """The best `candidates` (location, class) pairs of each image, decoded and scored: dict of (B, S, ...) tensors. Fixed shapes."""
         classes = logits.shape[-1]
-        class_score = logits.sigmoid() * raw[..., :1].float().sigmoid()  # centerness is the first field
-        best, flat = class_score.flatten(1).topk(min(self.config.candidates, class_score[0].numel()))
+        share = self.config.centerness_share
+        seen = logits.sigmoid() ** (1 - share) * raw[..., :1].float().sigmoid() ** share  # centerness is the first field
+        best, flat = seen.flatten(1).topk(min(self.config.candidates, seen[0].numel()))
         location, label = flat // classes, flat % classes
         decoded = self.decode(raw.gather(1, location[..., None].expand(-1, -1, raw.shape[-1])), location, label, K)
         sigma = decoded.log_sigma[..., 0].exp()
         trust = 1 - torch.exp(-math.sqrt(2) * self.config.depth_tolerance / sigma)  # Laplace: P(|error| < tolerance)
-        alpha = angle_from_double(decoded.double_alpha, decoded.direction.argmax(-1))
         height, width = self.config.size
         limit = torch.tensor([width - 1, height - 1, width - 1, height - 1], device=raw.device, dtype=torch.float32)
         return {
             "label": label,
-            "score": best.sqrt() * trust,
+            "score": best * trust,
             "box": decoded.box.clamp(min=0).minimum(limit),
-            "center": decoded.center,
+            "pixel": decoded.pixel,
+            "depth": decoded.depth[..., 0],
             "size": decoded.size,
-            "yaw": alpha_to_yaw(alpha, decoded.center),
+            "alpha": angle_from_double(decoded.double_alpha, decoded.direction.argmax(-1)),
             "sigma": sigma,
         }
 

@@ -1,6 +1,6 @@
 """Compare runs on their held-out frames: AP at two overlaps, errors of depth, and what AP would be if one thing were known.
 
-python yardstick.py RUN [RUN ...] [key=value ...] [--oracles] [--json OUT]
+python yardstick.py RUN [RUN ...] [key=value ...] [--oracles] [--cues] [--json OUT]
 
 Runs whose configs differ only in the seed become one row, mean and spread (standard deviation over seeds). A difference between rows is
 worth a word only beyond twice that spread. RESULTS.md is made of these tables.
@@ -25,6 +25,7 @@ from launch import start_accelerator
 from metrics import MATCH_OVERLAP, kitti_ap, object_errors
 
 COLUMNS = ("2D", "AOS", "BEV loose", "3D loose", "BEV strict", "3D strict", "depth error m", "depth error %", "in 1 sigma %")
+MEAN = "mean of classes"
 KNOWN = ("nothing", "heading", "size", "projected centre", "depth", "location", "all")
 
 
@@ -63,10 +64,15 @@ def tell(found, truth, K, known):
     return dataclasses.replace(found, center=center, size=size, yaw=yaw, alpha=yaw_to_alpha(yaw, center))
 
 
+def build(config, sources):
+    """`Detection3D` of the sources as the run's network sees them, without augmentation."""
+    return build_dataset(config.data, sources, config.model.classes, config.model.size, training=False)
+
+
 def predict_run(run, overrides=()):
     """A run's `Config`, its `Detection3D` of held-out frames, and what its best checkpoint finds there (`predict_dataset`)."""
     config, model = load_run(find_checkpoint(run), overrides)
-    dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
+    dataset = build(config, config.data.val)
     accelerator = start_accelerator(config.train.mixed_precision)
     model.to(accelerator.device)
     return config, dataset, predict_dataset(model, dataset, accelerator, config.train.batch_size, config.data.workers)
@@ -86,6 +92,44 @@ def measure(dataset, predictions):
         values += [whole["depth_error"], whole["depth_percent"], whole["within_1_sigma"] and 100 * whole["within_1_sigma"]]
         found[name] = dict(zip(COLUMNS, values, strict=True))
         found[name]["depth error m by band"] = {band: e["depth_error"] for band, e in errors[name].items() if band != "all"}
+    columns = {column: [found[name][column] for name in dataset.classes] for column in COLUMNS}
+    return found | {MEAN: {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}}
+
+
+def easy_to_see(dataset):
+    """{class: (cues (n, 2), depth (n,) m)} of the objects that count at KITTI's hard level.
+
+    The cues are the visible 2D box's bottom row below the principal point, and its height, both over fy.
+    """
+    found = {}
+    labels = [frame.labels for frame in dataset.frames]
+    K = np.stack([frame.K for frame in dataset.frames]).repeat([len(of) for of in labels], 0)
+    joined = {name: np.concatenate([getattr(of, name) for of in labels]) for name in ("name", "box", "center", "occlusion", "truncation")}
+    box, depth = joined["box"], joined["center"][:, 2]
+    cues = np.stack([(box[:, 3] - K[:, 1, 2]) / K[:, 1, 1], (box[:, 3] - box[:, 1]) / K[:, 1, 1]], -1)
+    counted = (box[:, 3] - box[:, 1] >= 25) & (joined["occlusion"] <= 2) & (joined["truncation"] <= 0.5)
+    for name in dataset.classes:
+        rows = counted & (joined["name"] == name)
+        found[name] = cues[rows], depth[rows]
+    return found
+
+
+def measure_cues(train, held_out, neighbours=25):
+    """{class: {cue: depth error of held-out objects, per cent}} of a regressor that is given true 2D boxes and nothing else.
+
+    The median depth of the nearest training objects in the cue: no function of that cue does much better. Both `Detection3D`.
+    """
+    known, asked = easy_to_see(train), easy_to_see(held_out)
+    found = {}
+    for name in held_out.classes:
+        (cues, depth), (queries, truth) = known[name], asked[name]
+        columns = {"class alone": [], "bottom row": [0], "height": [1], "both": [0, 1]}
+        found[name] = {}
+        for title, chosen in columns.items():
+            known_cue, query = cues[:, chosen] / cues[:, chosen].std(0), queries[:, chosen] / cues[:, chosen].std(0)
+            distance = np.abs(query[:, None] - known_cue[None]).sum(-1)
+            near = np.argsort(distance, 1)[:, : neighbours if chosen else None]
+            found[name][title] = float(np.mean(np.abs(np.median(depth[near], 1) - truth) / truth) * 100)
     return found
 
 
@@ -125,7 +169,7 @@ def cell(values, digits=1):
 
 
 def table(groups, classes):
-    """A Markdown table of each class: a row per group of seeds."""
+    """A Markdown table of each class, and of their mean: a row per group of seeds."""
     lines = []
     for name in classes:
         lines += [f"\n{name}\n", f"| run | seeds | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
@@ -135,38 +179,44 @@ def table(groups, classes):
     return "\n".join(lines)
 
 
+def small_table(corner, columns, rows):
+    """A Markdown table of {row: cells}."""
+    lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()])
+
+
 def main(arguments=None):
     """Command line entry. Returns 0, or 2 after one sentence for an error of the user's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="RUN", help="run folders, then overrides such as data.root=...")
     parser.add_argument("--oracles", action="store_true", help="also AP with one thing known")
+    parser.add_argument("--cues", action="store_true", help="also what a regressor makes of true 2D boxes alone")
     parser.add_argument("--json", help="also write the numbers there")
     options = parser.parse_args(arguments)
-    runs, oracles = [], []
+    runs, oracles, cues = [], [], {}
     try:
         for run in [word for word in options.words if "=" not in word]:
             config, dataset, predictions = predict_run(run, [word for word in options.words if "=" in word])
             runs.append((Path(run).name, config, measure(dataset, predictions)))
             if options.oracles:
                 oracles.append((Path(run).name, config, measure_oracles(dataset, predictions)))
+            if options.cues and not cues:
+                cues = measure_cues(build(config, config.data.train), dataset)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not runs:
         parser.error("expected at least one run folder")
-    classes = runs[0][2]
-    print(table(group(runs), classes))
+    print(table(group(runs), runs[0][2]))
     for title, seeds in group(oracles):
-        print(
-            f"\n3D AP of {title} if this were known (loose / strict)\n\n| known | {' | '.join(classes)} |\n{'|---' * (len(classes) + 1)}|"
-        )
-        for known in KNOWN:
-            cells = [" / ".join(cell([values[name][known][i] for values in seeds]) for i in (0, 1)) for name in classes]
-            print(f"| {known} | {' | '.join(cells)} |")
+        rows = {known: [" / ".join(cell([s[name][known][i] for s in seeds]) for i in (0, 1)) for name in seeds[0]] for known in KNOWN}
+        print(f"\n3D AP of {title} if this were known (loose / strict)\n\n{small_table('known', list(seeds[0]), rows)}")
+    if cues:
+        rows = {cue: [cell([of[cue]]) for of in cues.values()] for cue in next(iter(cues.values()))}
+        print(f"\nDepth error, %, of a regressor given only this of the true 2D boxes\n\n{small_table('cue', list(cues), rows)}")
     if options.json:
-        Path(options.json).write_text(
-            json.dumps({"runs": [(n, v) for n, _, v in runs], "oracles": [(n, v) for n, _, v in oracles]}, indent=1)
-        )
+        values = {"runs": [(n, v) for n, _, v in runs], "oracles": [(n, v) for n, _, v in oracles], "cues_depth_error_percent": cues}
+        Path(options.json).write_text(json.dumps(values, indent=1))
     return 0
 
 

@@ -15,7 +15,7 @@ from torchvision.ops import box_iou
 from checkpoint import find_weights, list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights, verify_checkpoint
 from config import Config, to_dict
 from geometry import heading_bin
-from model import Detector, ModelConfig, angle_from_double, unit
+from model import Detector, ModelConfig, angle_from_double, average_duplicates, unit
 from targets import assign, encode
 
 CAMERA = torch.as_tensor(K, dtype=torch.float32).reshape(1, 3, 3)
@@ -164,11 +164,11 @@ def test_detections_are_finite_at_extreme_outputs(detector, scale):
 def test_detect_respects_its_limits(picture):
     image = torch.from_numpy(np.stack([picture, picture[::-1]]))
     cameras = torch.tensor(np.stack([K, K]))
-    every = make_detector(score_threshold=0.0).eval()
-    few = make_detector(score_threshold=0.0, max_detections=3).eval()
+    every = make_detector(score_threshold=0.0, fuse_duplicates=False).eval()
+    few = make_detector(score_threshold=0.0, fuse_duplicates=False, max_detections=3).eval()
     all_found, few_found = every.detect(image, cameras), few.detect(image, cameras)
     limit = float(torch.cat([found["score"] for found in all_found]).median())
-    strict_found = make_detector(score_threshold=limit).eval().detect(image, cameras)
+    strict_found = make_detector(score_threshold=limit, fuse_duplicates=False).eval().detect(image, cameras)
     for found, some, good in zip(all_found, few_found, strict_found, strict=True):
         assert (found["score"].diff() <= 0).all()  # best first
         assert 3 < len(found["score"]) <= 100
@@ -184,10 +184,59 @@ def test_detect_respects_its_limits(picture):
             if len(own) > 1:
                 overlap = box_iou(own, own)
                 overlap.fill_diagonal_(0)
-                assert overlap.max() <= MODEL.nms_iou + 1e-4
+                assert overlap.max() <= MODEL.nms_iou + 1e-4  # of boxes that are not averages
     assert sum(len(f["score"]) for f in all_found) > sum(len(f["score"]) for f in strict_found) > 0 or all(
         f["score"].max() < 0.02 for f in all_found
     )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_duplicates_are_averaged(autocast):
+    """By score and overlap, the depth also by inverse variance; not over other classes or places, and never without area."""
+    box = torch.tensor([[10.0, 10, 50, 30], [10, 10, 50, 34], [12, 10, 52, 30], [10, 10, 50, 30], [200, 10, 240, 30], [80, 5, 80, 9]])
+    every = {
+        "label": torch.tensor([0, 0, 0, 1, 0, 0]),
+        "score": torch.tensor([0.9, 0.6, 0.3, 0.8, 0.7, 0.5]),
+        "box": box,
+        "depth": torch.tensor([20.0, 22, 26, 50, 60, 5]),
+        "sigma": torch.tensor([1.0, 2, 1, 0.1, 0.1, 1]),
+    }
+    kept = {name: value[[0, 4, 5]] for name, value in every.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        averaged, depth = average_duplicates(kept, every, 0.6)
+    weight = torch.tensor([0.9, 0.6 * 800 / 960, 0.3 * 760 / 840])  # times overlap
+    torch.testing.assert_close(averaged[0], (weight[:, None] * box[:3]).sum(0) / weight.sum())
+    trusted = weight / torch.tensor([1.0, 4, 1])
+    torch.testing.assert_close(depth[0], (trusted * torch.tensor([20.0, 22, 26])).sum() / trusted.sum())
+    torch.testing.assert_close(averaged[1:], box[4:])
+    assert depth[1:].tolist() == [60, 5]
+
+
+def test_averaging_moves_detections_and_drops_none(picture):
+    image, cameras = torch.from_numpy(picture)[None], torch.tensor(K)[None]
+    options = {"score_threshold": 0.0, "nms_iou": 0.1}  # small boxes of an untrained head, hardly any share more
+    fused, single = (make_detector(fuse_duplicates=fuse, **options).eval().detect(image, cameras)[0] for fuse in (True, False))
+    torch.testing.assert_close(fused["score"], single["score"])
+    torch.testing.assert_close(fused["sigma"], single["sigma"])
+    assert (fused["center"] - single["center"]).abs().max() > 1e-4
+    ray = lambda found: found["center"][:, :2] / found["center"][:, 2:]  # noqa: E731
+    torch.testing.assert_close(ray(fused), ray(single))  # a depth moves along its ray
+
+
+def test_centerness_has_its_share_of_the_score(detector):
+    count, fields = len(detector.location_stride), sum(detector.fields.values())
+    logits, raw = torch.zeros(1, count, 3), torch.zeros(1, count, fields)
+    camera = torch.tensor(K, dtype=torch.float32)[None]
+    scores = {}
+    for share in (0.0, 0.25, 0.5):
+        model = make_detector(centerness_share=share)
+        raw[..., 0] = 0.0
+        half = model.rank(logits, raw, camera)["score"].max()
+        raw[..., 0] = -math.log(15)  # a centerness of 1/16 instead of 1/2
+        scores[share] = float(model.rank(logits, raw, camera)["score"].max() / half)
+    assert scores == pytest.approx({0.0: 1.0, 0.25: 8**-0.25, 0.5: 8**-0.5})
+    with pytest.raises(ValueError, match=r"model.centerness_share is 1.5"):
+        make_detector(centerness_share=1.5)
 
 
 def test_images_of_a_batch_do_not_mix(detector, picture):

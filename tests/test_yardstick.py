@@ -1,6 +1,8 @@
 """The yardstick: oracles replace what they say and nothing else, seeds are grouped, and a run is measured end to end."""
 
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import yardstick
 from config import Config, TrainConfig
 from data_kitti import make_labels
 from geometry import project, project_boxes
-from yardstick import KNOWN, cell, group, match, tell
+from yardstick import KNOWN, MEAN, cell, group, match, measure_cues, tell
 
 K = np.array([[700.0, 0, 600], [0, 700, 180], [0, 0, 1]])
 
@@ -61,12 +63,32 @@ def test_seeds_are_one_row_with_mean_and_spread():
     assert cell([5.0]) == "5.0"
 
 
+def test_a_cue_is_worth_what_it_tells():
+    """Objects of one size at any height above the ground: the 2D box's height tells the depth, its bottom row does not."""
+    random = np.random.default_rng(0)
+    center = np.stack([np.zeros(800), random.uniform(-3, 3, 800), random.uniform(8, 40, 800)], -1)
+    size, yaw = np.full((800, 3), 2.0), np.zeros(800)
+    box = project_boxes(center, size, yaw, K)[0]
+    labels = make_labels(["Car"] * 800, box, size, center, yaw)
+    frames = [SimpleNamespace(K=K, labels=labels[rows]) for rows in (slice(0, 400), slice(400, 800))]
+    train, held_out = (SimpleNamespace(classes=("Car",), frames=[frame]) for frame in frames)
+    errors = measure_cues(train, held_out)["Car"]
+    assert errors["height"] < 5
+    assert errors["bottom row"] > 3 * errors["height"]
+    assert errors["class alone"] > errors["bottom row"]
+
+
 def test_a_run_is_measured(tiny_run, capsys, tmp_path):
-    assert yardstick.main([str(tiny_run[1]), "--oracles", "--json", str(tmp_path / "y.json")]) == 0
+    assert yardstick.main([str(tiny_run[1]), "--oracles", "--cues", "--json", str(tmp_path / "y.json")]) == 0
     out = capsys.readouterr().out
     assert "| 3D strict |" in out
     assert f"| {tiny_run[1].name} | 1 |" in out
     assert "| projected centre |" in out
+    assert "| bottom row |" in out
+    values = json.loads((tmp_path / "y.json").read_text())["runs"][0][1]
+    each = [values[name]["2D"] for name in values if name != MEAN]
+    assert len(each) == 3
+    assert values[MEAN]["2D"] == pytest.approx(sum(each) / 3)
     assert (tmp_path / "y.json").stat().st_size > 500
     assert yardstick.main([str(tmp_path / "none")]) == 2
     assert "no such run" in capsys.readouterr().err
