@@ -165,14 +165,18 @@ def write_evaluation(folder: str | Path, dataset: Detection3D, metrics: dict, pr
 
 
 def best_score(metrics: dict) -> float:
-    """The score threshold with the highest F1 on moderate objects in 2D, the lowest of the classes': a level for pictures."""
-    levels = []
-    for name in metrics["settings"]["classes"]:
-        curve = metrics["curves"][name]["bbox"]["moderate"]
-        recall, precision = np.array(curve["recall"]), np.array(curve["precision"])
-        if len(recall) and recall.max() > 0:
-            levels.append(curve["score"][int(np.argmax(recall * precision / np.maximum(recall + precision, 1e-9)))])
-    return float(min(levels, default=0.3))
+    """The score threshold with the highest F1 on moderate objects in 2D, all classes counted together: a level for pictures."""
+    curves, counted = ([metrics[key][name] for name in metrics["settings"]["classes"]] for key in ("curves", "counted"))
+    curves = [{key: np.array(values) for key, values in curve["bbox"]["moderate"].items()} for curve in curves]
+    levels = np.unique(np.concatenate([curve["score"] for curve in curves]))
+    true, found = np.zeros(len(levels)), np.zeros(len(levels))
+    for curve, objects in zip(curves, counted, strict=True):
+        last = (curve["score"][None] >= levels[:, None]).sum(1) - 1  # scores fall along a curve
+        hits = objects["moderate"] * np.append(curve["recall"], 0.0)[last]  # none above a class's best score
+        true += hits
+        found += hits / np.maximum(np.append(curve["precision"], 1.0)[last], 1e-9)
+    f1 = 2 * true / np.maximum(found + sum(objects["moderate"] for objects in counted), 1e-9)
+    return float(levels[f1.argmax()]) if f1.max(initial=0) > 0 else 0.3
 
 
 def frame_quality(truth: Labels, found: Labels, classes: Sequence[str]) -> float:

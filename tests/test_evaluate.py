@@ -18,7 +18,7 @@ from checkpoint import save_weights
 from config import Config, to_dict
 from data import DataConfig, Source, build_dataset
 from data_json import read_jsonl
-from data_kitti import read_labels, write_labels
+from data_kitti import make_labels, read_labels, write_labels
 from metrics import kitti_ap
 from model import Detector, ModelConfig
 
@@ -262,3 +262,21 @@ def test_frame_quality_and_best_score():
     assert evaluate.best_score(kitti_ap({"0": cars}, {"0": cars[:0]})) == 0.3
     results = dataclasses.replace(cars, score=np.linspace(0.5, 0.8, len(cars)))
     assert 0.5 <= evaluate.best_score(kitti_ap({"0": cars}, {"0": results}, ("Car",))) < 0.81
+
+
+def test_a_hopeless_class_does_not_decide_what_pictures_show():
+    """One of thirty weak Cyclists meets the only one there is: the level stays where the many Cars are found."""
+    names = ["Car"] * 20 + ["Cyclist"]
+    box = np.array([[50.0 * i, 100, 50 * i + 40, 140] for i in range(21)])
+    center, size, yaw = np.tile([0.0, 1, 20], (21, 1)), np.full((21, 3), 2.0), np.zeros(21)
+    truth = make_labels(names, box, size, center, yaw)
+    weak = np.concatenate([box[20:], box[:20] + np.array([0, 100, 0, 100])])
+    found = make_labels(
+        ["Car"] * 20 + ["Cyclist"] * 21,
+        np.concatenate([box[:20], weak]),
+        np.full((41, 3), 2.0),
+        np.tile([0.0, 1, 20], (41, 1)),
+        np.zeros(41),
+        score=np.concatenate([np.linspace(0.9, 0.5, 20), np.full(21, 0.06)]),
+    )
+    assert evaluate.best_score(kitti_ap({"0": truth}, {"0": found}, ("Car", "Cyclist"))) >= 0.5
