@@ -38,5 +38,5 @@ config = Config(
         loss_alpha_constrain=0.5,  # needs predict_yaw
         loss_relative=0.2,  # [rl] 0 switches it off
     ),
-    train=TrainConfig(batch_size=8, epochs=60, lr=5e-4, warmup=500, eval_every=5),
+    train=TrainConfig(batch_size=8, epochs=60, optimizer="muon", lr=4e-3, warmup=500, eval_every=5),
 )

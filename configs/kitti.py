@@ -1,6 +1,9 @@
 """KITTI, three classes, ResNet-18 with ImageNet weights.
 
 accelerate launch --num_processes 8 train.py configs/kitti.py data.root=/data/kitti
+
+Optimizer, learning rate, augmentation and levels are those that did best on 60 real frames and on the yardstick (RESULTS.md), at a
+global batch of 4. On all of KITTI, and at a global batch of 64, they were not tried.
 """
 
 from config import Config, TrainConfig
@@ -17,5 +20,5 @@ config = Config(
         colour=0.2,
     ),
     model=ModelConfig(backbone="resnet18", pretrained=True),
-    train=TrainConfig(batch_size=8, epochs=60, lr=5e-4, warmup=500, eval_every=5),
+    train=TrainConfig(batch_size=8, epochs=60, optimizer="muon", lr=4e-3, warmup=500, eval_every=5),
 )
