@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from data import FrameCache, StepBatches, build_dataset, collate, load_image, loading, make_loader
+from data import FrameCache, StepBatches, build_dataset, collate, load_image, loading, make_loader, network_input
 from data_kitti import make_labels
 from faults import Statistics, poison, step_unless
 from geometry import clip_boxes, project_boxes
@@ -54,9 +54,9 @@ def prepare_model(config, device):
     return Detector(filled).to(device)
 
 
-def make_batch(model, images, objects, device):
+def make_batch(config, images, objects, device):
     """A batch of random pictures with so many objects each, spread over the ground in front of a KITTI-like camera."""
-    rng = np.random.default_rng(0)
+    model, rng = config.model, np.random.default_rng(0)
     height, width = model.size
     K = np.array([[0.58 * width, 0, width / 2], [0, 0.58 * width, 0.46 * height], [0, 0, 1]])
     samples = []
@@ -76,6 +76,8 @@ def make_batch(model, images, objects, device):
             index=torch.tensor(0),
             skipped=torch.tensor(0),
         )
+        if config.data.colour:
+            sample["colour"] = torch.eye(3, 4)
         samples.append(sample)
     return {name: value.to(device) for name, value in collate(samples).items()}
 
@@ -116,7 +118,7 @@ class Step:
     def forward(self):
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            self.logits, self.raw = self.model(self.batch["image"], self.batch["K"])
+            self.logits, self.raw = self.model(network_input(self.batch), self.batch["K"])
 
     def losses(self):
         targets = self.assign(self.batch, self.net.config)
@@ -174,7 +176,7 @@ def backbone_step(net, batch):
 def measure_steps(config, device, images, rounds):
     """Training and prediction against the bare backbone."""
     net = prepare_model(config, device)
-    batch = make_batch(net.config, images, OBJECTS[0], device)
+    batch = make_batch(config, images, OBJECTS[0], device)
     step = Step(config, net, batch)
     with FlopCounterMode(display=False) as flops:
         step.forward()
@@ -223,7 +225,7 @@ def measure_head(config, device, images, rounds):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for objects in OBJECTS:
-        batch = make_batch(net.config, images, objects, device)
+        batch = make_batch(config, images, objects, device)
         with torch.no_grad():
             outputs = net(batch["image"], batch["K"])
         logits, raw = (x.detach().requires_grad_() for x in outputs)
@@ -261,7 +263,7 @@ def measure_memory(arguments):
 def peak(config, device, images, what):
     """MiB that some steps needed beyond what the process held before them."""
     net = prepare_model(config, device)
-    batch = make_batch(net.config, images, OBJECTS[0], device)
+    batch = make_batch(config, images, OBJECTS[0], device)
     if what == "step":
         run = Step(config, net, batch)
     else:
@@ -354,9 +356,7 @@ def measure_variants(config, device, images, rounds):
         net = prepare_model(config, device)
         if "last" in options:
             net.to(memory_format=torch.channels_last)
-        step = Step(
-            config, net, make_batch(net.config, images, OBJECTS[0], device), precision=torch.bfloat16 if "bf16" in options else None
-        )
+        step = Step(config, net, make_batch(config, images, OBJECTS[0], device), precision=torch.bfloat16 if "bf16" in options else None)
         with FlopCounterMode(display=False) as flops:
             step()
         if "compile" in options:
@@ -375,7 +375,7 @@ def measure_growth(config, device, images, rounds, arguments):
 
     def seconds(options=config, batch=images, objects=OBJECTS[0]):
         net = prepare_model(options, device)
-        step = Step(options, net, make_batch(net.config, batch, objects, device))
+        step = Step(options, net, make_batch(options, batch, objects, device))
         return statistics.median(interleave({"step": step}, rounds, device)["step"])
 
     def changed(**changes):
@@ -404,7 +404,7 @@ def launched(config, images, rounds):
     accelerator = start_accelerator()
     net = prepare_model(config, accelerator.device)
     model = accelerator.prepare(net)
-    step = Step(config, net, make_batch(net.config, images, OBJECTS[0], accelerator.device), model=model)
+    step = Step(config, net, make_batch(config, images, OBJECTS[0], accelerator.device), model=model)
     seconds = statistics.median(interleave({"step": step}, rounds, accelerator.device)["step"])
     if accelerator.is_main_process:
         print(seconds)

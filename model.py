@@ -362,7 +362,7 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         if problem:
             raise ValueError(f"K of the image: {problem}")
         view = whole_view(*size, self.config.size)
-        tensor = torch.from_numpy(place_image(picture, view)).to(self.pixel_mean.device)[None]
+        tensor = torch.from_numpy(place_image(np.array(picture), view)).to(self.pixel_mean.device)[None]
         training = self.training
         self.eval()
         found = self.detect(tensor, torch.from_numpy(view.camera(K)).to(tensor.device)[None])[0]

@@ -21,10 +21,11 @@ from data import (
     StepBatches,
     View,
     build_dataset,
-    change_colour,
     collate,
     decode,
+    draw_colour,
     load_image,
+    network_input,
     opened,
     place_image,
     place_labels,
@@ -87,8 +88,8 @@ def test_pictures_move_with_the_camera(flip, wide, high, left, top):
         u, v = project(np.array(point), K)
         down, across = np.mgrid[: size[1], : size[0]]
         blob = 255 * np.exp(-((across - u) ** 2 + (down - v) ** 2) / (2 * 5.0**2))
-        picture = Image.fromarray(np.repeat(blob[..., None], 3, 2).round().astype(np.uint8))
-        canvas = place_image(picture, view).astype(float)[..., 0]
+        pixels = np.repeat(blob[..., None], 3, 2).round().astype(np.uint8)
+        canvas = place_image(pixels, view).astype(float)[..., 0]
         x1, y1, x2, y2 = view.shown
         weight = np.zeros_like(canvas)
         rows, columns = slice(y1, y2), slice(320 - x2, 320 - x1) if flip else slice(x1, x2)
@@ -136,7 +137,7 @@ def test_the_whole_image_is_shown_as_large_as_fits(size, shown):
     view = whole_view(*size, (384, 1280))
     assert (view.width, view.height) == shown
     assert (view.left, view.top, view.flip) == (0, 0, False)
-    canvas = place_image(Image.new("RGB", size, (255, 0, 0)), view)
+    canvas = place_image(np.array(Image.new("RGB", size, (255, 0, 0))), view)
     assert canvas.shape == (384, 1280, 3)
     assert canvas.dtype == np.uint8
     assert (canvas[: view.height, : view.width] == [255, 0, 0]).all()
@@ -452,7 +453,7 @@ def test_reduced_jpegs_keep_pixels_where_the_camera_says(tmp_path, size, canvas,
         picture = decode(image, reduction)
     assert picture.size == (size[0] // reduction, size[1] // reduction)
     view = whole_view(*size, canvas)
-    shown = place_image(picture, view).astype(float)[: view.height, : view.width, 0]
+    shown = place_image(np.array(picture), view).astype(float)[: view.height, : view.width, 0]
     found = np.array([(shown.sum(0) * np.arange(view.width)).sum(), (shown.sum(1) * np.arange(view.height)).sum()]) / shown.sum()
     expected = (view.matrix @ [*point, 1])[:2]
     assert np.abs(found - expected).max() < 0.05
@@ -461,16 +462,34 @@ def test_reduced_jpegs_keep_pixels_where_the_camera_says(tmp_path, size, canvas,
 
 
 def test_colours_change_as_their_definitions_say():
-    rng = np.random.default_rng(3)
-    picture = Image.fromarray(rng.integers(60, 160, (20, 30, 3), dtype=np.uint8))  # nothing is clipped
-    brightness, contrast, saturation = np.random.default_rng(7).uniform(0.8, 1.2, 3)
-    x = np.asarray(picture) * brightness
-    grey = np.asarray(picture.convert("L")).mean() * brightness
-    x = grey + contrast * (x - grey)
-    own = (x @ [0.299, 0.587, 0.114])[..., None]
-    expected = own + saturation * (x - own)
-    found = np.asarray(change_colour(np.random.default_rng(7), picture, 0.2)).astype(float)
-    assert np.abs(found - expected).max() <= 1.0
+    pixels = np.random.default_rng(3).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    other = np.random.default_rng(4).integers(60, 160, (24, 32, 3), dtype=np.uint8)
+    maps, expected = [], []
+    for seed, image in ((7, pixels), (8, other)):
+        brightness, contrast, saturation = np.random.default_rng(seed).uniform(0.6, 1.4, 3)
+        x = image * brightness
+        grey = (x[::8, ::8] @ [0.299, 0.587, 0.114]).mean()
+        x = grey + contrast * (x - grey)
+        own = (x @ [0.299, 0.587, 0.114])[..., None]
+        expected.append(np.clip(own + saturation * (x - own), 0, 255))
+        maps.append(torch.from_numpy(draw_colour(np.random.default_rng(seed), image, 0.4)).float())
+    images = torch.from_numpy(np.stack([pixels, other]))
+    found = network_input({"image": images, "colour": torch.stack(maps)})
+    assert found.dtype == torch.uint8
+    assert np.abs(found.numpy() - np.stack(expected)).max() <= 0.501
+    assert (found == 255).any()  # clipped, not wrapped
+    assert network_input({"image": images}) is images
+    assert torch.equal(network_input({"image": images, "colour": torch.eye(3, 4).expand(2, 3, 4)}), images)
+
+
+def test_a_training_sample_brings_its_colours_and_others_none(folder):
+    dataset = build(folder, training=True, colour=0.3)
+    samples = [dataset[(0, i)] for i in range(2)]
+    assert collate(samples)["colour"].shape == (2, 3, 4)
+    assert not torch.equal(dataset[(1, 0)]["colour"], samples[0]["colour"])
+    assert torch.equal(samples[0]["image"], build(folder, training=True)[(0, 0)]["image"])
+    assert "colour" not in build(folder, colour=0.3)[0]
+    assert "colour" not in build(folder, training=True)[0]
 
 
 def test_the_cache_gives_the_same_pixels_and_follows_the_images(folder, tmp_path):
