@@ -26,7 +26,7 @@ class LossConfig:
     loss_size: float = 1.0  # l, h, w
     loss_location: float = 1.0  # projected centre and depth
     loss_y: float = 0.0  # ground contact
-    loss_regress: float = 0.5  # 8 corners
+    loss_regress: float = 0.0  # 8 corners
     loss_direction: float = 0.5  # front or back
     loss_cos: float = 1.0  # local angle
     loss_alpha_constrain: float = 0.0  # alpha + ray = yaw; needs model.predict_yaw
