@@ -96,40 +96,66 @@ def measure(dataset, predictions):
     return found | {MEAN: {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}}
 
 
-def easy_to_see(dataset):
-    """{class: (cues (n, 2), depth (n,) m)} of the objects that count at KITTI's hard level.
+def easy_to_see(cameras, labels, classes, boxes=None):
+    """{class: (cues (n, 2), depth (n,) m, row (n,))} of the objects that count at KITTI's hard level.
 
-    The cues are the visible 2D box's bottom row below the principal point, and its height, both over fy.
+    cameras, labels: K (3, 3) and `Labels` of each frame; row counts their objects through. The cues are the bottom row of the visible
+    2D box below the principal point, and its height, both over fy; of other `boxes` (m, 4) per frame where given.
     """
-    found = {}
-    labels = [frame.labels for frame in dataset.frames]
-    K = np.stack([frame.K for frame in dataset.frames]).repeat([len(of) for of in labels], 0)
+    K = np.stack(cameras).repeat([len(of) for of in labels], 0)
     joined = {name: np.concatenate([getattr(of, name) for of in labels]) for name in ("name", "box", "center", "occlusion", "truncation")}
-    box, depth = joined["box"], joined["center"][:, 2]
+    true, box = joined["box"], joined["box"] if boxes is None else np.concatenate(boxes)
     cues = np.stack([(box[:, 3] - K[:, 1, 2]) / K[:, 1, 1], (box[:, 3] - box[:, 1]) / K[:, 1, 1]], -1)
-    counted = (box[:, 3] - box[:, 1] >= 25) & (joined["occlusion"] <= 2) & (joined["truncation"] <= 0.5)
-    for name in dataset.classes:
-        rows = counted & (joined["name"] == name)
-        found[name] = cues[rows], depth[rows]
-    return found
+    counted = (true[:, 3] - true[:, 1] >= 25) & (joined["occlusion"] <= 2) & (joined["truncation"] <= 0.5)
+    rows = {name: np.flatnonzero(counted & (joined["name"] == name)) for name in classes}
+    return {name: (cues[of], joined["center"][of, 2], of) for name, of in rows.items()}
 
 
-def measure_cues(train, held_out, neighbours=25):
-    """{class: {cue: depth error of held-out objects, per cent}} of a regressor that is given true 2D boxes and nothing else.
+def pair_up(dataset, predictions):
+    """Per frame, the objects that were found and the best-scored detection of each, row for row: [(Labels, Labels)], camera frame."""
+    pairs = []
+    for id, frame in zip(dataset.ids, dataset.frames, strict=True):
+        found = predictions[id][0].moved(frame.offset)  # best score first
+        objects, best = np.unique(match(found, frame.labels), return_index=True)
+        pairs.append((frame.labels[objects[objects >= 0]], found[best[objects >= 0]]))
+    return pairs
 
-    The median depth of the nearest training objects in the cue: no function of that cue does much better. Both `Detection3D`.
+
+def nearest(known, depth, asked, neighbours=25):
+    """Median depth of the objects nearest in their cues: known (n, c), depth (n,), asked (m, c) -> (m,). Of all objects without cues."""
+    if not known.shape[1]:
+        return np.full(len(asked), np.median(depth))
+    spread = known.std(0)
+    distance = np.abs(asked[:, None] / spread - known[None] / spread).sum(-1)
+    return np.median(depth[np.argsort(distance, 1)[:, :neighbours]], 1)
+
+
+def measure_cues(train, held_out, predictions):
+    """{class: {cue: depth error of held-out objects, per cent, or None}} of a regressor that is given 2D boxes and nothing else.
+
+    The median depth of the nearest training objects in the cue: no function of that cue does much better. First for all objects and
+    their true boxes, then for the objects that were found, from true and from found boxes, beside the network's own. Both `Detection3D`.
     """
-    known, asked = easy_to_see(train), easy_to_see(held_out)
+    classes, columns = held_out.classes, {"class alone": [], "bottom row": [0], "height": [1], "both": [0, 1]}
+    cameras, pairs = [frame.K for frame in held_out.frames], pair_up(held_out, predictions)
+    true, own = [labels for labels, _ in pairs], [detections for _, detections in pairs]
+    known = easy_to_see([frame.K for frame in train.frames], [frame.labels for frame in train.frames], classes)
+    every = easy_to_see(cameras, [frame.labels for frame in held_out.frames], classes)
+    met = easy_to_see(cameras, true, classes)
+    seen = easy_to_see(cameras, true, classes, [detections.box for detections in own])
+    answers = np.concatenate([detections.center[:, 2] for detections in own])
+
+    def error(answer, depth):
+        return float(np.mean(np.abs(answer - depth) / depth) * 100) if len(depth) else None
+
     found = {}
-    for name in held_out.classes:
-        (cues, depth), (queries, truth) = known[name], asked[name]
-        columns = {"class alone": [], "bottom row": [0], "height": [1], "both": [0, 1]}
-        found[name] = {}
-        for title, chosen in columns.items():
-            known_cue, query = cues[:, chosen] / cues[:, chosen].std(0), queries[:, chosen] / cues[:, chosen].std(0)
-            distance = np.abs(query[:, None] - known_cue[None]).sum(-1)
-            near = np.argsort(distance, 1)[:, : neighbours if chosen else None]
-            found[name][title] = float(np.mean(np.abs(np.median(depth[near], 1) - truth) / truth) * 100)
+    for name in classes:
+        cues, depth, _ = known[name]
+        asked = {title: (every[name], columns[title]) for title in columns}
+        asked |= {f"{title}, found objects": (met[name], columns[title]) for title in ("height", "both")}
+        asked |= {f"{title} of the found box": (seen[name], columns[title]) for title in ("height", "both")}
+        found[name] = {title: error(nearest(cues[:, of], depth, query[:, of]), truth) for title, ((query, truth, _), of) in asked.items()}
+        found[name]["the network, found objects"] = error(answers[met[name][2]], met[name][1])
     return found
 
 
@@ -190,7 +216,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="RUN", help="run folders, then overrides such as data.root=...")
     parser.add_argument("--oracles", action="store_true", help="also AP with one thing known")
-    parser.add_argument("--cues", action="store_true", help="also what a regressor makes of true 2D boxes alone")
+    parser.add_argument("--cues", action="store_true", help="also what a regressor makes of 2D boxes alone")
     parser.add_argument("--json", help="also write the numbers there")
     options = parser.parse_args(arguments)
     runs, oracles, cues = [], [], {}
@@ -201,7 +227,7 @@ def main(arguments=None):
             if options.oracles:
                 oracles.append((Path(run).name, config, measure_oracles(dataset, predictions)))
             if options.cues and not cues:
-                cues = measure_cues(build(config, config.data.train), dataset)
+                cues = measure_cues(build(config, config.data.train), dataset, predictions)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -213,7 +239,7 @@ def main(arguments=None):
         print(f"\n3D AP of {title} if this were known (loose / strict)\n\n{small_table('known', list(seeds[0]), rows)}")
     if cues:
         rows = {cue: [cell([of[cue]]) for of in cues.values()] for cue in next(iter(cues.values()))}
-        print(f"\nDepth error, %, of a regressor given only this of the true 2D boxes\n\n{small_table('cue', list(cues), rows)}")
+        print(f"\nDepth error, %, of a regressor given only this of the 2D boxes\n\n{small_table('cue', list(cues), rows)}")
     if options.json:
         values = {"runs": [(n, v) for n, _, v in runs], "oracles": [(n, v) for n, _, v in oracles], "cues_depth_error_percent": cues}
         Path(options.json).write_text(json.dumps(values, indent=1))

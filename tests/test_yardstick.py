@@ -71,8 +71,17 @@ def test_a_cue_is_worth_what_it_tells():
     box = project_boxes(center, size, yaw, K)[0]
     labels = make_labels(["Car"] * 800, box, size, center, yaw)
     frames = [SimpleNamespace(K=K, labels=labels[rows]) for rows in (slice(0, 400), slice(400, 800))]
-    train, held_out = (SimpleNamespace(classes=("Car",), frames=[frame]) for frame in frames)
-    errors = measure_cues(train, held_out)["Car"]
+    for frame in frames:
+        frame.offset = np.zeros(3)
+    train, held_out = (SimpleNamespace(classes=("Car",), ids=["a"], frames=[frame]) for frame in frames)
+    shown = slice(400, 500)  # of 400 objects 100 are found, their depth 10 % too far, their boxes a tenth too high
+    top, bottom = box[shown, 1], box[shown, 3]
+    higher = np.stack([box[shown, 0], top - 0.1 * (bottom - top), box[shown, 2], bottom], -1)
+    found = make_labels(["Car"] * 100, higher, size[shown], center[shown] * 1.1, yaw[shown], score=np.ones(100))
+    errors = measure_cues(train, held_out, {"a": (found, None)})["Car"]
+    assert errors["the network, found objects"] == pytest.approx(10, abs=1.5)  # they overlap, so a few meet a neighbour
+    assert errors["height, found objects"] < 5
+    assert 6 < errors["height of the found box"] < 14
     assert errors["height"] < 5
     assert errors["bottom row"] > 3 * errors["height"]
     assert errors["class alone"] > errors["bottom row"]
