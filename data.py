@@ -222,7 +222,7 @@ def draw_colour(rng, pixels, strength):
     pixels (h, w, 3) uint8; the mean is that of every eighth pixel of every eighth row.
     """
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
-    mean = brightness * pixels[::8, ::8].mean((0, 1)) @ GREY
+    mean = brightness * sum(grey * pixels[::8, ::8, channel].mean() for channel, grey in enumerate(GREY))
     linear = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * GREY)
     offset = np.full((3, 1), (1 - contrast) * mean)  # grey, so saturation leaves it alone
     return np.hstack([linear, offset])
