@@ -148,3 +148,16 @@ def test_the_readme_names_every_loss(readme):
     from losses import LossConfig
 
     assert not [name for name in LossConfig.__dataclass_fields__ if name not in readme]
+
+
+def test_the_config_that_the_readme_shows_is_one(readme):
+    from config import Config
+    from data import DataConfig, Source
+    from model import ModelConfig
+
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "DataConfig" in block)
+    names = {"Config": Config, "DataConfig": DataConfig, "Source": Source, "ModelConfig": ModelConfig}
+    exec(block, names)
+    assert isinstance(names["config"], Config)
+    assert isinstance(names["config"].data, DataConfig)
+    assert isinstance(names["config"].model, ModelConfig)
