@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from data import FrameCache, StepBatches, build_dataset, collate, load_image, loading, make_loader, network_input
+from data import FrameCache, StepBatches, build_dataset, change_colours, collate, load_image, loading, make_loader
 from data_kitti import make_labels
 from faults import Statistics, poison, step_unless
 from geometry import clip_boxes, project_boxes
@@ -77,7 +77,7 @@ def make_batch(config, images, objects, device):
             skipped=torch.tensor(0),
         )
         if config.data.colour:
-            sample["colour"] = torch.eye(3, 4)
+            sample.update(colour=torch.eye(3, 4), covered=torch.tensor([0, 0, width, height]))
         samples.append(sample)
     return {name: value.to(device) for name, value in collate(samples).items()}
 
@@ -117,8 +117,9 @@ class Step:
 
     def forward(self):
         self.optimizer.zero_grad()
+        image = change_colours(self.batch)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            self.logits, self.raw = self.model(network_input(self.batch), self.batch["K"])
+            self.logits, self.raw = self.model(image, self.batch["K"])
 
     def losses(self):
         targets = self.assign(self.batch, self.net.config)

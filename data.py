@@ -1,7 +1,7 @@
 """From sources of frames to batches: reading, placing images on the network's canvas with K following exactly, augmentation, collation.
 
 A frame is one image with its camera and labels; a source (KITTI folder, JSON lines, built-in world) is a list of frames. Every random
-draw is a pure function of (seed, epoch, index), never of a worker's state, so the same step sees the same pixels on any machine.
+draw is a pure function of (seed, epoch, index), never of a worker's state, so the loader gives a step the same pixels on any machine.
 """
 
 import collections
@@ -158,6 +158,12 @@ class View:
         height, width = self.canvas
         return max(self.left, 0), max(self.top, 0), min(self.left + self.width, width), min(self.top + self.height, height)
 
+    @property
+    def covered(self):
+        """The same rectangle after the flip."""
+        x1, y1, x2, y2 = self.shown
+        return (self.canvas[1] - x2, y1, self.canvas[1] - x1, y2) if self.flip else (x1, y1, x2, y2)
+
 
 def whole_view(width, height, canvas):
     """The whole image, as large as fits, in the canvas' left top corner; the rest is padding."""
@@ -185,12 +191,12 @@ def place_image(pixels, view):
 
     Bilinear with antialiasing, by torch: the same filter as Pillow's in a sixth of the time, and equal but for one rounding in 60,000.
     """
-    x1, y1, x2, y2 = view.shown
+    x1, y1, x2, y2 = view.covered
     left, height, width = view.left, *view.canvas
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # strides that torch knows as channels last, and keeps
     if view.flip:  # by torch, which mirrors 30 times as fast as numpy
         image = image.flip(3)
-        x1, x2, left = width - x2, width - x1, width - left - view.width
+        left = width - left - view.width
     scaled = F.interpolate(image, (view.height, view.width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     canvas = np.empty((height, width, 3), np.uint8)
     canvas[y1:y2, x1:x2] = scaled[y1 - view.top : y2 - view.top, x1 - left : x2 - left]
@@ -216,7 +222,7 @@ def place_labels(labels, view):
     )
 
 
-def draw_colour(rng, pixels, strength):
+def sample_colour(rng, pixels, strength):
     """Brightness, contrast about the mean grey, then saturation, each by a factor in 1 +- strength, as one affine map of RGB (3, 4).
 
     pixels (h, w, 3) uint8; the mean is that of every eighth pixel of every eighth row.
@@ -228,17 +234,23 @@ def draw_colour(rng, pixels, strength):
     return np.hstack([linear, offset])
 
 
-def network_input(batch):
-    """The images (B, H, W, 3) uint8 of a batch, their colours changed by its "colour" (B, 3, 4) where it has one.
+def change_colours(batch):
+    """The images (B, H, W, 3) uint8 of a batch, changed by its "colour" (B, 3, 4) within "covered" (B, 4) where it has them.
 
-    Done on the batch's device, where it costs next to nothing: in a worker it took longer than the rest of reading a cached frame.
+    The padding keeps its colour, as in evaluation. Done on the batch's device, where it costs next to nothing: in a worker it took
+    longer than the rest of reading a cached frame.
     """
     image, colour = batch["image"], batch.get("colour")
     if colour is None:
         return image
-    planes = image.permute(0, 3, 1, 2).flatten(2).float()  # (B, 3, H W)
-    changed = torch.baddbmm(colour[..., 3:], colour[..., :3], planes).round_().clamp_(0, 255)
-    return changed.to(torch.uint8).transpose(1, 2).contiguous().view_as(image)
+    planes = image.permute(0, 3, 1, 2).flatten(2)  # (B, 3, H W)
+    with torch.autocast(image.device.type, enabled=False):
+        changed = torch.baddbmm(colour[..., 3:], colour[..., :3], planes.float()).round_().clamp_(0, 255).to(torch.uint8)
+    row, column = (torch.arange(n, device=image.device) for n in image.shape[1:3])
+    x1, y1, x2, y2 = batch["covered"][..., None].unbind(1)  # (B, 1) each
+    inside = ((row >= y1) & (row < y2))[:, :, None] & ((column >= x1) & (column < x2))[:, None]
+    changed = torch.where(inside.flatten(1)[:, None], changed, planes)
+    return changed.transpose(1, 2).contiguous().view_as(image)
 
 
 def read_kitti(source, root, problems=None):
@@ -396,7 +408,7 @@ class Detection3D(Dataset):
         raise OSError(f"none of the {len(self)} images of the data set can be read")
 
     def load(self, epoch, index, skipped=0):
-        """The sample of frame `index` as tensors: those of `sample_from`, image (H, W, 3) uint8, and colour (3, 4), for `network_input`."""
+        """The sample of frame `index`: the tensors of `sample_from`, image (H, W, 3) uint8, and for `change_colours` colour and covered."""
         frame = self.frames[index]
         with opened(frame.image) as image:
             size, reduction = image.size, reduction_of(image, self.size, max(1.0, self.config.scale[1]) if self.training else 1.0)
@@ -412,7 +424,8 @@ class Detection3D(Dataset):
         sample = self.sample_from(frame, view)
         sample.update(image=torch.from_numpy(place_image(pixels, view)), index=torch.tensor(index), skipped=torch.tensor(skipped))
         if self.training and self.config.colour:
-            sample["colour"] = torch.from_numpy(draw_colour(rng, pixels, self.config.colour).astype(np.float32))
+            sample["colour"] = torch.from_numpy(sample_colour(rng, pixels, self.config.colour).astype(np.float32))
+            sample["covered"] = torch.tensor(view.covered)
         return sample
 
     def sample_from(self, frame, view):
@@ -467,7 +480,8 @@ def collate(samples, multiple=16):
 
     Padding is harmless in every formula: boxes and sizes of 1, 10 m ahead. Ignore regions are padded with an empty box.
     """
-    batch = {name: torch.stack([s[name] for s in samples]) for name in ("image", "colour", "K", "index", "skipped") if name in samples[0]}
+    whole = ("image", "colour", "covered", "K", "index", "skipped")
+    batch = {name: torch.stack([s[name] for s in samples]) for name in whole if name in samples[0]}
     most = max(1, *(len(s["label"]) for s in samples))
     rows = -(-most // multiple) * multiple
     fill = {"label": 0, "center": torch.tensor([0.0, 0, 10]), "size": 1.0, "yaw": 0.0, "box": torch.tensor([0.0, 0, 1, 1]),

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from config import Config, build
-from data import build_dataset, collate, network_input, seed_of
+from data import build_dataset, change_colours, collate, seed_of
 from losses import compute_losses, count_positives, weighted_sum
 from model import Detector
 from targets import assign
@@ -48,7 +48,7 @@ def replay(path):
         batch = collate(items)
         targets = assign(batch, config.model)
         batch["positives"] = count_positives(targets).clamp(min=1)
-        logits, raw = model(network_input(batch), batch["K"])
+        logits, raw = model(change_colours(batch), batch["K"])
         outputs = (("logits", logits), ("outputs", raw))
         findings += [f"the head's {name} are not finite" for name, value in outputs if not torch.isfinite(value).all()]
         losses = compute_losses(model, logits, raw, targets, batch, config.loss)

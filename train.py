@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from checkpoint import amend_checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from config import help_text, load_config, to_dict
-from data import StepBatches, build_dataset, loading, make_loader, network_input, seed_of
+from data import StepBatches, build_dataset, change_colours, loading, make_loader, seed_of
 from evaluate import Stopped, draw_frames, evaluate
 from faults import REPLAY, Agreement, Signals, Statistics, lock_folder, poison, step_unless, watch_gradient, weights_finite, write_replay
 from launch import follow_launcher, start_accelerator, use_cores
@@ -164,7 +164,7 @@ class Run:
                 asked = torch.full((), float(stop), device=self.device)
                 positives, asked = accelerator.reduce(torch.stack([count_positives(targets), asked]), "mean").unbind()
                 batch["positives"] = positives.clamp(min=1)
-                logits, raw = self.model(network_input(batch), batch["K"])
+                logits, raw = self.model(change_colours(batch), batch["K"])
                 losses = self.compute_losses(self.net, logits, raw, targets, batch, self.config.loss)
                 loss = weighted_sum(losses, self.config.loss)
                 seen = watch_gradient(logits, raw)

@@ -21,15 +21,15 @@ from data import (
     StepBatches,
     View,
     build_dataset,
+    change_colours,
     collate,
     decode,
-    draw_colour,
     load_image,
-    network_input,
     opened,
     place_image,
     place_labels,
     reduction_of,
+    sample_colour,
     whole_view,
 )
 from data_json import Record, write_jsonl
@@ -472,14 +472,18 @@ def test_colours_change_as_their_definitions_say():
         x = grey + contrast * (x - grey)
         own = (x @ [0.299, 0.587, 0.114])[..., None]
         expected.append(np.clip(own + saturation * (x - own), 0, 255))
-        maps.append(torch.from_numpy(draw_colour(np.random.default_rng(seed), image, 0.4)).float())
+        maps.append(torch.from_numpy(sample_colour(np.random.default_rng(seed), image, 0.4)).float())
     images = torch.from_numpy(np.stack([pixels, other]))
-    found = network_input({"image": images, "colour": torch.stack(maps)})
+    batch = {"image": images, "colour": torch.stack(maps), "covered": torch.tensor([[0, 0, 32, 24], [5, 2, 31, 20]])}
+    expected = np.stack(expected)
+    kept = np.ones((24, 32), bool)
+    kept[2:20, 5:31] = False
+    expected[1][kept] = other[kept]  # padding
+    with torch.autocast("cpu", torch.bfloat16):
+        found = change_colours(batch)
     assert found.dtype == torch.uint8
-    assert np.abs(found.numpy() - np.stack(expected)).max() <= 0.501
-    assert (found == 255).any()  # clipped, not wrapped
-    assert network_input({"image": images}) is images
-    assert torch.equal(network_input({"image": images, "colour": torch.eye(3, 4).expand(2, 3, 4)}), images)
+    assert np.abs(found.numpy() - expected).max() <= 0.501
+    assert change_colours({"image": images}) is images
 
 
 def test_a_training_sample_brings_its_colours_and_others_none(folder):
@@ -489,6 +493,14 @@ def test_a_training_sample_brings_its_colours_and_others_none(folder):
     assert not torch.equal(dataset[(1, 0)]["colour"], samples[0]["colour"])
     assert torch.equal(samples[0]["image"], build(folder, training=True)[(0, 0)]["image"])
     assert "colour" not in build(folder, colour=0.3)[0]
+    varied = build(folder, training=True, colour=0.3, scale=(0.5, 0.6))
+    padded = [change_colours(collate([varied[(epoch, 0)]]))[0].numpy() for epoch in range(8)]
+    plain = [build(folder, training=True, scale=(0.5, 0.6))[(epoch, 0)]["image"].numpy() for epoch in range(8)]
+    for image, before in zip(padded, plain, strict=True):
+        outside = (before == data.PAD_COLOUR).all(-1)
+        assert 0.3 < outside.mean() < 0.9
+        np.testing.assert_array_equal(image[outside], before[outside])
+        assert (image != before).any(-1).mean() > 0.05
     assert "colour" not in build(folder, training=True)[0]
 
 

@@ -380,6 +380,31 @@ def test_too_many_bad_steps_end_the_run_and_can_be_replayed(tiny_run, tmp_path, 
     assert findings == []
 
 
+def test_replay_sees_the_batch_of_the_step(tiny_run, tmp_path, here):  # noqa: F811
+    """Data, colours and dropout: from the weights before a step, replay.py finds the losses that the run logged for it."""
+    out = tmp_path / "out"
+    code, _, err = here(*tiny(tiny_run[0], out, "train.steps=3", "train.ema=0", "model.drop_path=0.3", "model.backbone=resnet10t"))
+    assert code == 0, err
+    from model import Detector, ModelConfig
+
+    config = json.loads((out / "config.json").read_text())
+    net = Detector(ModelConfig(**config["model"]))
+    net.load_state_dict(load_file(out / "checkpoints/step_00000002/model.safetensors"))
+    from faults import write_replay
+
+    entry = {"step": 2, "process": 0, "losses": {}, "frames": [], "batches": [train.StepBatches(8, 2, 0, 1, 0, 0, 3).at(2)]}
+    path = write_replay(out, config, net, entry)
+    losses, findings = replay.replay(path)
+    assert findings == []
+    logged = losses_of(out)[2]
+    for name, value in losses.items():
+        assert value == pytest.approx(logged[name], rel=1e-5), name
+    record = json.loads(path.read_text())
+    record["config"]["data"]["colour"] = 0.0
+    path.write_text(json.dumps(record))
+    assert replay.replay(path)[0]["loss_cls"] != pytest.approx(logged["loss_cls"], rel=1e-3)
+
+
 def test_replay_names_the_cause(tiny_run, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
