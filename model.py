@@ -353,7 +353,7 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
-            picture, size = image.convert("RGB"), image.size
+            picture, size = decode(image), image.size
         else:  # as evaluation reads it
             with opened(image) as file:
                 size, picture = file.size, decode(file, reduction_of(file, self.config.size))

@@ -260,6 +260,9 @@ def test_predict_takes_a_path_a_picture_or_an_array(detector, picture, tmp_path)
         for field in dataclasses.fields(other):
             np.testing.assert_array_equal(getattr(other, field.name), getattr(found[0], field.name))
     assert len(detector.predict(picture, K, min_score=found[0].score[3])) == 4
+    deep = Image.fromarray(picture[..., 0].astype(np.uint16) * 257)  # 16 bits, not clipped to white
+    grey = detector.predict(picture[..., :1].repeat(3, 2), K)
+    np.testing.assert_array_equal(detector.predict(deep, K).center, grey.center)
     assert (np.cos(found[0].yaw - found[0].alpha - np.arctan2(found[0].center[:, 0], found[0].center[:, 2])) > 1 - 1e-9).all()
 
 
