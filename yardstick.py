@@ -96,7 +96,7 @@ def measure(dataset, predictions):
     return found | {MEAN: {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}}
 
 
-def easy_to_see(cameras, labels, classes, boxes=None):
+def collect_cues(cameras, labels, classes, boxes=None):
     """{class: (cues (n, 2), depth (n,) m, row (n,))} of the objects that count at KITTI's hard level.
 
     cameras, labels: K (3, 3) and `Labels` of each frame; row counts their objects through. The cues are the bottom row of the visible
@@ -121,11 +121,11 @@ def pair_up(dataset, predictions):
     return pairs
 
 
-def nearest(known, depth, asked, neighbours=25):
+def look_up_depth(known, depth, asked, neighbours=25):
     """Median depth of the objects nearest in their cues: known (n, c), depth (n,), asked (m, c) -> (m,). Of all objects without cues."""
     if not known.shape[1]:
         return np.full(len(asked), np.median(depth))
-    spread = known.std(0)
+    spread = np.maximum(known.std(0), 1e-9)
     distance = np.abs(asked[:, None] / spread - known[None] / spread).sum(-1)
     return np.median(depth[np.argsort(distance, 1)[:, :neighbours]], 1)
 
@@ -139,14 +139,14 @@ def measure_cues(train, held_out, predictions):
     classes, columns = held_out.classes, {"class alone": [], "bottom row": [0], "height": [1], "both": [0, 1]}
     cameras, pairs = [frame.K for frame in held_out.frames], pair_up(held_out, predictions)
     true, own = [labels for labels, _ in pairs], [detections for _, detections in pairs]
-    known = easy_to_see([frame.K for frame in train.frames], [frame.labels for frame in train.frames], classes)
-    every = easy_to_see(cameras, [frame.labels for frame in held_out.frames], classes)
-    met = easy_to_see(cameras, true, classes)
-    seen = easy_to_see(cameras, true, classes, [detections.box for detections in own])
+    known = collect_cues([frame.K for frame in train.frames], [frame.labels for frame in train.frames], classes)
+    every = collect_cues(cameras, [frame.labels for frame in held_out.frames], classes)
+    met = collect_cues(cameras, true, classes)
+    seen = collect_cues(cameras, true, classes, [detections.box for detections in own])
     answers = np.concatenate([detections.center[:, 2] for detections in own])
 
     def error(answer, depth):
-        return float(np.mean(np.abs(answer - depth) / depth) * 100) if len(depth) else None
+        return float(np.mean(np.abs(answer - depth) / depth) * 100)
 
     found = {}
     for name in classes:
@@ -154,8 +154,12 @@ def measure_cues(train, held_out, predictions):
         asked = {title: (every[name], columns[title]) for title in columns}
         asked |= {f"{title}, found objects": (met[name], columns[title]) for title in ("height", "both")}
         asked |= {f"{title} of the found box": (seen[name], columns[title]) for title in ("height", "both")}
-        found[name] = {title: error(nearest(cues[:, of], depth, query[:, of]), truth) for title, ((query, truth, _), of) in asked.items()}
-        found[name]["the network, found objects"] = error(answers[met[name][2]], met[name][1])
+        found[name] = {
+            title: error(look_up_depth(cues[:, of], depth, query[:, of]), truth) if len(depth) and len(truth) else None
+            for title, ((query, truth, _), of) in asked.items()
+        }
+        rows = met[name][2]
+        found[name]["the network, found objects"] = error(answers[rows], met[name][1]) if len(rows) else None
     return found
 
 
@@ -216,7 +220,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="RUN", help="run folders, then overrides such as data.root=...")
     parser.add_argument("--oracles", action="store_true", help="also AP with one thing known")
-    parser.add_argument("--cues", action="store_true", help="also what a regressor makes of 2D boxes alone")
+    parser.add_argument("--cues", action="store_true", help="also what a regressor makes of 2D boxes alone, beside the first run")
     parser.add_argument("--json", help="also write the numbers there")
     options = parser.parse_args(arguments)
     runs, oracles, cues = [], [], {}
@@ -239,7 +243,8 @@ def main(arguments=None):
         print(f"\n3D AP of {title} if this were known (loose / strict)\n\n{small_table('known', list(seeds[0]), rows)}")
     if cues:
         rows = {cue: [cell([of[cue]]) for of in cues.values()] for cue in next(iter(cues.values()))}
-        print(f"\nDepth error, %, of a regressor given only this of the 2D boxes\n\n{small_table('cue', list(cues), rows)}")
+        title = f"Depth error, %, of a regressor given only this of the 2D boxes, and of {runs[0][0]}"
+        print(f"\n{title}\n\n{small_table('cue', list(cues), rows)}")
     if options.json:
         values = {"runs": [(n, v) for n, _, v in runs], "oracles": [(n, v) for n, _, v in oracles], "cues_depth_error_percent": cues}
         Path(options.json).write_text(json.dumps(values, indent=1))

@@ -66,25 +66,38 @@ def test_seeds_are_one_row_with_mean_and_spread():
 def test_a_cue_is_worth_what_it_tells():
     """Objects of one size at any height above the ground: the 2D box's height tells the depth, its bottom row does not."""
     random = np.random.default_rng(0)
-    center = np.stack([np.zeros(800), random.uniform(-3, 3, 800), random.uniform(8, 40, 800)], -1)
+    center = np.stack([random.uniform(-0.6, 0.6, 800), random.uniform(-1.5, 1.5, 800), random.uniform(8, 40, 800)], -1)
+    center[:, 0] *= center[:, 2]  # side by side
+    center[405] = [0, 0, 130]  # 11 px high: not counted
     size, yaw = np.full((800, 3), 2.0), np.zeros(800)
-    box = project_boxes(center, size, yaw, K)[0]
-    labels = make_labels(["Car"] * 800, box, size, center, yaw)
-    frames = [SimpleNamespace(K=K, labels=labels[rows]) for rows in (slice(0, 400), slice(400, 800))]
-    for frame in frames:
-        frame.offset = np.zeros(3)
-    train, held_out = (SimpleNamespace(classes=("Car",), ids=["a"], frames=[frame]) for frame in frames)
-    shown = slice(400, 500)  # of 400 objects 100 are found, their depth 10 % too far, their boxes a tenth too high
-    top, bottom = box[shown, 1], box[shown, 3]
-    higher = np.stack([box[shown, 0], top - 0.1 * (bottom - top), box[shown, 2], bottom], -1)
-    found = make_labels(["Car"] * 100, higher, size[shown], center[shown] * 1.1, yaw[shown], score=np.ones(100))
-    errors = measure_cues(train, held_out, {"a": (found, None)})["Car"]
-    assert errors["the network, found objects"] == pytest.approx(10, abs=1.5)  # they overlap, so a few meet a neighbour
-    assert errors["height, found objects"] < 5
-    assert 6 < errors["height of the found box"] < 14
-    assert errors["height"] < 5
-    assert errors["bottom row"] > 3 * errors["height"]
-    assert errors["class alone"] > errors["bottom row"]
+    box, names = project_boxes(center, size, yaw, K)[0], np.array(["Car", "Pedestrian", "Cyclist", "Van"])[np.arange(800) % 4]
+    labels = make_labels(names, box, size, center, yaw)
+    offset = np.array([0.3, 0, 2.0])
+    frames = [SimpleNamespace(K=K, labels=labels[start : start + 100], offset=offset) for start in range(0, 800, 100)]
+    classes = ("Car", "Pedestrian")
+    train = SimpleNamespace(classes=classes, frames=[frame for frame in frames[:4] for _ in range(2)])
+    held_out = SimpleNamespace(classes=classes, ids=["a", "b"], frames=frames[4:6])
+    found = {}
+    for id, frame in zip(held_out.ids, held_out.frames, strict=True):  # every second is found, its box a tenth too high
+        seen = frame.labels[np.flatnonzero(np.arange(100) % 8 < 4)]
+        higher = seen.box - [[0, 0.1, 0, 0]] * (seen.box[:, 3:] - seen.box[:, 1:2])
+        factor = np.where(seen.name == "Car", 1.1, 1.2) + 2 * (seen.center[:, 2] > 100)  # as far off as the network is
+        told = seen.center * factor[:, None]
+        told[:, :2] = seen.center[:, :2]
+        best = make_labels(seen.name, higher, seen.size, told - offset, seen.yaw, score=np.full(len(seen), 0.9))
+        double = make_labels(seen.name, higher, seen.size, 2 * told - offset, seen.yaw, score=np.full(len(seen), 0.5))
+        parts = {field.name: np.concatenate([getattr(best, field.name), getattr(double, field.name)]) for field in dataclasses.fields(best)}
+        found[id] = (dataclasses.replace(best, **parts), None)
+    errors = measure_cues(train, held_out, found)
+    assert errors["Car"]["the network, found objects"] == pytest.approx(10, abs=0.5)
+    assert errors["Pedestrian"]["the network, found objects"] == pytest.approx(20, abs=0.5)
+    for cues in errors.values():
+        assert cues["height"] < 5
+        assert cues["height, found objects"] < 6
+        assert 5 < cues["height of the found box"] < 14
+        assert min(cues["class alone"], cues["bottom row"]) > 5 * cues["height"]
+    held_out.classes = train.classes = ("Tram",)  # nobody has seen one
+    assert set(measure_cues(train, held_out, found)["Tram"].values()) == {None}
 
 
 def test_a_run_is_measured(tiny_run, capsys, tmp_path):
