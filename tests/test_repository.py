@@ -152,11 +152,11 @@ def test_the_readme_names_every_loss(readme):
 
 def test_the_config_that_the_readme_shows_is_one(readme):
     from config import Config
-    from data import DataConfig, Source
+    from data import DataConfig
     from model import ModelConfig
 
     (block,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "DataConfig" in block)
-    names = {"Config": Config, "DataConfig": DataConfig, "Source": Source, "ModelConfig": ModelConfig}
+    names = {}
     exec(block, names)
     assert isinstance(names["config"], Config)
     assert isinstance(names["config"].data, DataConfig)
