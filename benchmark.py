@@ -35,7 +35,7 @@ from geometry import clip_boxes, project_boxes
 from launch import start_accelerator
 from losses import compute_losses, count_positives, weighted_sum
 from metrics import kitti_ap
-from model import Detector
+from model import Detector, checkpoint_backbone
 from targets import assign
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "kitti.py"
@@ -51,7 +51,10 @@ def prepare_model(config, device):
     sizes = tuple(PRIORS["size_prior"][i % 3] for i in range(len(model.classes)))
     depths = tuple(float(v) for v in np.linspace(40, 12, levels))
     filled = dataclasses.replace(model, pretrained=False, size_prior=sizes, depth_mean=depths, depth_std=(PRIORS["spread"],) * levels)
-    return Detector(filled).to(device)
+    net = Detector(filled).to(device)
+    if config.train.checkpoint_backbone:
+        checkpoint_backbone(net)
+    return net
 
 
 def make_batch(config, images, objects, device):

@@ -438,6 +438,18 @@ def _build_backbone(config):
     return backbone
 
 
+def checkpoint_backbone(net):
+    """Keep few activations of a `Detector`'s backbone, and compute the others again in backward. Raises ValueError where timm has none."""
+    backbone = net.backbone
+    owner = next((getattr(backbone, name) for name in ("body", "model") if hasattr(backbone, name)), backbone)  # timm's wrappers skip these
+    try:
+        owner.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ValueError(
+            f"model.backbone {net.config.backbone!r} has no gradient checkpointing in timm; train.checkpoint_backbone=false"
+        ) from None
+
+
 def _pixel_statistics(backbone):
     """Mean and standard deviation (3,) in [0, 1] that the backbone's weights were trained with."""
     config = getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", None) or {}

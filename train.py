@@ -31,7 +31,7 @@ from launch import follow_launcher, start_accelerator, use_cores
 from logbook import Window, log_window, report_broken, report_unreadable, start_log, write_log
 from losses import compute_losses, count_positives, weighted_sum
 from metrics import format_table, main_metric
-from model import Detector
+from model import Detector, checkpoint_backbone
 from resume import find_start
 from targets import assign, measure_priors
 
@@ -64,18 +64,6 @@ def make_optimizer(model, options, device):
     if "muon" in options.optimizer and device.type == "cpu":  # timm iterates in bf16, which took this step ten times as long on a CPU
         muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
     return create_optimizer_v2(model, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, **chosen)
-
-
-def checkpoint_backbone(net):
-    """Keep few activations of a `Detector`'s backbone, and compute the others again in backward. Raises ValueError where timm has none."""
-    backbone = net.backbone
-    owner = next((getattr(backbone, name) for name in ("body", "model") if hasattr(backbone, name)), backbone)  # timm's wrappers skip these
-    try:
-        owner.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError):
-        raise ValueError(
-            f"model.backbone {net.config.backbone!r} has no gradient checkpointing in timm; train.checkpoint_backbone=false"
-        ) from None
 
 
 class Run:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import ROOT, tiny
 
-from benchmark import Count, main, table
+from benchmark import Count, main, prepare_model, table
+from config import load_config
 
 
 def test_every_number_is_there(tiny_run, tmp_path, capsys):
@@ -25,6 +26,13 @@ def test_every_number_is_there(tiny_run, tmp_path, capsys):
     assert len({*found["operator_calls"].values()}) == 1  # the work does not depend on the number of objects
     assert set(found["decode_nms_ms"]) == {"threshold", "900_candidates"}
     assert table(found) in capsys.readouterr().out
+
+
+def test_a_checkpointed_backbone_is_measured_as_one():
+    for on in (False, True):
+        config = load_config(str(ROOT / "configs/kitti.py"), [f"train.checkpoint_backbone={str(on).lower()}"])
+        net = prepare_model(config, torch.device("cpu"))
+        assert any(getattr(module, "grad_checkpointing", False) for module in net.backbone.modules()) == on
 
 
 def test_waits_are_counted():

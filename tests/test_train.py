@@ -25,7 +25,7 @@ from config import TrainConfig, read_config
 from data import seed_of
 from data_kitti import read_split
 from logbook import Window
-from model import Detector
+from model import Detector, checkpoint_backbone
 from train import lr_at
 
 LINE = re.compile(
@@ -339,7 +339,7 @@ def test_a_checkpointed_backbone_keeps_less_and_learns_the_same(tiny_run):
     found = {}
     for on in (False, True):
         if on:
-            train.checkpoint_backbone(net)
+            checkpoint_backbone(net)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             logits, raw = net(batch, K)
@@ -356,9 +356,9 @@ def test_checkpointing_reaches_the_layers_or_is_refused(backbone):
     net = types.SimpleNamespace(backbone=features, config=types.SimpleNamespace(backbone=backbone))
     if backbone == "hrnet_w18_small":
         with pytest.raises(ValueError, match="'hrnet_w18_small' has no gradient checkpointing in timm"):
-            train.checkpoint_backbone(net)
+            checkpoint_backbone(net)
     else:
-        train.checkpoint_backbone(net)
+        checkpoint_backbone(net)
         assert any(getattr(m, "grad_checkpointing", False) for m in features.modules())
 
 
