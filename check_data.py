@@ -82,7 +82,7 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     problems, notes = check(config, options.workers)
-    print("\n".join([*notes, *problems, f"{len(problems)} problems" if problems else "no problem found"]))
+    print("\n".join([*notes, *problems, f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problem found"]))
     return 1 if problems else 0
 
 

@@ -409,7 +409,7 @@ def _tuples(value):
 
 
 def _build_backbone(config):
-    """timm features at the configured strides. Raises ValueError naming near names, strides or weights that exist."""
+    """timm features at the configured strides. Raises ValueError naming what there is instead, OSError when weights are out of reach."""
     if not timm.is_model(config.backbone):
         near = difflib.get_close_matches(config.backbone.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f"model.backbone {config.backbone!r} is not a timm model{'; near it: ' + ', '.join(near) if near else ''}")
@@ -430,7 +430,13 @@ def _build_backbone(config):
         raise ValueError(f"model.backbone {config.backbone!r} has features at strides {strides}, none at {missing} of model.strides")
     numbers = probe.feature_info.out_indices  # timm's own numbering: DLA's begins at 1
     indices = tuple(max(i for i, s in zip(numbers, strides, strict=True) if s == stride) for stride in config.strides)
-    backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, pretrained=config.pretrained, **options)
+    try:
+        backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, pretrained=config.pretrained, **options)
+    except OSError as error:  # huggingface_hub's errors are among them
+        raise OSError(
+            f"model.backbone {config.backbone!r}: its pretrained weights are out of reach; model.pretrained=false trains from scratch, "
+            f"load_from=FILE takes weights that you have ({str(error).splitlines()[0]})"
+        ) from None
     if config.norm == "frozen":
         backbone = freeze_batch_norm_2d(backbone)
     elif config.norm == "sync":

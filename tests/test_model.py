@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -249,6 +250,21 @@ def test_images_of_a_batch_do_not_mix(detector, picture):
         assert len(alone["score"]) == len(both[i]["score"])
         torch.testing.assert_close(alone["score"], both[i]["score"], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(alone["center"], both[i]["center"], rtol=1e-3, atol=1e-3)
+
+
+def test_weights_out_of_reach_are_one_sentence(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    create = timm.create_model
+
+    def offline(*arguments, pretrained, **options):
+        if pretrained:
+            raise LocalEntryNotFoundError("no connection\nand a long story")
+        return create(*arguments, pretrained=pretrained, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"'resnet10t': its pretrained weights are out of reach; model.pretrained=false.* \(no connection\)$"):
+        Detector(dataclasses.replace(MODEL, backbone="resnet10t", pretrained=True))
 
 
 def test_predict_takes_a_path_a_picture_or_an_array(detector, picture, tmp_path):
