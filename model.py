@@ -434,8 +434,8 @@ def _build_backbone(config):
         backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, pretrained=config.pretrained, **options)
     except OSError as error:  # huggingface_hub's errors are among them
         raise OSError(
-            f"model.backbone {config.backbone!r}: its pretrained weights are out of reach; model.pretrained=false trains from scratch, "
-            f"load_from=FILE takes weights that you have ({str(error).splitlines()[0]})"
+            f"model.backbone {config.backbone!r}: its pretrained weights are out of reach; model.pretrained=false starts from scratch, "
+            f"or from weights that you have with load_from=FILE ({str(error).splitlines()[0]})"
         ) from None
     if config.norm == "frozen":
         backbone = freeze_batch_norm_2d(backbone)

@@ -83,7 +83,8 @@ class Run:
         log.info(f"val: {self.val_set.summary()}")
 
         set_seed(config.seed)
-        self.net = net = Detector(config.model)
+        pretrained = config.model.pretrained and not folder  # a checkpoint replaces every weight, and its node may not reach the hub
+        self.net = net = Detector(dataclasses.replace(config.model, pretrained=pretrained))
         for line in load_weights(net, config.load_from) if config.load_from and not folder else ():
             log.info(line)
         optimizer = make_optimizer(net, options, self.device)

@@ -147,6 +147,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path, here):
     assert hashes(out / "checkpoints/step_00000004") != hashes(out / "checkpoints/step_00000006")
 
 
+def test_a_resumed_run_asks_the_hub_for_nothing(tiny_run, tmp_path, here, monkeypatch):
+    create, asked = timm.create_model, []
+
+    def hub(*arguments, pretrained, **options):
+        asked.append(pretrained)
+        return create(*arguments, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    for fetched in (True, False):
+        asked.clear()
+        code, _, err = here(*tiny(tiny_run[0], tmp_path / "out", "train.steps=2", "model.backbone=resnet10t", "model.pretrained=true"))
+        assert code == 0, err
+        assert any(asked) == fetched
+    assert read_config(tmp_path / "out/config.json").model.pretrained
+
+
 def test_two_processes_train_like_one(tiny_run, tmp_path, here):
     """The same global batch with frozen norms gives the same losses to rounding, and the log says that there were two."""
     world = tiny_run[0]
