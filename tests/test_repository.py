@@ -116,9 +116,7 @@ def test_files_are_under_an_open_licence_and_clean():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     for path in text_files():
         if path.suffix == ".py":
-            text = path.read_text()
-            assert text.endswith("\n"), path
-            assert not re.search(r"#\s*(TODO|FIXME|XXX)", text), path
+            assert path.read_text().endswith("\n"), path
 
 
 @pytest.fixture(scope="module")
