@@ -46,7 +46,7 @@ PRIORS = {"size_prior": ((3.9, 1.53, 1.63), (0.84, 1.76, 0.66), (1.76, 1.74, 0.6
 
 
 def prepare_model(config, device):
-    """The config's `Detector` in training mode with KITTI's priors, so that no data set is needed."""
+    """The config's `Detector` in training mode with KITTI's priors, so that no data set is needed; checkpointed if the config says so."""
     model, levels = config.model, len(config.model.strides)
     sizes = tuple(PRIORS["size_prior"][i % 3] for i in range(len(model.classes)))
     depths = tuple(float(v) for v in np.linspace(40, 12, levels))

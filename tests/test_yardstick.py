@@ -100,6 +100,11 @@ def test_a_cue_is_worth_what_it_tells():
     assert set(measure_cues(train, held_out, found)["Tram"].values()) == {None}
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_known_object_answers_for_all():
+    assert yardstick.look_up_depth(np.array([[0.1, 0.2]]), np.array([7.0]), np.array([[0.3, 0.4], [0.1, 0.2]])).tolist() == [7, 7]
+
+
 def test_a_run_is_measured(tiny_run, capsys, tmp_path):
     assert yardstick.main([str(tiny_run[1]), "--oracles", "--cues", "--json", str(tmp_path / "y.json")]) == 0
     out = capsys.readouterr().out
