@@ -377,14 +377,15 @@ def test_truth_is_what_the_file_says(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_do_not_change_a_batch(folder, workers):
-    from data import make_loader
+    from data import loading, make_loader
 
     dataset = build(folder, training=True, scale=(0.7, 1.4), colour=0.2)
     order = StepBatches(len(dataset), 2, 0, 1, seed=3, start=0, stop=3)
-    for batch, keys in zip(make_loader(dataset, order, workers, torch.device("cpu")), order, strict=True):
-        expected = collate([dataset[key] for key in keys])
-        for name, value in batch.items():
-            assert torch.equal(value, expected[name]), name
+    with loading(make_loader(dataset, order, workers, torch.device("cpu"))) as batches:  # else a failure would leave deaf workers behind
+        for batch, keys in zip(batches, order, strict=True):
+            expected = collate([dataset[key] for key in keys])
+            for name, value in batch.items():
+                assert torch.equal(value, expected[name]), name
 
 
 @given(
