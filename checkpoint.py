@@ -1,151 +1,145 @@
-"""Checkpoints that are complete or absent: written aside, synced, renamed. Weights and moments as safetensors, progress as JSON.
+"""Checkpoints that are complete or absent: Accelerate writes and reads them; this commits, verifies, chooses, and goes on from them.
 
-A checkpoint folder step_00001234 holds config.json, model.safetensors (the weights that predict), train.safetensors (raw weights when
-an average is kept, and the optimizer's moments) and meta.json: progress, and the SHA-256 of every file, its own content included, so that
-a flipped bit is noticed. Nothing in it can carry code.
+A checkpoint folder step_00001234 holds what `accelerator.save_state` writes (model.safetensors with the weights that predict,
+model_1.safetensors with those that learn where an average is kept, optimizer.bin, with fp16 scaler.pt), config.json, metrics.json once
+it was evaluated, and meta.json: progress, and the SHA-256 of every file, its own content included. It is written aside, synced and
+renamed. Nothing in it can carry code: optimizer.bin and scaler.pt are read by torch's weights_only unpickler.
 """
 
-import hashlib
+import contextlib
+import dataclasses
 import json
+import logging
 import os
+import pickle
 import shutil
 import textwrap
 from pathlib import Path
 
-import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-MODEL, TRAIN, META, CONFIG = "model.safetensors", "train.safetensors", "meta.json", "config.json"
+from config import build, changed_keys, override, read_config, to_dict
+from data import UserError
+from model import META, Detector, read_meta, verify_files, write_meta
+
+MODEL, RAW, OPTIMIZER = "model.safetensors", "model_1.safetensors", "optimizer.bin"  # as Accelerate names them
+CONFIG, METRICS = "config.json", "metrics.json"
+FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+log = logging.getLogger("deep3d")
 
 
-def _flat_optimizer(optimizer):
-    """Optimizer moments as {'optimizer.3.exp_avg': tensor}, and its other numbers as {'3.step': number}."""
-    tensors, numbers = {}, {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                numbers[f"{index}.{name}"] = value
-    return tensors, numbers
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run got, and what it was: the entries of meta.json beside the digests."""
+
+    step: int = 0  # optimizer steps done
+    processes: int = 1
+    global_batch: int = 1
+    asked_batch: int = 1  # train.batch_size as it was asked for
+    frames: int = 0  # of data.train
+    train_digest: str = ""  # of its labels, cameras and order, `Detection3D.digest`
+    val_digest: str = ""
+    best_metric: str = ""  # name that `best` belongs to; empty: none yet
+    best: float = 0.0
+    evaluated: bool = False  # after this step
+
+    def __post_init__(self):
+        if min(self.processes, self.global_batch, self.asked_batch) < 1 or min(self.step, self.frames) < 0:
+            raise ValueError(f"step {self.step}, {self.processes} processes, global batch {self.global_batch}: not a run's progress")
 
 
-def _load_optimizer(optimizer, tensors, numbers):
-    state = {}
-    for key, value in [*((k.removeprefix("optimizer."), v) for k, v in tensors.items()), *numbers.items()]:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+# ---- writing
 
 
-def _tensors(module, prefix=""):
-    return {prefix + name: value.detach().contiguous() for name, value in module.state_dict().items()}
+def share_state(accelerator, net, average):
+    """Have `save_state` and `load_state` handle the published weights first, then the raw ones where they differ.
+
+    net: the bare `Detector`, whose names do not depend on the number of processes; average: the module of averaged weights, or None.
+    """
+    modules = [net] if average is None else [average, net]
+
+    def save(_, weights, __):
+        weights[:] = [module.state_dict() for module in modules]
+
+    def load(models, _):
+        models[:] = modules
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
-def save_weights(folder, model, config, metrics):
-    """A folder for `Detector.from_pretrained`: config.json, model.safetensors, metrics.json; replaced as a whole."""
-    folder = Path(folder)
-    aside = folder.with_name(f".tmp_{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+@contextlib.contextmanager
+def writing(aside, sentence):
+    """A disk that does not take it leaves nothing behind but a `UserError` of that sentence."""
     try:
-        aside.mkdir(parents=True)
-        save_file(_tensors(model), aside / MODEL)
-        (aside / CONFIG).write_text(json.dumps(config, indent=1))
-        (aside / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        _publish(aside, folder)
-    except (OSError, SafetensorError) as error:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's full disk is a RuntimeError
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"{folder}: cannot write the weights: {error}") from None
+        raise UserError(sentence.format(textwrap.shorten(str(error), 300))) from error
 
 
-def save_checkpoint(root, step, model, average, optimizer, config, meta, keep):
-    """Write root/step_<step> and remove all but the newest `keep`. average: the module of averaged weights, or None.
+def save_checkpoint(accelerator, root, config, progress, keep):
+    """Write root/step_<step> from all processes, and remove all but the newest `keep`. config: a dict.
 
-    Raises OSError, leaving the older checkpoints as they were, when the disk does not take it.
+    Raises UserError, leaving the older checkpoints as they were, when the disk does not take it.
     """
     root = Path(root)
-    aside = root / f".tmp_step_{step:08d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        moments, numbers = _flat_optimizer(optimizer)
-        save_file(_tensors(average or model), aside / MODEL)
-        save_file({**(_tensors(model, "model.") if average else {}), **moments}, aside / TRAIN)
+    aside = root / f".tmp_step_{progress.step:08d}"
+    sentence = f"{root}: cannot write the checkpoint of step {progress.step}: {{}}; the older ones are whole"
+    if accelerator.is_main_process:
+        with writing(aside, sentence):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    with writing(aside, sentence):
+        accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()  # save_state does not wait for the other processes
+    if not accelerator.is_main_process:
+        return
+    with writing(aside, sentence):
+        for path in aside.glob("random_states_*.pkl"):
+            path.unlink()  # every seed is a function of the step: nobody would read them
         (aside / CONFIG).write_text(json.dumps(config, indent=1))
-        digests = {name: _digest(aside / name) for name in (MODEL, TRAIN, CONFIG)}
-        _write_meta(aside / META, {"step": step, "optimizer": numbers, **meta, "sha256": digests})
-        _publish(aside, root / f"step_{step:08d}")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"{root}: cannot write the checkpoint of step {step}: {error}; the older ones are whole") from None
+        write_meta(aside, dataclasses.asdict(progress), [path.name for path in aside.iterdir()])
+        _publish(aside, root / f"step_{progress.step:08d}")
     for old in sorted(root.glob("step_*"))[:-keep]:
         doomed = old.with_name(".del_" + old.name)
         os.rename(old, doomed)  # a half-deleted folder must not look like a checkpoint
         shutil.rmtree(doomed, ignore_errors=True)  # a network file system keeps files that somebody reads
 
 
-def amend_checkpoint(folder, **changes):
-    """Replace entries of a checkpoint's meta, at once or not at all."""
+def save_weights(folder, model, config, metrics, meta):
+    """A folder for `Detector.from_pretrained`: config.json, model.safetensors, metrics.json and their digests; replaced as a whole."""
     folder = Path(folder)
-    meta = {**_read_meta(folder), **changes}
-    aside = folder / ".tmp_meta"
-    _write_meta(aside, meta)
-    _sync(aside)
-    os.replace(aside, folder / META)
+    aside = folder.with_name(f".tmp_{folder.name}")
+    with writing(aside, f"{folder}: cannot write the weights: {{}}"):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, aside / MODEL)
+        (aside / CONFIG).write_text(json.dumps(config, indent=1))
+        (aside / METRICS).write_text(json.dumps(metrics, indent=1))
+        write_meta(aside, meta, [MODEL, CONFIG, METRICS])
+        _publish(aside, folder)
+
+
+def amend_checkpoint(folder, metrics, **changes):
+    """Note an evaluation in a checkpoint: its metrics.json, and entries of its meta, at once or not at all."""
+    folder = Path(folder)
+    meta = {**read_meta(folder), **changes}
+    names = [*meta.pop("sha256"), METRICS]
+    (folder / METRICS).write_text(json.dumps(metrics, indent=1))
+    _sync(folder / METRICS)
+    write_meta(folder, meta, names, ".tmp_meta")
+    _sync(folder / ".tmp_meta")
+    os.replace(folder / ".tmp_meta", folder / META)
     _sync(folder)
 
 
-def remove_leftovers(root, names="step_*"):
-    """Undo what a killed process left half done to the folders of these names under root."""
-    for path in Path(root).glob(f".old_{names}"):  # it was about to be replaced
-        final = path.with_name(path.name.removeprefix(".old_"))
-        if not final.exists():
-            os.rename(path, final)
-    for prefix in (".tmp_", ".del_", ".old_"):
-        for path in Path(root).glob(prefix + names):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def set_newer_aside(folder):
-    """Rename the checkpoints beside `folder` that are newer: a run that goes on from it has not reached them. Returns the new paths."""
-    folder, moved = Path(folder), []
-    for path in list_checkpoints(folder.parent):
-        if path.name > folder.name:
-            name = f"aside_{path.name}"
-            while path.with_name(name).exists():
-                name += "_again"
-            moved.append(path.with_name(name))
-            os.rename(path, moved[-1])
-    return moved
-
-
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _meta_digest(meta):
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _write_meta(path, meta):
-    path.write_text(json.dumps({**meta, "meta_sha256": _meta_digest(meta)}, indent=1))
-
-
-def _read_meta(folder):
-    """meta.json, checked against its own digest. Raises OSError or ValueError."""
-    try:
-        meta = json.loads((folder / META).read_text())
-        recorded = meta.pop("meta_sha256", None)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
-        meta = recorded = None
-    if meta is None or recorded != _meta_digest(meta):
-        raise ValueError(f"{META} is damaged")
-    return meta
-
-
 def _sync(path):
+    if os.name == "nt":
+        return  # Windows opens no folders, and needs a writable handle
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -168,59 +162,85 @@ def _publish(aside, final):
     _sync(final.parent)
 
 
+# ---- reading
+
+
 def list_checkpoints(root):
     """Checkpoint folders under root, damaged ones too, newest first."""
     return sorted(Path(root).glob("step_*"), reverse=True)
 
 
 def verify_checkpoint(folder):
-    """Meta and config of a checkpoint folder whose files all have the content that was written.
+    """`Progress` and config (a dict) of a checkpoint folder whose files all have the content that was written.
 
     Raises ValueError naming the folder and the file that is missing or damaged.
     """
     folder = Path(folder)
     try:
-        meta = _read_meta(folder)
-        for name, digest in meta.pop("sha256").items():
-            if _digest(folder / name) != digest:
-                raise ValueError(f"{name} is damaged")
-        return meta, json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: cannot resume from this checkpoint: {Path(error.filename).name} is missing") from None
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder}: cannot resume from this checkpoint: {error}") from None
+        meta = verify_files(folder)
+        listed = meta.pop("sha256").keys()
+        for name in {MODEL, OPTIMIZER, *(path.name for path in folder.iterdir())} - {*listed, META, METRICS, ".tmp_meta"}:
+            raise ValueError(f"{name} is not among the files of {META}")
+        return build(meta, Progress, META), to_dict(read_config(folder / CONFIG))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: cannot resume from this checkpoint: {str(error).removeprefix(f'{folder}{os.sep}')}") from None
 
 
-def load_checkpoint(folder, meta, model, average, optimizer):
-    """Restore weights and moments from a verified checkpoint folder with its meta.
+def load_checkpoint(accelerator, folder, optimizer, averaged):
+    """Restore weights and moments from a verified checkpoint folder; the optimizer's settings stay those of the config.
 
-    Raises ValueError naming the folder when it belongs to another architecture or optimizer.
+    averaged: whether this run keeps an average. Raises ValueError naming the folder when it belongs to another architecture.
     """
-    folder = Path(folder)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    before = (Path(folder) / RAW).exists()
     try:
-        weights, rest = load_file(folder / MODEL), load_file(folder / TRAIN)
-        raw = {k.removeprefix("model."): v for k, v in rest.items() if k.startswith("model.")}
-        if bool(raw) != (average is not None):
-            raise ValueError(f"it was written {'with' if raw else 'without'} averaged weights, and train.ema now says otherwise")
-        if average is not None:
-            average.load_state_dict(weights)
-        model.load_state_dict(raw or weights)
-        _load_optimizer(optimizer, {k: v for k, v in rest.items() if k.startswith("optimizer.")}, meta["optimizer"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot resume from this checkpoint: {textwrap.shorten(str(error), 400)}") from None
+        if before != averaged:
+            raise ValueError(f"it was written {'with' if before else 'without'} averaged weights, and train.ema now says otherwise")
+        accelerator.load_state(str(folder))
+    except FOREIGN as error:
+        raise ValueError(f"{folder}: cannot resume from this checkpoint: {textwrap.shorten(str(error), 400)}") from error
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def find_weights(path):
     """model.safetensors of a run folder (its best/, else its newest checkpoint), a checkpoint folder, or the file itself.
 
-    Raises FileNotFoundError saying what was looked for.
+    Raises FileNotFoundError saying what was looked for, ValueError when a file is not what was written there.
     """
     path = Path(path)
     newest = [folder / MODEL for folder in list_checkpoints(path / "checkpoints")]
     for candidate in (path, path / MODEL, path / "best" / MODEL, *newest):
         if candidate.is_file():
+            if (candidate.parent / META).exists():
+                verify_files(candidate.parent)
             return candidate
     raise FileNotFoundError(f"{path}: no weights there: looked for {MODEL}, best/{MODEL} and checkpoints/step_*/{MODEL}")
+
+
+def find_checkpoint(run):
+    """Folder with config.json and model.safetensors: a checkpoint folder itself, or of a run the best, else the newest; verified.
+
+    Raises FileNotFoundError saying what was looked for, ValueError when a file is not what was written there.
+    """
+    if not Path(run).exists():
+        raise FileNotFoundError(f"{run}: no such run or checkpoint folder")
+    folder = find_weights(run).parent
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG}: missing beside the weights, expected a folder written by train.py")
+    return folder
+
+
+def load_run(folder, overrides=()):
+    """Config, with overrides, and detector of a checkpoint folder. Raises ValueError naming the file that does not fit."""
+    folder = Path(folder)
+    config = override(read_config(folder / CONFIG), overrides)
+    model = Detector(dataclasses.replace(config.model, pretrained=False))  # the weights come from the checkpoint
+    try:
+        model.load_state_dict(load_file(folder / MODEL))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder / MODEL}: damaged, or of another architecture than {CONFIG}: {str(error).splitlines()[0]}") from None
+    return config, model
 
 
 def load_weights(model, path):
@@ -247,3 +267,114 @@ def load_weights(model, path):
     return [f"load_from {file}: {len(fitting)} of {len(ours)} tensors loaded"] + [
         f"  {title}: {', '.join(names)}" for title, names in lists.items() if names
     ]
+
+
+# ---- going on
+
+
+def find_start(config, accelerator, now):
+    """Where config.resume says to go on: (checkpoint folder or None, its `Progress`, the config fitted to it and to the processes).
+
+    now: the `Progress` of a run that starts here. The main process verifies, passes damaged checkpoints over and tells the others.
+    Raises ValueError when it must not go on.
+    """
+    found = [None, now, config.train.batch_size, {}]
+    if accelerator.is_main_process:
+        root = Path(config.out) / "checkpoints"
+        remove_leftovers(root)
+        remove_leftovers(config.out, "best")
+        folders = list_checkpoints(root)
+        if config.resume == "none" and folders:
+            raise ValueError(f"{config.out} holds checkpoints and resume=none; choose another out=, or delete it")
+        if config.resume not in ("auto", "none") and not folders:  # a start from elsewhere; once begun, the run goes on from its own
+            folders = [Path(config.resume)]
+        for folder in folders:
+            try:
+                then, before = verify_checkpoint(folder)
+            except ValueError as error:
+                if folder == folders[-1]:
+                    raise ValueError(f"{error}; nothing older is left{f' (delete {root} to start anew)' * root.exists()}") from None
+                log.warning(f"{error}; passing it over")
+                continue
+            measured = {k: v for k, v in before["model"].items() if k in ("size_prior", "depth_mean", "depth_std")}
+            refuse_changes(config, before, then, now, folder)
+            batch_size = fit_batch(config.train, then, now.processes, folder)
+            change = f" with {then.processes} -> {now.processes} processes of {batch_size} images, the same global batch"
+            log.info(f"resumed from {folder}{change * (then.processes != now.processes)}")
+            if folder.parent == root:
+                for path in set_newer_aside(folder):
+                    log.warning(f"kept as {path}")
+            found = [folder, then, batch_size, measured]
+            break
+    folder, then, batch_size, measured = broadcast_object_list(found)
+    if then.best_metric and (then.best_metric, then.val_digest) != (config.best, now.val_digest):
+        log.warning(f"best was {then.best_metric} on other frames or of another metric: the next evaluation begins anew")
+        then = dataclasses.replace(then, best_metric="", best=0.0)
+    kept = {name: getattr(then, name) for name in ("step", "global_batch", "best_metric", "best", "evaluated")}
+    progress = dataclasses.replace(now, **kept)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
+    return folder, progress, with_priors(config, measured)
+
+
+def with_priors(config, measured):
+    """Config with the priors that it leaves empty taken from a checkpoint, so that a data set that lost an image resumes too."""
+    empty = {name: value for name, value in measured.items() if not getattr(config.model, name)}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **empty))
+
+
+def fit_batch(train, then, world, folder):
+    """Images per process that keep the checkpoint's global batch with this number of processes. Raises ValueError if there is none."""
+    batch, now, share = then.global_batch, train.batch_size * world * train.accumulate, world * train.accumulate
+    if now != batch and train.batch_size != then.asked_batch:
+        raise ValueError(f"{folder}: its global batch was {batch} and is now {now}: not the same run")
+    if batch % share:
+        raise ValueError(
+            f"{folder}: its global batch of {batch} does not divide over {world} processes with train.accumulate={train.accumulate}"
+        )
+    return batch // share
+
+
+def refuse_changes(config, before, then, now, folder):
+    """Show what differs from a checkpoint's config (a dict) and data; raise ValueError unless config.allow_changes, or it cannot go on."""
+    measured = {
+        k: [] if not getattr(config.model, k) else v for k, v in before["model"].items() if k in ("size_prior", "depth_mean", "depth_std")
+    }
+    changes = changed_keys({**before, "model": {**before["model"], **measured}}, to_dict(config))
+    if now.frames != then.frames:
+        changes.append(f"frames of data.train: {then.frames} -> {now.frames}")
+    elif now.train_digest != then.train_digest:
+        changes.append("labels, cameras or the order of the frames of data.train")
+    for line in changes:
+        log.warning(f"changed since the checkpoint: {line}")
+    if changes and not config.allow_changes:
+        raise ValueError(f"{folder}: this is not the run's config ({'; '.join(changes)}); allow_changes=true goes on all the same")
+    if before["train"]["optimizer"] != config.train.optimizer:
+        raise ValueError(
+            f"{folder}: moments of {before['train']['optimizer']} do not fit {config.train.optimizer}; load_from= takes weights alone"
+        )
+    if config.train.steps and config.train.steps < then.step:
+        raise ValueError(f"{folder}: it has {then.step} steps, and train.steps={config.train.steps} ends before it")
+
+
+def remove_leftovers(root, names="step_*"):
+    """Undo what a killed process left half done to the folders of these names under root."""
+    for path in Path(root).glob(f".old_{names}"):  # it was about to be replaced
+        final = path.with_name(path.name.removeprefix(".old_"))
+        if not final.exists():
+            os.rename(path, final)
+    for prefix in (".tmp_", ".del_", ".old_"):
+        for path in Path(root).glob(prefix + names):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_newer_aside(folder):
+    """Rename the checkpoints beside `folder` that are newer: a run that goes on from it has not reached them. Returns the new paths."""
+    folder, moved = Path(folder), []
+    for path in list_checkpoints(folder.parent):
+        if path.name > folder.name:
+            name = f"aside_{path.name}"
+            while path.with_name(name).exists():
+                name += "_again"
+            moved.append(path.with_name(name))
+            os.rename(path, moved[-1])
+    return moved

@@ -1,6 +1,6 @@
-"""From sources of frames to batches: reading, placing images on the network's canvas with K following exactly, augmentation, collation.
+"""From sources of frames to batches: reading, augmentation, collation, and the order of a run.
 
-A frame is one image with its camera and labels; a source (KITTI folder, JSON lines, built-in world) is a list of frames. Every random
+A source (KITTI folder, JSON lines, built-in world) is a list of frames. Every random
 draw is a pure function of (seed, epoch, index), never of a worker's state, so the loader gives a step the same pixels on any machine.
 """
 
@@ -14,18 +14,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-import data_json
-import data_kitti
-import data_synthetic
-from data_kitti import Labels
-from geometry import camera_problem, clip_boxes, flip_boxes, project_boxes, wrap_angle
+from formats import jsonl, kitti, world
+from frames import decode, opened, place_image, place_labels, random_view, reduction_of, whole_view
+from geometry import camera_problem, project_boxes
 
-PAD_COLOUR = (124, 116, 104)  # ImageNet's mean, so that padding is near zero after normalisation
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
+
+
+class UserError(Exception):
+    """Something that the user wrote, gave or has no room for, in one sentence; shown without a traceback."""
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Around what reads a config or data: its ValueError or OSError is the user's. Elsewhere they are mistakes in code."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Source:
     repeat: int = 1  # how many times each frame is listed in an epoch
     limit: int = 0  # use only the first frames of the list; 0: all
     rename: dict[str, str] = dataclasses.field(default_factory=dict)  # class names of the source -> the model's
+    world_frames: int = 600  # of the built-in world's split
+    world_seed: int = 0  # another world for every number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,176 +60,13 @@ class DataConfig:
     neighbours: tuple[str, ...] = ("Van", "Person_sitting")  # neither object nor background: ignored in training, with DontCare
     min_height: float = 0.0  # input px: objects whose visible box is lower are ignored in training, neither object nor background
     max_occlusion: int = 3  # objects with a higher KITTI occlusion level (0-3) are ignored in training
-    world_train: int = 600  # frames of the built-in world's train split
-    world_val: int = 150  # and of its val split
-    world_seed: int = 0  # another world for every number
     flip: float = 0.5  # probability of a mirror image
     scale: tuple[float, float] = (1.0, 1.0)  # range of the random scale; above 1 crops, below 1 pads, both at a random position
     colour: float = 0.0  # strength of brightness, contrast and saturation changes: each factor in 1 +- colour
+    overlap: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)  # class -> overlap to exceed in 2D, BEV, 3D
     workers: int = 2  # loader processes per training process
     cache: str = ""  # folder for decoded frames, read instead of decoding again; 1.4 MB a KITTI frame; empty: none
     skip_bad: bool = False  # replace an unreadable image by another one, count and report, instead of stopping
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """One image as its source describes it."""
-
-    id: str
-    image: Path
-    K: np.ndarray  # (3, 3) px
-    labels: Labels  # in the image's own camera frame and pixels; all classes, renamed; DontCare rows are ignore regions
-    offset: np.ndarray  # (3,) m: camera frame = source frame + offset (KITTI labels live in rectified camera 0)
-
-
-@contextlib.contextmanager
-def opened(path):
-    """A PIL image of which only the header is read yet. Raises FileNotFoundError or OSError, naming the file, here and inside the block."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: cannot read the image: {error}") from None
-
-
-def decode(image, reduction=1):
-    """Pixels of an `opened` image as an RGB PIL image on the grid as stored, from 8 or 16 bits, a JPEG's reduced by 1, 2, 4 or 8."""
-    if reduction > 1:
-        image.draft("RGB", (image.width // reduction, image.height // reduction))
-    image.load()
-    if image.mode.startswith("I"):  # Pillow clips 16 bits to 255 instead of scaling them
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257 + 0.5).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def load_image(path):
-    """RGB PIL image of a file, whole. Raises FileNotFoundError or OSError, naming the file."""
-    with opened(path) as image:
-        return decode(image).copy()
-
-
-def reduction_of(image, canvas, scale=1.0):
-    """How far a JPEG may be reduced while it is decoded (a DCT of fewer terms): 1, 2, 4 or 8.
-
-    Never below what the canvas (height, width) shows at that scale, and only where sides divide, so that the reduced pixels are exact
-    blocks of the stored ones and K follows exactly.
-    """
-    if image.format != "JPEG":
-        return 1
-    shown = whole_view(*image.size, canvas).width * scale
-    fits = [r for r in (8, 4, 2) if not (image.width % r or image.height % r) and image.width // r >= shown]
-    return fits[0] if fits else 1
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """How an image lies on the network's canvas: scaled to (width, height), its left top corner at (left, top), then mirrored or not.
-
-    All in whole canvas pixels, so the map of pixel centres u' = (u + 0.5) width / image_width - 0.5 + left is exact, and K with it.
-    """
-
-    image_size: tuple[int, int]  # (width, height) of the image, px
-    canvas: tuple[int, int]  # (height, width) of the network input, px
-    width: int  # of the whole scaled image on the canvas, px
-    height: int
-    left: int = 0
-    top: int = 0
-    flip: bool = False
-
-    @property
-    def matrix(self):
-        """(3, 3) affine map of homogeneous image pixels to canvas pixels."""
-        sx, sy = self.width / self.image_size[0], self.height / self.image_size[1]
-        matrix = np.array([[sx, 0, 0.5 * sx - 0.5 + self.left], [0, sy, 0.5 * sy - 0.5 + self.top], [0, 0, 1]])
-        return np.array([[-1, 0, self.canvas[1] - 1], [0, 1, 0], [0, 0, 1]]) @ matrix if self.flip else matrix
-
-    def camera(self, K):
-        """K (3, 3) of the image -> K of the canvas. A flip mirrors the world (x -> -x), so that fx stays positive."""
-        return self.matrix @ K @ np.diag([-1.0 if self.flip else 1.0, 1.0, 1.0])
-
-    def boxes_to_canvas(self, boxes):
-        """2D boxes (n, 4) of the image -> of the canvas, not clipped."""
-        matrix = dataclasses.replace(self, flip=False).matrix
-        moved = boxes * np.tile(matrix[[0, 1], [0, 1]], 2) + np.tile(matrix[:2, 2], 2)
-        return flip_boxes(moved, self.canvas[1]) if self.flip else moved
-
-    def boxes_to_image(self, boxes):
-        """Inverse of `boxes_to_canvas`, clipped to the image."""
-        moved = flip_boxes(boxes, self.canvas[1]) if self.flip else boxes
-        matrix = dataclasses.replace(self, flip=False).matrix
-        moved = (moved - np.tile(matrix[:2, 2], 2)) / np.tile(matrix[[0, 1], [0, 1]], 2)
-        return clip_boxes(moved, *self.image_size)
-
-    @property
-    def shown(self):
-        """Canvas rectangle that the image covers, before the flip: x1, y1, x2, y2 with x2, y2 exclusive."""
-        height, width = self.canvas
-        return max(self.left, 0), max(self.top, 0), min(self.left + self.width, width), min(self.top + self.height, height)
-
-    @property
-    def covered(self):
-        """The same rectangle after the flip."""
-        x1, y1, x2, y2 = self.shown
-        return (self.canvas[1] - x2, y1, self.canvas[1] - x1, y2) if self.flip else (x1, y1, x2, y2)
-
-
-def whole_view(width, height, canvas):
-    """The whole image, as large as fits, in the canvas' left top corner; the rest is padding."""
-    scale = min(canvas[1] / width, canvas[0] / height)
-    return View((width, height), canvas, max(1, round(width * scale)), max(1, round(height * scale)))
-
-
-def random_view(rng, width, height, canvas, scale, flip):
-    """A `whole_view` varied by a scale from the range (low, high), a position, and a flip with that probability.
-
-    The range (1, 1) leaves the position alone too: such an image is seen in training as it is in evaluation.
-    """
-    base = whole_view(width, height, canvas)
-    if tuple(scale) == (1, 1):
-        return dataclasses.replace(base, flip=bool(rng.random() < flip))
-    factor = rng.uniform(*scale)
-    wide, high = max(1, round(base.width * factor)), max(1, round(base.height * factor))
-    low, top = min(0, canvas[1] - wide), min(0, canvas[0] - high)
-    left = int(rng.integers(low, max(0, canvas[1] - wide) + 1))
-    return View((width, height), canvas, wide, high, left, int(rng.integers(top, max(0, canvas[0] - high) + 1)), bool(rng.random() < flip))
-
-
-def place_image(pixels, view):
-    """RGB (h, w, 3) uint8 of `view.image_size`, or reduced from it, -> canvas (H, W, 3) uint8: one resampling, then whole pixels move.
-
-    Bilinear with antialiasing, by torch: the same filter as Pillow's in a sixth of the time, and equal but for one rounding in 60,000.
-    """
-    x1, y1, x2, y2 = view.covered
-    left, height, width = view.left, *view.canvas
-    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # strides that torch knows as channels last, and keeps
-    if view.flip:  # by torch, which mirrors 30 times as fast as numpy
-        image = image.flip(3)
-        left = width - left - view.width
-    scaled = F.interpolate(image, (view.height, view.width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-    canvas = np.empty((height, width, 3), np.uint8)
-    canvas[y1:y2, x1:x2] = scaled[y1 - view.top : y2 - view.top, x1 - left : x2 - left]
-    for outside in (canvas[:y1], canvas[y2:], canvas[y1:y2, :x1], canvas[y1:y2, x2:]):
-        outside[:] = PAD_COLOUR
-    return canvas
-
-
-def place_labels(labels, view):
-    """Labels of an image -> of the canvas: boxes clipped to what is shown, centres and yaws mirrored by a flip. Keeps every row."""
-    x1, y1, x2, y2 = view.shown
-    boxes = dataclasses.replace(view, flip=False).boxes_to_canvas(labels.box)
-    boxes = np.clip(boxes, [x1, y1, x1, y1], [x2 - 1, y2 - 1, x2 - 1, y2 - 1])
-    if not view.flip:
-        return dataclasses.replace(labels, box=boxes)
-    real = labels.is_3d
-    return dataclasses.replace(
-        labels,
-        box=flip_boxes(boxes, view.canvas[1]),
-        center=np.where(real[:, None], labels.center * [-1, 1, 1], labels.center),
-        yaw=np.where(real, wrap_angle(np.pi - labels.yaw), labels.yaw),
-        alpha=np.where(real, wrap_angle(np.pi - labels.alpha), labels.alpha),
-    )
 
 
 def sample_colour(rng, pixels, strength):
@@ -253,67 +100,36 @@ def change_colours(batch):
     return changed.transpose(1, 2).contiguous().view_as(image)
 
 
-def read_kitti(source, root, problems=None):
-    """Frames of a KITTI folder. Raises FileNotFoundError or ValueError naming the folder, split, file or line.
-
-    With a list `problems`, what is wrong with single frames is added to it as a sentence, and the frame left out, instead.
-    """
-    root = Path(source.root or root)
-    if not (root / "training" / "image_2").is_dir():
-        raise FileNotFoundError(f"{root}: expected a KITTI folder with training/image_2, training/label_2, training/calib and ImageSets")
-    images = {p.stem: p for p in sorted((root / "training" / "image_2").iterdir()) if p.suffix.lower() in data_kitti.IMAGE_SUFFIXES}
-    frames = []
-    for split in source.split:
-        for id in data_kitti.read_split(root, split):
-            try:
-                frames.append(read_kitti_frame(root, split, id, images))
-            except (ValueError, OSError) as error:
-                if problems is None:
-                    raise
-                problems.append(str(error))
-    return frames
-
-
-def read_kitti_frame(root, split, id, images):
-    """One `Frame` of a KITTI folder; images: paths by id. Raises FileNotFoundError or ValueError naming the file or line."""
-    if id not in images:
-        raise FileNotFoundError(f"{root}/training/image_2/{id[:80]}.png: no such image, named by ImageSets/{split}.txt")
-    for folder in ("calib", "label_2"):
-        if not (root / "training" / folder / f"{id}.txt").is_file():
-            raise FileNotFoundError(f"{root}/training/{folder}/{id}.txt: frame {id} of split {split} has no {folder} file")
-    K, offset = data_kitti.split_projection(data_kitti.read_calib(root / "training" / "calib" / f"{id}.txt"))
-    labels = data_kitti.read_labels(root / "training" / "label_2" / f"{id}.txt").moved(offset)
-    return Frame(id, images[id], K, labels, offset)
+def usable_cores():
+    """Number of cores that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def read_source(source, config, problems=None):
-    """Frames of one `Source`, renamed and limited, not repeated. problems: see `read_kitti`."""
+    """Frames of one `Source`, renamed and limited, not repeated.
+
+    With a list `problems`, what is wrong with single frames is added to it as a sentence, and the frame left out, instead of raised.
+    """
+    root = Path(source.root or config.root)
+    if source.repeat < 1 or source.limit < 0:
+        raise ValueError(f"data source {root}: repeat {source.repeat} and limit {source.limit}, expected >= 1 and >= 0")
     if source.kind == "kitti":
-        frames = read_kitti(source, config.root, problems)
+        frames = kitti.read_frames(root, source.split, problems)
     elif source.kind == "synthetic":
-        world = data_synthetic.build_world(
-            Path(source.root or config.root), train=config.world_train, val=config.world_val, seed=config.world_seed
-        )
-        frames = read_kitti(dataclasses.replace(source, root=str(world)), config.root, problems)
+        folders = [
+            (world.build_world(root, split, source.world_frames, source.world_seed, workers=usable_cores()), split)
+            for split in source.split
+        ]
+        frames = [frame for folder, split in folders for frame in kitti.read_frames(folder, (split,), problems)]
     elif source.kind == "jsonl":
-        path = source.root or config.root
-        wrong = data_json.check_jsonl(path) if problems is not None else []
-        records = [] if wrong else data_json.read_jsonl(path)
-        frames = [Frame(r.id, Path(r.image), r.K, r.labels, np.zeros(3)) for r in records]
-        if wrong:
-            problems += wrong
+        frames = jsonl.read_frames(root, problems)
     else:
         raise ValueError(f"data source kind is {source.kind!r}, expected 'kitti', 'jsonl' or 'synthetic'")
-    if source.repeat < 1 or source.limit < 0:
-        raise ValueError(
-            f"data source {source.root or config.root}: repeat {source.repeat} and limit {source.limit}, expected >= 1 and >= 0"
-        )
     frames = frames[: source.limit or None]
     if source.rename:
-        rename = np.vectorize(lambda name: source.rename.get(name, name), otypes=[object])
-        frames = [
-            dataclasses.replace(f, labels=dataclasses.replace(f.labels, name=rename(f.labels.name))) if len(f.labels) else f for f in frames
-        ]
+        for number, frame in enumerate(frames):
+            names = np.array([source.rename.get(name, name) for name in frame.labels.name], dtype=object)
+            frames[number] = dataclasses.replace(frame, labels=dataclasses.replace(frame.labels, name=names))
     return frames
 
 
@@ -321,6 +137,8 @@ def build_dataset(config, sources, classes, size, training, seed=0):
     """`Detection3D` over the concatenated sources (config.train or config.val), for the model's classes and input size (H, W)."""
     if not sources:
         raise ValueError(f"data.{'train' if training else 'val'} lists no source, expected at least one")
+    if not training and any(source.repeat > 1 for source in sources):
+        raise ValueError("data.val lists frames more than once, expected repeat=1; train.eval_repeat counts each frame several times")
     frames, ids = [], collections.Counter()
     for number, source in enumerate(sources):
         mark = f"{number}_" if len(sources) > 1 else ""
@@ -367,7 +185,7 @@ class FrameCache:
         return content[len(digest) :].reshape(size[1], size[0], 3)
 
     def write(self, path, pixels, reduction):
-        """Keep the pixels of a file. Raises ValueError when the folder cannot be written."""
+        """Keep the pixels of a file. Raises UserError when the folder cannot be written."""
         entry, digest = self.entry(path, reduction)
         aside = entry.with_suffix(f".{os.getpid()}")
         try:
@@ -375,7 +193,7 @@ class FrameCache:
             os.replace(aside, entry)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            raise ValueError(f"data.cache {self.folder}: cannot be written: {error.strerror}") from None
+            raise UserError(f"data.cache {self.folder}: cannot be written: {error.strerror}") from None
 
 
 class Detection3D(Dataset):
@@ -402,10 +220,10 @@ class Detection3D(Dataset):
         for skipped in range(len(self)):
             try:
                 return self.load(epoch, (index + skipped) % len(self), skipped)
-            except OSError:
+            except OSError as error:
                 if not self.config.skip_bad:
-                    raise
-        raise OSError(f"none of the {len(self)} images of the data set can be read")
+                    raise UserError(str(error)) from error
+        raise UserError(f"none of the {len(self)} images of the data set can be read")
 
     def load(self, epoch, index, skipped=0):
         """The sample of frame `index`: the tensors of `sample_from`, image (H, W, 3) uint8, and for `change_colours` colour and covered."""
@@ -416,7 +234,7 @@ class Detection3D(Dataset):
             pixels = np.array(decode(image, reduction)) if kept is None else kept
         problem = camera_problem(frame.K, *size)
         if problem:
-            raise ValueError(f"{frame.image}: its camera matrix: {problem}")
+            raise UserError(f"{frame.image}: its camera matrix: {problem}")
         if self.cache and kept is None:
             self.cache.write(frame.image, pixels, reduction)
         rng = np.random.default_rng((self.seed, epoch, index))
@@ -462,6 +280,16 @@ class Detection3D(Dataset):
         """All labels of a frame in its source's own frame and pixels, as evaluation wants them."""
         return self.frames[index].labels.moved(-self.frames[index].offset)
 
+    def digest(self):
+        """SHA-256 of all labels, cameras, ids and their order, as hex digits. Images are not read."""
+        found = hashlib.sha256()
+        for frame in self.frames:
+            columns = [frame.K, frame.offset, *(value for value in vars(frame.labels).values() if value is not None)]
+            found.update(f"{frame.id} {[list(c.shape) for c in columns]}".encode())
+            for column in columns:
+                found.update(repr(column.tolist()).encode() if column.dtype == object else np.ascontiguousarray(column).tobytes())
+        return found.hexdigest()
+
     def summary(self):
         """One line: frames, and how many labels of each name are trained, ignored or background."""
         names = collections.Counter(name for frame in self.frames for name in frame.labels.name)
@@ -498,6 +326,11 @@ def collate(samples, multiple=16):
             batch[name][i, : len(sample[name])] = sample[name]
         batch["valid"][i, : len(sample["label"])] = True
     return batch
+
+
+def unread(batch):
+    """Indices of the frames that a batch holds others for, because their images could not be read (data.skip_bad)."""
+    return [index - skipped for index, skipped in zip(batch["index"].tolist(), batch["skipped"].tolist(), strict=True) if skipped]
 
 
 def seed_of(*numbers):

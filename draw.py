@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_kitti import Labels
-from geometry import EDGES, NEAR, box_corners, clip_edges, project
+from frames import Frame, Labels, load_image
+from geometry import EDGES, NEAR, box3d_iou, box_corners, clip_edges, project
 
 PREDICTION, TRUTH, OTHER = (255, 126, 22), (64, 200, 255), (190, 190, 190)
 BACKGROUND, WEDGE, GRID, TEXT = (22, 24, 28), (38, 42, 49), (66, 71, 80), (214, 217, 222)
 SUPERSAMPLE = 2
 WIDTH, HEIGHT = 1440, 900  # pixels: the image is scaled to the first, unless it then exceeds the second
+SHOWN_FRAMES = 3  # best, and as many worst, on a sheet
 FRONT = [0, 1, 5, 4]  # corners of the face towards the box's own +x
 
 
@@ -63,6 +64,76 @@ def draw_sheet(images: Sequence[Image.Image], columns: int = 1, gap: int = 6) ->
         for j, image in enumerate(row):
             sheet.paste(image, (j * (width + gap), sum(heights[:i]) + i * gap))
     return sheet
+
+
+def best_score(metrics: dict) -> float:
+    """The score threshold with the highest F1 on moderate objects in 2D, all classes counted together: a level for pictures."""
+    curves, counted = ([metrics[key][name] for name in metrics["settings"]["classes"]] for key in ("curves", "counted"))
+    curves = [{key: np.array(values) for key, values in curve["bbox"]["moderate"].items()} for curve in curves]
+    levels = np.unique(np.concatenate([curve["score"] for curve in curves]))
+    true, found = np.zeros(len(levels)), np.zeros(len(levels))
+    for curve, objects in zip(curves, counted, strict=True):
+        last = (curve["score"][None] >= levels[:, None]).sum(1) - 1  # scores fall along a curve
+        hits = objects["moderate"] * np.append(curve["recall"], 0.0)[last]  # none above a class's best score
+        true += hits
+        found += hits / np.maximum(np.append(curve["precision"], 1.0)[last], 1e-9)
+    f1 = 2 * true / np.maximum(found + sum(objects["moderate"] for objects in counted), 1e-9)
+    return float(levels[f1.argmax()]) if f1.max(initial=0) > 0 else 0.3
+
+
+def frame_quality(truth: Labels, found: Labels, classes: Sequence[str]) -> float:
+    """Mean over the objects of a frame of the best 3D overlap with one of its k top-scored detections of the same class, k objects.
+
+    Returns a share in [0, 1], or NaN for a frame without objects. Independent of the level of the scores.
+    """
+    truth = truth[np.isin(truth.name.astype(str), classes) & truth.is_3d]
+    if not len(truth):
+        return float("nan")
+    found = found[np.argsort(-found.score, kind="stable")[: len(truth)]]
+    if not len(found):
+        return 0.0
+    as_rows = lambda labels: np.concatenate([labels.center, labels.size, labels.yaw[:, None]], 1)  # noqa: E731
+    i, j = np.indices((len(truth), len(found))).reshape(2, -1)
+    overlap = box3d_iou(as_rows(truth)[i], as_rows(found)[j]) * (truth.name[i] == found.name[j])
+    return float(overlap.reshape(len(truth), len(found)).max(1).mean())
+
+
+def draw_frames(
+    frames: Sequence[Frame], predictions: dict[str, Labels], metrics: dict, classes: Sequence[str], count: int = SHOWN_FRAMES
+) -> Image.Image:
+    """A sheet of the best frames, then the worst, by `frame_quality`; detections above `best_score`. Returns a PIL image.
+
+    predictions: frame id -> Labels in the frame's source. A frame whose image cannot be read is passed over.
+    """
+    found = [predictions[frame.id].moved(frame.offset) for frame in frames]
+    quality = np.array([frame_quality(frame.labels, labels, classes) for frame, labels in zip(frames, found, strict=True)])
+    order = np.argsort(-quality, kind="stable")  # NaN last
+    ranked = [int(i) for i in order if np.isfinite(quality[i])] or list(range(len(quality)))
+    least = best_score(metrics)
+    pictures = {}
+    for side, places in (("best", ranked), ("worst", ranked[::-1])):
+        shown = 0
+        for index in places:
+            if shown == count or index in pictures:
+                break
+            try:
+                image = load_image(frames[index].image)
+            except OSError:
+                continue
+            picture = draw_frame(image, frames[index].K, found[index], frames[index].labels, classes, min_score=least)
+            caption = f"{side}: {frames[index].id}   mean 3D overlap {quality[index]:.2f}   scores from {least:.2f}"
+            pictures[index] = _captioned(picture, caption)
+            shown += 1
+    order = sorted(pictures, key=ranked.index)
+    return draw_sheet([pictures[index] for index in order]) if order else Image.new("RGB", (WIDTH, 40), BACKGROUND)
+
+
+def _captioned(picture, text):
+    """The picture under a line of text."""
+    canvas = Image.new("RGB", (picture.width, picture.height + 26), (22, 24, 28))
+    canvas.paste(picture, (0, 26))
+    ImageDraw.Draw(canvas).text((8, 13), text, font=ImageFont.load_default(size=15), fill=(214, 217, 222), anchor="lm")
+    return canvas
 
 
 def _layers(predictions, truth, classes, min_score):
@@ -219,3 +290,46 @@ def _cut(a, b, size, margin=50):
 def _rectangle(draw, box, colour):
     """A region that is not counted: thin outline and a light veil."""
     draw.rectangle(tuple(box), fill=(*colour, 35), outline=(*colour, 150), width=SUPERSAMPLE)
+
+
+COLOURS = {"easy": (46, 139, 87), "moderate": (31, 95, 180), "hard": (200, 60, 50)}
+PANEL, MARGIN = (300, 220), (52, 46)  # pixels: plotting area, and the room around it
+
+
+def draw_curves(metrics: dict) -> Image.Image:
+    """Precision over recall of the result of `kitti_ap`: a row per class, a panel per metric, a line per difficulty. Returns a PIL image.
+
+    Drawn over the 41 recall positions that AP averages, so the area under a line is its AP.
+    """
+    classes = metrics["settings"]["classes"]
+    titles = {"bbox": "2D", "aos": "AOS", "bev": "BEV", "3d": "3D"}
+    step = (PANEL[0] + MARGIN[0] + 16, PANEL[1] + MARGIN[1] + 30)
+    canvas = Image.new("RGB", (step[0] * len(titles) + 10, step[1] * len(classes) + 10), (255, 255, 255))
+    draw = ImageDraw.Draw(canvas)
+    for row, name in enumerate(classes):
+        for column, (metric, title) in enumerate(titles.items()):
+            corner = (MARGIN[0] + column * step[0], 34 + row * step[1])
+            _draw_panel(draw, corner, f"{name} {title}", metrics["curves"][name][metric], metrics[name][metric])
+    return canvas
+
+
+def _draw_panel(draw, corner, title, curves, averages):
+    """One panel of `draw_curves` with its left top corner at `corner`."""
+    font, small = ImageFont.load_default(size=14), ImageFont.load_default(size=11)
+    left, top = corner
+    place = lambda recall, precision: (left + recall * PANEL[0], top + (1 - precision) * PANEL[1])  # noqa: E731
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        draw.line([place(tick, 0), place(tick, 1)], fill=(228, 228, 228))
+        draw.line([place(0, tick), place(1, tick)], fill=(228, 228, 228))
+        draw.text((place(tick, 0)[0], top + PANEL[1] + 4), f"{tick:g}", font=small, fill=(90, 90, 90), anchor="ma")
+        draw.text((left - 5, place(0, tick)[1]), f"{tick:g}", font=small, fill=(90, 90, 90), anchor="rm")
+    draw.rectangle((left, top, left + PANEL[0], top + PANEL[1]), outline=(120, 120, 120))
+    draw.text((left, top - 22), title, font=font, fill=(20, 20, 20))
+    draw.text((left + PANEL[0] / 2, top + PANEL[1] + 18), "recall", font=small, fill=(90, 90, 90), anchor="ma")
+    for number, difficulty in enumerate(COLOURS):
+        values = np.zeros(41)
+        values[: len(curves[difficulty]["precision"])] = curves[difficulty]["precision"]
+        draw.line([place(i / 40, value) for i, value in enumerate(values)], fill=COLOURS[difficulty], width=2)
+        average = averages[difficulty]["AP_R40"]
+        text = f"{difficulty} {'-' if average is None else f'{average:.1f}'}"
+        draw.text((left + PANEL[0] - 6, top + 6 + 14 * number), text, font=small, fill=COLOURS[difficulty], anchor="ra")

@@ -133,8 +133,8 @@ def project_boxes(center, size, yaw, K):
     return full_box, (corners[..., 2] < NEAR).any(-1)
 
 
-def camera_problem(K, width, height):
-    """What is wrong with K (3, 3) for an image of that size, in words; None when nothing is."""
+def camera_problem(K, width=None, height=None):
+    """What is wrong with K (3, 3), for an image of that size where it is known, in words; None when nothing is."""
     if K.shape != (3, 3):
         return f"expected 3x3 numbers, got shape {K.shape}"
     if not np.isfinite(K).all():
@@ -142,6 +142,10 @@ def camera_problem(K, width, height):
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
     if abs(K[0, 1]) > 1e-6 * abs(fx) or abs(K[1, 0]) > 0 or np.abs(K[2] - [0, 0, 1]).max() > 1e-6:
         return f"expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], got {K.tolist()}"
+    if not (fx > 0 and fy > 0):
+        return f"focal lengths {fx:g}, {fy:g} px are not both > 0"
+    if width is None:
+        return None
     if not (0.1 * width < fx < 50 * width and 0.1 * height < fy < 50 * max(width, height)):
         return f"focal lengths {fx:g}, {fy:g} px are implausible for an image of {width}x{height}"
     if not (-width < cx < 2 * width and -height < cy < 2 * height):

@@ -4,12 +4,18 @@ import datetime
 import json
 import logging
 import math
-import resource
 import sys
+import time
 
 import numpy as np
 import torch
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 log = logging.getLogger("deep3d")
 
@@ -27,18 +33,37 @@ def memory_mb(device):
     """Peak memory of this process so far: on the GPU, or resident on the CPU, MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return peak // (2**20 if sys.platform == "darwin" else 1024)
 
 
 PATIENCE = 0.02  # share of the time that may be spent waiting for data before the log says so
 
 
 class Window:
-    """What the next log line shows; stays on the device until `read`, the one sync of a window."""
+    """What the next log line shows; stays on the device until `read`, the one sync of a window.
+
+    `tick` is called once a step, so that its time holds every wait; `rest` after what is no step, an evaluation or a save.
+    """
 
     def __init__(self):
         self.rows, self.steps, self.time, self.data_time = [], [], 0.0, 0.0
         self.waits = []  # (waited, whole) seconds a step of each window read so far
+        self.count, self.began, self.before = 0, None, time.perf_counter()
+
+    def tick(self):
+        """A step has ended."""
+        now = time.perf_counter()
+        self.time, self.before = self.time + now - self.before, now
+        self.began, self.count = (now, 0) if self.began is None else (self.began, self.count + 1)  # the first step starts everything
+
+    def rest(self):
+        """What happened since the last tick was no step."""
+        self.before = time.perf_counter()
+
+    def seconds_left(self, steps):
+        """Seconds that so many steps will take, evaluations and saves among them, as all of this process have but the first."""
+        return (time.perf_counter() - self.began) / self.count * steps if self.count else self.time * steps
 
     def add(self, step, parts, norm):
         """One step: {name: device scalar} of its micro-steps, the weighted sum under 'loss', and the gradient norm."""
@@ -90,28 +115,69 @@ class Window:
             )
 
 
-def write_log(accelerator, out, record, line):
-    """One console line, one line of log.jsonl, and the trackers."""
+def start_trackers(accelerator, out, config):
+    """Tell the trackers of `log_with` the run's name, which is its folder's, and its config (a dict)."""
+    flat, rest = {}, list(config.items())
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, dict):
+            rest += [(f"{key}.{name}", inner) for name, inner in value.items()]
+        else:
+            flat[key] = value if isinstance(value, int | float | str) else json.dumps(value)
+    accelerator.init_trackers(out.resolve().name, config=flat)
+
+
+def find_tracker(name):
+    """The `log_with` of an Accelerator. Raises ValueError when that package is not installed."""
+    if name and name not in [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]:
+        raise ValueError(f"log_with={name}: not installed; pip install {name}, or leave log_with empty (log.jsonl is written anyway)")
+    return name or None
+
+
+def show_picture(accelerator, picture, step):
+    """Give a PIL image to the trackers that take one."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"predictions": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"predictions": [picture]}, step=step)
+
+
+def write_log(accelerator, out, record, line, numbers=()):
+    """One console line, one line of log.jsonl, and the trackers, which get further {name: number} too."""
     log.info(line)
     if accelerator.is_main_process:
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-    accelerator.log({key: value for key, value in record.items() if isinstance(value, int | float)}, step=record["step"])
+    values = {**dict(numbers), **record}
+    accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=record["step"])
 
 
-def log_window(accelerator, out, values, step, total, per_epoch, lr):
+def crosses(done, period):
+    """Whether step `done`, counted from 1, is the first to reach a multiple of a period of any length; never for a period of 0."""
+    return period > 0 and int((done + 1e-6) / period) > int((done - 1 + 1e-6) / period)
+
+
+def place_in_epoch(step, steps_per_epoch):
+    """Epoch in which a step's first image lies, the step's place in it, and how many steps begin in it, counted from 1."""
+    epoch = int((step - 1 + 1e-6) / steps_per_epoch)
+    first, following = (math.ceil(number * steps_per_epoch - 1e-6) for number in (epoch, epoch + 1))
+    return epoch + 1, step - first, following - first
+
+
+def log_window(accelerator, out, values, step, total, steps_per_epoch, lr, seconds_left):
     """The line of a window's values, in mmdetection's form and keys."""
-    epoch, place = divmod(step - 1, per_epoch)
+    epoch, place, count = place_in_epoch(step, steps_per_epoch)
     memory = memory_mb(accelerator.device)
-    record = {"mode": "train", "epoch": epoch + 1, "iter": place + 1, "step": step, "lr": lr, "memory": memory, **values}
-    eta = datetime.timedelta(seconds=int(values["time"] * (total - step)))
+    record = {"mode": "train", "epoch": epoch, "iter": place, "step": step, "lr": lr, "memory": memory, **values}
+    eta = datetime.timedelta(seconds=int(seconds_left))
     losses = ", ".join(f"{name}: {value:.4f}" for name, value in values.items() if name.startswith("loss"))
-    line = f"Epoch [{epoch + 1}][{place + 1}/{per_epoch}]  lr: {lr:.5f}, eta: {eta}, time: {values['time']:.3f}, "
+    line = f"Epoch [{epoch}][{place}/{count}]  lr: {lr:.5f}, eta: {eta}, time: {values['time']:.3f}, "
     write_log(accelerator, out, record, f"{line}data_time: {values['data_time']:.3f}, memory: {memory}, {losses}")
 
 
 def report_broken(broken, order, ids, accumulate, world):
-    """Name the steps that were skipped. Returns the reports as `faults.write_replay` wants them."""
+    """Name the steps that were skipped. Returns the reports as `guard.fail` wants them."""
     reports = []
     for step, process, values in broken:
         ranks = range(world) if process is None else [process]  # a gradient can break behind the head, where nobody looks

@@ -210,12 +210,12 @@ def loss_relative(decoded, targets, objects):
     return (pairs / weight.sum((1, 2)).clamp(min=1e-6) * seen.sum(1)).sum()
 
 
-def compute_losses(model, logits, raw, targets, batch, weights):
+def compute_losses(model, logits, raw, targets, batch, weights, positives):
     """All losses of non-zero weight, unweighted, as {name: scalar}, each divided by the positives.
 
-    logits (B, N, C) and raw (B, N, F) of `model`; `targets` of the batch; weights `LossConfig`. Divides by
-    batch["positives"], the mean over processes of their count, at least 1: DDP averages gradients, so a local count would weigh
-    processes unequally. Every output takes part in the sum, so every parameter has a gradient on every process.
+    logits (B, N, C) and raw (B, N, F) of `model`; `targets` of the batch; weights `LossConfig`. positives: their number in the whole step,
+    the mean over processes, at least 1: DDP averages gradients, so a local count would weigh processes unequally. Every output takes part
+    in the sum, so every parameter has a gradient on every process.
     """
     with torch.autocast(raw.device.type, enabled=False):
         logits, raw, K = logits.float(), raw.float(), batch["K"].float()
@@ -238,13 +238,13 @@ def compute_losses(model, logits, raw, targets, batch, weights):
             "loss_relative": lambda: loss_relative(decoded, targets, batch["valid"].shape[1]),
         }
         chosen = [field.name for field in dataclasses.fields(weights) if getattr(weights, field.name)]
-        values = torch.stack([terms[name]() for name in chosen]) / batch["positives"]
+        values = torch.stack([terms[name]() for name in chosen]) / positives
         return dict(zip(chosen, values.unbind(), strict=True))
 
 
 def weighted_sum(losses, weights):
-    """The scalar that is learned: the sum of {name: scalar}, each times its weight in `LossConfig`."""
-    return sum(getattr(weights, name) * value for name, value in losses.items())
+    """The scalar that is learned: the sum of {name: scalar}, each times its weight in `LossConfig`, 1 for a name it does not know."""
+    return sum(getattr(weights, name, 1.0) * value for name, value in losses.items())
 
 
 def count_positives(targets):

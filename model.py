@@ -7,7 +7,10 @@ inverse variance (MonoFlex, arXiv:2104.02323).
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -19,8 +22,8 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou
 
-from data import decode, opened, place_image, reduction_of, whole_view
-from geometry import LIMITS, MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject, yaw_to_alpha
+from frames import decode, make_labels, opened, place_image, reduction_of, whole_view
+from geometry import LIMITS, MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +187,13 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         self.train()
 
     @classmethod
-    def _from_pretrained(cls, *, model=None, **options):
+    def _from_pretrained(cls, *, model_id, model=None, strict=True, **options):
         if model is None:
             raise ValueError("config.json has no section 'model', expected one written by deep3d")
-        return super()._from_pretrained(model=dataclasses.replace(model, pretrained=False), **options)  # the weights are here already
+        if (Path(model_id) / META).exists():
+            verify_files(model_id)
+        model = dataclasses.replace(model, pretrained=False)  # the weights are here already
+        return super()._from_pretrained(model_id=model_id, model=model, strict=strict, **options)
 
     def _initialise(self):
         for module in [*self.class_tower.modules(), *self.box_tower.modules()]:
@@ -317,7 +323,8 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             if self.config.fuse_duplicates:
                 own["box"], own["depth"] = average_duplicates(own, every, self.config.nms_iou)
             center = unproject(own.pop("pixel"), own.pop("depth"), K[i].float())
-            found.append({**own, "center": center, "yaw": alpha_to_yaw(own.pop("alpha"), center)})
+            yaw = alpha_to_yaw(own.pop("alpha"), center)
+            found.append({**own, "center": center, "yaw": yaw})
         return found
 
     def rank(self, logits, raw, K):
@@ -346,8 +353,8 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
     def predict(self, image, K, min_score=None):
         """Detections of one image in its own pixels and its own camera.
 
-        image: a path, PIL image or (H, W, 3) uint8 RGB array of any size; K (3, 3) in pixels of that image. Returns `Prediction`,
-        best score first, scores at least min_score (default: the configured threshold).
+        image: a path, PIL image or (H, W, 3) uint8 RGB array of any size; K (3, 3) in pixels of that image. Returns `Labels`
+        with sigma, best score first, scores at least min_score (default: the configured threshold).
         Raises ValueError for an implausible K, OSError naming the file for an unreadable image.
         """
         if isinstance(image, np.ndarray):
@@ -367,41 +374,66 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         self.eval()
         found = self.detect(tensor, torch.from_numpy(view.camera(K)).to(tensor.device)[None])[0]
         self.train(training)
-        return to_prediction(found, view, self.config.classes, min_score or 0.0)
+        return to_labels(found, view, self.config.classes, min_score or 0.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """n detections of one image, numpy, best score first, in the pixels of the original image and metres of its camera."""
-
-    name: np.ndarray  # (n,) class names
-    score: np.ndarray  # (n,) in [0, 1]
-    box: np.ndarray  # (n, 4) visible box
-    center: np.ndarray  # (n, 3)
-    size: np.ndarray  # (n, 3) l, h, w
-    yaw: np.ndarray  # (n,)
-    alpha: np.ndarray  # (n,)
-    sigma: np.ndarray  # (n,) standard deviation of the depth, metres
-
-    def __len__(self):
-        return len(self.name)
-
-
-def to_prediction(found, view, classes, min_score=0.0):
-    """One dict of `Detector.detect` and the `View` its image was seen through -> `Prediction` in the image's own pixels."""
+def to_labels(found, view, classes, min_score=0.0):
+    """One dict of `Detector.detect` and the `View` its image was seen through -> `Labels` in the image's own pixels and camera."""
     found = {name: value.double().cpu().numpy() for name, value in found.items()}
     keep = found["score"] >= min_score
     found = {name: value[keep] for name, value in found.items()}
-    return Prediction(
-        name=np.array([classes[int(i)] for i in found["label"]], dtype=object),
-        score=found["score"],
-        box=view.boxes_to_image(found["box"]),
-        center=found["center"],
-        size=found["size"],
-        yaw=found["yaw"],
-        alpha=yaw_to_alpha(found["yaw"], found["center"]),
-        sigma=found["sigma"],
-    )
+    names, boxes = [classes[int(i)] for i in found["label"]], view.boxes_to_image(found["box"])
+    return make_labels(names, boxes, found["size"], found["center"], found["yaw"], score=found["score"], sigma=found["sigma"])
+
+
+META = "meta.json"  # of a folder of weights: what is told of it, and the SHA-256 of its files and of itself
+
+
+def read_meta(folder):
+    """meta.json of a folder as a dict with "sha256", {file: digest}. Raises FileNotFoundError, or ValueError when it is damaged."""
+    path = Path(folder) / META
+    try:
+        if path.stat().st_size > 1_000_000 or not path.is_file():  # a pipe would hang, a device fill the memory
+            raise ValueError
+        meta = json.loads(path.read_bytes())
+        recorded = meta.pop("meta_sha256", None)
+        if recorded != _meta_digest(meta) or not all(isinstance(name, str) for name in {**meta["sha256"]}):
+            raise ValueError
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{META} is missing") from None
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{META} is damaged") from None
+    return meta
+
+
+def write_meta(folder, meta, names, file=META):
+    """Write what is told of a folder, and the digests of its files of those names."""
+    meta = {**meta, "sha256": {name: _digest(Path(folder) / name) for name in names}}
+    (Path(folder) / file).write_text(json.dumps({**meta, "meta_sha256": _meta_digest(meta)}, indent=1))
+
+
+def verify_files(folder):
+    """meta.json of a folder of weights whose files all have the content that was written.
+
+    Raises FileNotFoundError or ValueError naming the file that is missing or damaged.
+    """
+    meta = read_meta(folder)
+    for name, digest in meta["sha256"].items():
+        path = Path(folder) / name
+        if not path.exists():
+            raise FileNotFoundError(f"{name} is missing")
+        if not path.is_file() or _digest(path) != digest:
+            raise ValueError(f"{name} is damaged")
+    return meta
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _meta_digest(meta):
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _tuples(value):

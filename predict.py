@@ -3,7 +3,7 @@
 python predict.py RUN IMAGE ... --calib calib.txt | --intrinsics FX FY CX CY | --hfov DEG   [--out DIR] [--min-score S] [--device D]
 
 RUN is a run folder, a folder with config.json and model.safetensors, or a Hugging Face hub id. Written to DIR: predictions.jsonl (the
-JSON lines of data_json.py, in each image's camera frame), results/NAME.txt (KITTI result format; in rectified camera 0 with --calib)
+JSON lines of formats/jsonl.py, in each image's camera frame), results/NAME.txt (KITTI result format; in rectified camera 0 with --calib)
 and pictures/NAME.png.
 """
 
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from data import load_image
-from data_json import Record, write_jsonl
-from data_kitti import Labels, make_labels, read_calib, split_projection, write_labels
+from checkpoint import find_checkpoint
 from draw import draw_frame
-from evaluate import find_checkpoint
+from formats.jsonl import write_jsonl
+from formats.kitti import read_calib, split_projection, write_labels
+from frames import Frame, load_image
 from geometry import camera_problem
-from model import Detector, Prediction
+from model import Detector
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 
@@ -99,21 +99,15 @@ def open_frame(path: Path, options: argparse.Namespace) -> tuple[Image.Image, np
     return image, K, offset
 
 
-def to_labels(found: Prediction) -> Labels:
-    """Detections as Labels with scores, in the same camera frame and pixels."""
-    return make_labels(found.name, found.box, found.size, found.center, found.yaw, score=found.score)
-
-
-def predict_file(detector: Detector, path: Path, name: str, options: argparse.Namespace) -> Record:
+def predict_file(detector: Detector, path: Path, name: str, options: argparse.Namespace) -> Frame:
     """Predict one image; writes its result file and picture as `name` and returns its JSON line."""
     image, K, offset = open_frame(path, options)
     found = detector.predict(path, K, min_score=options.min_score)
-    labels = to_labels(found)
-    write_labels(options.out / "results" / f"{name}.txt", labels.moved(-offset), scores=True, digits=4)
-    draw_frame(image, K, labels, None, min_score=options.draw_score).save(options.out / "pictures" / f"{name}.png")
+    write_labels(options.out / "results" / f"{name}.txt", found.moved(-offset), scores=True, digits=4)
+    draw_frame(image, K, found, None, min_score=options.draw_score).save(options.out / "pictures" / f"{name}.png")
     best = "" if not len(found) else f", best {found.name[0]} {found.score[0]:.2f} at {found.center[0, 2]:.1f} m"
     print(f"{path}: {len(found)} objects{best}")
-    return Record(name, path.absolute(), K, labels, depth_sigma=found.sigma)
+    return Frame(name, path.absolute(), K, found)
 
 
 def unique_names(paths: list[Path]) -> list[str]:
@@ -171,12 +165,12 @@ def main(arguments: list[str] | None = None) -> int:
         detector = load_detector(options.run, options.device)
         for folder in ("results", "pictures"):
             (options.out / folder).mkdir(parents=True, exist_ok=True)
-        records = [predict_file(detector, path, name, options) for path, name in zip(options.images, names, strict=True)]
-        write_jsonl(options.out / "predictions.jsonl", records)
+        frames = [predict_file(detector, path, name, options) for path, name in zip(options.images, names, strict=True)]
+        write_jsonl(options.out / "predictions.jsonl", frames)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"written to {options.out}{os.sep}: predictions.jsonl, results and pictures of {len(records)} images")
+    print(f"written to {options.out}{os.sep}: predictions.jsonl, results and pictures of {len(frames)} images")
     return 0
 
 

@@ -12,6 +12,7 @@ from model import ModelConfig
 
 config = Config(
     out="runs/kitti",
+    best="Car/3d/moderate/AP_R40",
     data=DataConfig(
         root="data/kitti",
         train=(Source(split=("train",)),),

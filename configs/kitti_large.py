@@ -11,6 +11,7 @@ from model import ModelConfig
 
 config = Config(
     out="runs/kitti_large",
+    best="Car/3d/moderate/AP_R40",
     data=DataConfig(
         root="data/kitti",
         train=(Source(split=("train",)),),

@@ -15,6 +15,7 @@ from model import ModelConfig
 frames = (Source(split=("train",), limit=16),)
 config = Config(
     out="runs/kitti_overfit",
+    best="Car/3d/moderate/AP_R40",
     data=DataConfig(root="data/kitti", train=frames, val=frames, flip=0.0),
     model=ModelConfig(backbone="resnet18", norm="batch"),
     loss=LossConfig(loss_bbox=2.0, loss_regress=0.5),

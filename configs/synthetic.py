@@ -15,9 +15,8 @@ config = Config(
     out="runs/synthetic",
     data=DataConfig(
         root="data/synthetic",
-        train=(Source(kind="synthetic", split=("train",)),),
-        val=(Source(kind="synthetic", split=("val",)),),
-        world_train=1600,
+        train=(Source(kind="synthetic", split=("train",), world_frames=1600),),
+        val=(Source(kind="synthetic", split=("val",), world_frames=150),),
         min_height=12.0,
         max_occlusion=2,
         workers=1,

@@ -15,10 +15,8 @@ config = Config(
     out="runs/yardstick",
     data=DataConfig(
         root="data/synthetic",
-        train=(Source(kind="synthetic", split=("train",)),),
-        val=(Source(kind="synthetic", split=("val",)),),
-        world_train=1600,
-        world_val=400,
+        train=(Source(kind="synthetic", split=("train",), world_frames=1600),),
+        val=(Source(kind="synthetic", split=("val",), world_frames=400),),
         min_height=12.0,
         max_occlusion=2,
         workers=1,

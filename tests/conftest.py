@@ -1,5 +1,6 @@
 """What several test files share: the real labels, a tiny built-in world, and one tiny trained run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_kitti import read_calib, read_labels, split_projection
+from formats.kitti import read_calib, read_labels, split_projection
 
 ROOT = Path(__file__).parents[1]
+os.environ.pop("OMP_NUM_THREADS", None)  # runs in this process and in others must round alike
 SHARED = ROOT.parent / "shared/data"
 
 # Facts of the four KITTI calibrations: P2 by rows (fx, cx, p4x, fy, cy, p4y, p4z) and the image size (width, height).
@@ -55,12 +57,17 @@ def kitti_frames(kitti_folder):
     return frames
 
 
-def tiny(world, out, *more):
-    """Overrides of a run of seconds on the tiny world: augmentation, averaged weights and warm-up included."""
+WORLD = {"train": 8, "val": 4}  # frames of the tiny world
+
+
+def tiny(world, out, *more, kitti=False):
+    """Overrides of a run of seconds on the tiny world, or a KITTI folder: augmentation, averaged weights and warm-up included."""
+    sources = {} if kitti else {name: [{"kind": "synthetic", "split": [name], "world_frames": count}] for name, count in WORLD.items()}
     return [
-        f"data.root={world}", f"out={out}", "data.world_train=8", "data.world_val=4", "data.workers=0", "data.scale=0.9,1.2",
-        "data.colour=0.2", "model.backbone=test_resnet", "model.size=96,320", "model.channels=32", "train.batch_size=2", "train.steps=6",
-        "train.warmup=3", "train.ema=0.9", "train.save_every=2", "train.keep=3", "train.log_every=1", "train.eval_every=0", *more,
+        f"data.root={world}", f"out={out}", *(f"data.{name}={json.dumps(source)}" for name, source in sources.items()), "data.workers=0",
+        "data.scale=0.9,1.2", "data.colour=0.2", "model.backbone=test_resnet", "model.size=96,320", "model.channels=32",
+        "train.batch_size=2", "train.steps=6", "train.warmup=3", "train.ema=0.9", "train.save_every=2", "train.keep=3",
+        "train.log_every=1", "train.eval_every=0", *more,
     ]  # fmt: skip
 
 
@@ -69,7 +76,7 @@ def command_line(*arguments, processes=1, script="train.py"):
     several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1", "--cpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--mixed_precision", "no", "--dynamo_backend", "no",
                "--num_machines", "1", "--main_process_port", "0", script, *map(str, arguments)]  # fmt: skip
-    return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(*arguments, processes=1, script="train.py", timeout=240):

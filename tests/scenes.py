@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DataConfig, Detection3D, Frame, collate, whole_view
-from data_kitti import Labels, make_labels
+from data import DataConfig, Detection3D, collate
+from frames import Frame, join, make_labels, whole_view
 from geometry import clip_boxes, project_boxes
 from losses import LossConfig, compute_losses, count_positives
 from model import ModelConfig
@@ -45,8 +45,8 @@ def make_sample(*objects, ignore=(), K=K, size=SIZE):
     if len(ignore):
         n = len(ignore)
         regions = make_labels(["DontCare"] * n, ignore, np.full((n, 3), -1.0), np.full((n, 3), -1000.0), np.full(n, -10.0))
-        labels = Labels(*(np.concatenate([a, b]) for a, b in zip(vars(labels).values(), vars(regions).values(), strict=True)))
-    frame = Frame("frame", Path("frame.png"), K, labels, np.zeros(3))
+        labels = join([labels, regions])
+    frame = Frame("frame", Path("frame.png"), K, labels)
     sample = Detection3D([frame], CLASSES, size, DataConfig(), False).sample_from(frame, whole_view(size[1], size[0], size))
     return {**sample, "image": torch.zeros(*size, 3, dtype=torch.uint8), "index": torch.tensor(0), "skipped": torch.tensor(0)}
 
@@ -68,6 +68,5 @@ def random_outputs(model, images, seed=0, scale=1.0):
 def all_losses(model, batch, logits, raw, weights=None):
     """Losses of a batch, all twelve unless weights say otherwise, and its targets."""
     targets = assign(batch, model.config)
-    batch = {**batch, "positives": count_positives(targets).clamp(min=1)}
     every = LossConfig(**{name: 1.0 for name in LossConfig.__dataclass_fields__})
-    return compute_losses(model, logits, raw, targets, batch, weights or every), targets
+    return compute_losses(model, logits, raw, targets, batch, weights or every, count_positives(targets).clamp(min=1)), targets

@@ -8,14 +8,18 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_train import copy_as_kitti
 
-from check_data import main
+from formats import jsonl
+from formats.kitti import read_split
+from tools.check_data import main
 
 
 @pytest.fixture
 def kitti(tiny_run, tmp_path):
-    return copy_as_kitti(tiny_run[0], tmp_path / "kitti")[0]
+    """Both splits of the tiny world as one KITTI folder, to be broken."""
+    for split in tiny_run[0].glob("*/training"):
+        shutil.copytree(split.parent, tmp_path / "kitti", dirs_exist_ok=True)
+    return tmp_path / "kitti"
 
 
 def check(root, capsys, *more):
@@ -34,7 +38,7 @@ def test_good_data(kitti, capsys):
 
 
 def test_every_broken_frame_is_named_at_once(kitti, capsys):
-    ids = sorted(p.stem for p in (kitti / "training/label_2").iterdir())
+    ids = read_split(kitti, "train")
     (kitti / f"training/label_2/{ids[0]}.txt").write_text("Car 1 2\n")
     (kitti / f"training/calib/{ids[1]}.txt").unlink()
     image = kitti / f"training/image_2/{ids[2]}.png"
@@ -69,8 +73,40 @@ def test_json_lines_and_missing_sources(kitti, tmp_path, capsys):
     assert "/nowhere: expected a KITTI folder" in out
 
 
+def test_json_lines_are_wrong_in_the_same_words_as_their_own_check(kitti, tmp_path, capsys):
+    lines = tmp_path / "my.jsonl"
+    shutil.copy(next((kitti / "training/image_2").iterdir()), tmp_path / "a.png")
+    good = {"image": "a.png", "K": [[370, 0, 320], [0, 370, 90], [0, 0, 1]], "objects": []}
+    wrong = [
+        {"image": "b.png"},
+        {"K": [[370, 0, 9000], [0, 370, 90], [0, 0, 1]]},
+        {"ignore": [[5, 5, 1, 1]]},
+        {"id": "a", "objects": 3},
+        {"x": 1},
+    ]
+    texts = [json.dumps(good), *(json.dumps({**good, **change}) for change in wrong), json.dumps(good), "[" * 9999]
+    lines.write_text("\n".join(texts) + "\n")
+    assert jsonl.main([str(lines)]) == 1
+    own = capsys.readouterr().out.splitlines()[:-1]
+    assert len({line.split(": ")[0] for line in own}) == 7
+    code, out = check(kitti, capsys, f'data.train=[{{"kind":"jsonl","root":"{lines}"}}]', f'data.val=[{{"kind":"kitti","root":"{kitti}"}}]')
+    assert code == 1
+    assert [line for line in out.splitlines() if line.startswith(str(lines))] == own
+
+
+def test_what_only_all_sources_together_show(kitti, capsys):
+    twice = json.dumps([{"kind": "kitti", "split": ["val", "val"]}])
+    code, out = check(kitti, capsys, f"data.val={twice}", f"data.train={twice}")
+    assert code == 1
+    for title in ("train", "val"):
+        assert re.search(rf"frame \d+ is listed 2 times in data\.{title}", out)
+    code, out = check(kitti, capsys, 'data.val=[{"kind":"kitti","repeat":2}]')
+    assert code == 1
+    assert "data.val lists frames more than once" in out
+
+
 def test_the_command_ends_with_a_sentence(tmp_path):
-    command = [sys.executable, "check_data.py", "configs/kitti.py", "data.rot=x"]
+    command = [sys.executable, "-m", "tools.check_data", "configs/kitti.py", "data.rot=x"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert finished.returncode == 2
     assert re.fullmatch(r"error: unknown key 'data\.rot'; did you mean data\.root.*\n", finished.stderr)

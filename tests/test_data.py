@@ -19,21 +19,28 @@ from data import (
     Detection3D,
     Source,
     StepBatches,
-    View,
+    UserError,
     build_dataset,
     change_colours,
     collate,
+    sample_colour,
+)
+from formats.jsonl import write_jsonl
+from formats.kitti import write_calib, write_labels
+from frames import (
+    PAD_COLOUR,
+    Frame,
+    Labels,
+    View,
     decode,
     load_image,
+    make_labels,
     opened,
     place_image,
     place_labels,
     reduction_of,
-    sample_colour,
     whole_view,
 )
-from data_json import Record, write_jsonl
-from data_kitti import Labels, make_labels, write_calib, write_labels
 from geometry import box_corners, flip_boxes, project, project_boxes, yaw_to_alpha
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -141,7 +148,7 @@ def test_the_whole_image_is_shown_as_large_as_fits(size, shown):
     assert canvas.shape == (384, 1280, 3)
     assert canvas.dtype == np.uint8
     assert (canvas[: view.height, : view.width] == [255, 0, 0]).all()
-    assert (canvas[:, view.width :] == data.PAD_COLOUR).all()
+    assert (canvas[:, view.width :] == PAD_COLOUR).all()
 
 
 @pytest.fixture
@@ -214,7 +221,9 @@ def test_trained_names_come_from_renaming(folder):
 def test_sources_are_concatenated_repeated_and_limited(folder):
     ids = build(folder, Source(split=("train", "val"), limit=5)).ids
     assert ids == [f"{i:06d}" for i in range(5)]
-    assert build(folder, Source(split=("val",), repeat=3)).ids == ["000004", "000005"] * 3
+    assert build(folder, Source(split=("val",), repeat=3), training=True).ids == ["000004", "000005"] * 3
+    with pytest.raises(ValueError, match=r"data\.val lists frames more than once, expected repeat=1"):
+        build(folder, Source(split=("val",), repeat=3))
     assert build(folder, Source(split=("all",))).ids == [f"{i:06d}" for i in range(6)]
     several = build(folder, Source(limit=1), Source(root=str(folder), split=("train",), limit=2))
     assert several.ids == ["0_000000", "1_000000", "1_000001"]
@@ -224,7 +233,7 @@ def test_sources_are_concatenated_repeated_and_limited(folder):
 def test_json_lines_train_beside_kitti(folder):
     labels = make_labels(["Car"], [[10, 20, 60, 70]], [[4, 1.5, 1.8]], [[1, 1, 12]], [0.2])
     path = folder / "training/image_2/000000.png"
-    write_jsonl(folder / "own.jsonl", [Record(id="one", image=path, K=np.array([[200.0, 0, 150], [0, 200, 48], [0, 0, 1]]), labels=labels)])
+    write_jsonl(folder / "own.jsonl", [Frame("one", path, np.array([[200.0, 0, 150], [0, 200, 48], [0, 0, 1]]), labels)])
     dataset = build(folder, Source(limit=1), Source(kind="jsonl", root=str(folder / "own.jsonl")))
     assert dataset.ids == ["0_000000", "1_one"]
     batch = collate([dataset[0], dataset[1]])
@@ -262,7 +271,7 @@ def test_missing_files_are_named(folder, missing):
 def test_an_unreadable_image_is_named_or_replaced(folder):
     bad = folder / "training/image_2/000001.png"
     bad.write_bytes(bad.read_bytes()[:3000])
-    with pytest.raises(OSError, match=re.escape(f"{bad}: cannot read the image")):
+    with pytest.raises(UserError, match=re.escape(f"{bad}: cannot read the image")):
         build(folder)[1]
     dataset = build(folder, skip_bad=True)
     sample = dataset[1]
@@ -271,13 +280,13 @@ def test_an_unreadable_image_is_named_or_replaced(folder):
     assert dataset[2]["skipped"].item() == 0
     for i in range(4):
         (folder / f"training/image_2/{i:06d}.png").write_bytes(b"no picture")
-    with pytest.raises(OSError, match="none of the 4 images of the data set can be read"):
+    with pytest.raises(UserError, match="none of the 4 images of the data set can be read"):
         dataset[0]
 
 
 def test_an_implausible_camera_is_named(folder):
     write_calib(folder / "training/calib/000000.txt", np.array([[5.0, 0, 150, 0], [0, 5, 48, 0], [0, 0, 1, 0]]))
-    with pytest.raises(ValueError, match=r"000000\.png: its camera matrix: focal lengths 5, 5 px are implausible"):
+    with pytest.raises(UserError, match=r"000000\.png: its camera matrix: focal lengths 5, 5 px are implausible"):
         build(folder)[0]
 
 
@@ -503,7 +512,7 @@ def test_padding_keeps_its_colour(folder, flip):
     plain, varied = build(folder, **options), build(folder, **options, colour=0.3)
     for epoch in range(4):
         before, image = plain[(epoch, 0)]["image"].numpy(), change_colours(collate([varied[(epoch, 0)]]))[0].numpy()
-        outside = (before == data.PAD_COLOUR).all(-1)
+        outside = (before == PAD_COLOUR).all(-1)
         assert 0.3 < outside.mean() < 0.9
         np.testing.assert_array_equal(image[outside], before[outside])
         assert (image != before).any(-1).mean() > 0.05
@@ -525,7 +534,7 @@ def test_the_cache_gives_the_same_pixels_and_follows_the_images(folder, tmp_path
         assert torch.equal(plain[key]["image"], cached[key]["image"])
     assert sorted((tmp_path / "cache").iterdir()) == entries
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="no such image"):
+    with pytest.raises(UserError, match="no such image"):
         cached[(0, 1)]
 
 
@@ -552,6 +561,6 @@ def test_a_cache_that_cannot_be_written_stops_the_run_in_a_sentence(folder, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data.os, "replace", full)
-    with pytest.raises(ValueError, match=r"data\.cache .*cache: cannot be written: No space left on device"):
+    with pytest.raises(UserError, match=r"data\.cache .*cache: cannot be written: No space left on device"):
         cached[0]
     assert not list((tmp_path / "cache").iterdir())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_kitti import make_labels, read_calib, read_labels, split_projection
+from formats.kitti import make_labels, read_calib, read_labels, split_projection
 from draw import OTHER, PREDICTION, TRUTH, WIDTH, draw_frame, draw_sheet
 from geometry import box_corners, project
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,11 +17,13 @@ from accelerate import Accelerator
 
 import evaluate
 from checkpoint import save_weights
-from config import Config, to_dict
+from config import Config, read_config, to_dict
 from data import DataConfig, Source, build_dataset
-from data_json import read_jsonl
-from data_kitti import make_labels, read_labels, write_labels
-from metrics import kitti_ap
+from draw import best_score, frame_quality
+from formats.jsonl import read_frames
+from formats.kitti import read_labels, write_labels
+from frames import make_labels
+from metrics.kitti import kitti_ap
 from model import Detector, ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -134,12 +138,13 @@ def run(tmp_path_factory):
         backbone="resnet18", size=(96, 320), channels=32, tower_convs=1, score_threshold=0.0, max_detections=20,
         size_prior=((4, 1.5, 1.7),) * 3, depth_mean=(20.0,) * 3, depth_std=(5.0,) * 3,
     )  # fmt: skip
-    source = (Source(kind="synthetic", split=("val",)),)
-    data = DataConfig(root=str(folder / "world"), train=source, val=source, world_train=1, world_val=5, workers=0)
+    source = (Source(kind="synthetic", split=("val",), world_frames=5),)
+    data = DataConfig(root=str(folder / "world"), train=source, val=source, workers=0)
+    build_dataset(data, source, model.classes, model.size, training=False)  # rendered
     config = Config(out=str(folder), data=data, model=model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2))
     torch.manual_seed(0)
-    save_weights(folder / "best", Detector(model), to_dict(config), {})
+    save_weights(folder / "best", Detector(model), to_dict(config), {}, {})
     return folder
 
 
@@ -173,14 +178,14 @@ def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
         np.testing.assert_allclose(labels.score, results[1][name].score, atol=1e-4)
     for name in ("predictions.jsonl", "curves.png", "frames.png"):
         assert (run / "one" / name).stat().st_size > 1000
-    records = read_jsonl(run / "one" / "predictions.jsonl")
-    assert [len(record.labels) for record in records] == [20] * 5
-    assert np.isfinite(records[0].depth_sigma).all()
+    frames = read_frames(run / "one" / "predictions.jsonl")
+    assert [len(frame.labels) for frame in frames] == [20] * 5
+    assert np.isfinite(frames[0].labels.sigma).all()
 
 
 def test_a_process_count_that_was_not_granted_is_an_error(run, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("accelerate.Accelerator", lambda **_: Accelerator(cpu=True))
+    monkeypatch.setattr("guard.Accelerator", lambda **_: Accelerator(cpu=True))
     message = fail(capsys, run)
     assert "launched 3 processes, but Accelerate joins only 1" in message
 
@@ -220,9 +225,9 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
     config = DataConfig(root=str(KITTI), val=(Source(split=("val",)),))
     classes = ("Car", "Pedestrian", "Cyclist")
     dataset = build_dataset(config, config.val, classes, (384, 1280), training=False)
-    metrics, predictions = evaluate.evaluate(Oracle(dataset), dataset, Accelerator(cpu=True), batch_size=3, repeat=41, progress=False)
+    metrics, predictions = evaluate.evaluate(Oracle(dataset), dataset, Accelerator(cpu=True), Config(data=config), repeat=41)
     evaluate.write_evaluation(tmp_path, dataset, metrics, predictions)
-    for id, (labels, _) in predictions.items():
+    for id, labels in predictions.items():
         write_labels(tmp_path / f"{id}.txt", labels, scores=True)  # with KITTI's two digits too
     truth = {id: dataset.truth(i) for i, id in enumerate(dataset.ids)}
     again = [{id: read_labels(folder / f"{id}.txt", scores=True) for id in truth} for folder in (tmp_path, tmp_path / "results")]
@@ -242,9 +247,57 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
     assert everything["within_1_sigma"] == 1
 
 
+def test_a_strangers_run_writes_nowhere_unasked(run, capsys, tmp_path):
+    """Neither the cache nor the world of its config.json, unless the command line says so."""
+    folder = tmp_path / "stranger"
+    config = read_config(run / "best" / "config.json")
+    data = dataclasses.replace(config.data, root=str(tmp_path / "elsewhere"), cache=str(tmp_path / "cache"))
+    model = Detector(config.model)
+    save_weights(folder / "best", model, to_dict(dataclasses.replace(config, data=data)), {}, {})
+    assert f"would render the built-in world into {tmp_path / 'elsewhere'}; data.root=FOLDER" in fail(capsys, folder)
+    evaluate.main([str(folder), f"data.root={run / 'world'}"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["stranger"]
+
+
+def test_changed_weights_are_refused_by_name(run, capsys, tmp_path):
+    shutil.copytree(run / "best", tmp_path / "best")
+    content = (tmp_path / "best/model.safetensors").read_bytes()
+    (tmp_path / "best/model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "model.safetensors is damaged" in fail(capsys, tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        Detector.from_pretrained(tmp_path / "best")
+
+
+def test_flags_that_a_run_would_ignore_are_refused(run, capsys):
+    assert "--classes and --split belong to --labels" in fail(capsys, run, "--classes", "Car")
+
+
+def test_one_number_of_an_evaluation_by_its_path():
+    truth = read_labels(INVENTED / "label_2" / "000005.txt")
+    metrics = evaluate.compute_metrics({"0": truth}, {"0": truth}, ("Car", "Pedestrian", "Tram"), repeat=41)
+    car = evaluate.read_metric(metrics, "Car/3d/moderate/AP_R40")
+    assert evaluate.read_metric(metrics, "Car/bbox/hard/AP_R11") > 0
+    assert evaluate.read_metric(metrics, "-errors/Car/all/depth_error") == 0
+    assert evaluate.read_metric(metrics, "-errors/Tram/all/depth_error") == math.inf  # nothing to average: the worst
+    counted = [evaluate.read_metric(metrics, f"{c}/3d/moderate/AP_R40") for c in ("Car", "Pedestrian") if metrics["counted"][c]["hard"]]
+    assert evaluate.read_metric(metrics, "mean/3d/moderate/AP_R40") == pytest.approx(np.mean(counted))
+    assert evaluate.read_metric({**metrics, "mine": 1.5}, "mine") == 1.5
+    for name in ("Truck/3d/moderate/AP_R40", "Car/3d/moderate", "Car/4d/moderate/AP_R40", "Car/3d/moderate/AP_R40/x", ""):
+        with pytest.raises(ValueError, match=f"best={name}"):
+            evaluate.read_metric(metrics, name)
+    numbers = evaluate.flat_metrics(metrics)
+    assert numbers["Car/3d/moderate/AP_R40"] == car
+    assert numbers["errors/Car/all/depth_error"] == 0
+    empty = evaluate.compute_metrics({}, {}, ("Car",))
+    assert evaluate.read_metric(empty, "mean/3d/moderate/AP_R40") == 0
+    own = evaluate.compute_metrics({"0": truth}, {"0": truth}, ("Car", "Tram"), own_overlap={"Tram": (0.4, 0.3, 0.2)})
+    assert own["settings"]["min_overlap"] == {"Car": [0.7, 0.7, 0.7], "Tram": [0.4, 0.3, 0.2]}
+
+
 def test_evaluation_leaves_the_random_state_and_the_mode_alone(run):
-    config = dataclasses.replace(DataConfig(), root=str(run / "world"), world_train=1, world_val=5)
-    dataset = build_dataset(config, (Source(kind="synthetic", split=("val",)),), ("Car",), (96, 320), training=False)
+    config = dataclasses.replace(DataConfig(), root=str(run / "world"))
+    source = (Source(kind="synthetic", split=("val",), world_frames=5),)
+    dataset = build_dataset(config, source, ("Car",), (96, 320), training=False)
     oracle = Oracle(dataset)
     before = torch.get_rng_state()
     evaluate.predict_dataset(oracle, dataset, Accelerator(cpu=True), batch_size=4, progress=False)
@@ -255,13 +308,13 @@ def test_evaluation_leaves_the_random_state_and_the_mode_alone(run):
 def test_frame_quality_and_best_score():
     truth = read_labels(INVENTED / "label_2" / "000005.txt")
     cars = truth[truth.name == "Car"]
-    assert evaluate.frame_quality(truth, cars, ("Car",)) == pytest.approx(1)
-    assert evaluate.frame_quality(truth, cars[:0], ("Car",)) == 0
-    assert np.isnan(evaluate.frame_quality(cars[:0], cars, ("Car",)))
-    assert evaluate.frame_quality(truth, cars[:1], ("Car",)) == pytest.approx(1 / len(cars))
-    assert evaluate.best_score(kitti_ap({"0": cars}, {"0": cars[:0]})) == 0.3
+    assert frame_quality(truth, cars, ("Car",)) == pytest.approx(1)
+    assert frame_quality(truth, cars[:0], ("Car",)) == 0
+    assert np.isnan(frame_quality(cars[:0], cars, ("Car",)))
+    assert frame_quality(truth, cars[:1], ("Car",)) == pytest.approx(1 / len(cars))
+    assert best_score(kitti_ap({"0": cars}, {"0": cars[:0]})) == 0.3
     results = dataclasses.replace(cars, score=np.linspace(0.5, 0.8, len(cars)))
-    assert 0.5 <= evaluate.best_score(kitti_ap({"0": cars}, {"0": results}, ("Car",))) < 0.81
+    assert 0.5 <= best_score(kitti_ap({"0": cars}, {"0": results}, ("Car",))) < 0.81
 
 
 def test_a_hopeless_class_does_not_decide_what_pictures_show():
@@ -279,4 +332,4 @@ def test_a_hopeless_class_does_not_decide_what_pictures_show():
         np.zeros(41),
         score=np.concatenate([np.linspace(0.9, 0.5, 20), np.full(21, 0.06)]),
     )
-    assert evaluate.best_score(kitti_ap({"0": truth}, {"0": found}, ("Car", "Cyclist"))) >= 0.5
+    assert best_score(kitti_ap({"0": truth}, {"0": found}, ("Car", "Cyclist"))) >= 0.5

@@ -5,13 +5,13 @@ The real train.py runs here, mostly as a process of its own; tests/faulty.py put
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,19 +26,23 @@ from safetensors.torch import load_file
 from test_train import hashes, here, losses_of, records  # noqa: F401  `here` is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import replay
 import train
 from checkpoint import (
     amend_checkpoint,
+    find_weights,
     list_checkpoints,
     load_checkpoint,
     load_weights,
     remove_leftovers,
-    save_checkpoint,
+    share_state,
     verify_checkpoint,
 )
 from config import Config, changed_keys, override, to_dict
-from faults import Agreement, Signals, Statistics, lock_folder, poison, step_unless, weights_finite
+from guard import Guard, Signals, Statistics, lock_folder, start_accelerator, step_unless, weights_finite, write_replay
+from logbook import Window
+from model import Detector, ModelConfig, read_meta, write_meta
+from optimizer import Muon, make_optimizer
+from tools import replay
 
 KILLS = int(os.environ.get("DEEP3D_KILLS", 1))  # of the torture test; 20 on request
 slow = pytest.mark.skipif(not os.environ.get("DEEP3D_SLOW"), reason="much alike runs with it; DEEP3D_SLOW=1 runs this one too")
@@ -176,8 +180,11 @@ def test_another_number_of_processes_goes_on_with_the_same_order(tiny_run, hard_
 class Payload:
     """A pickle that leaves a trace when it is loaded."""
 
+    def __init__(self, trace):
+        self.trace = trace
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/deep3d_was_here",))
+        return (os.system, (f"touch '{self.trace}'",))
 
 
 def flip(content):
@@ -190,13 +197,12 @@ DAMAGE = {
     "empty": lambda content: b"",
     "one bit flipped": flip,
     "last bit flipped": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-    "a pickle": lambda content: pickle.dumps(Payload()),
     "deleted": None,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["model.safetensors", "train.safetensors", "config.json", "meta.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model_1.safetensors", "optimizer.bin", "config.json", "meta.json"])
 def test_a_damaged_file_is_noticed_and_named(tiny_run, tmp_path, name, damage):
     folder = tmp_path / "step_00000002"
     shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
@@ -209,7 +215,6 @@ def test_a_damaged_file_is_noticed_and_named(tiny_run, tmp_path, name, damage):
         return  # the last byte was white space
     with pytest.raises(ValueError, match=rf"step_00000002: cannot resume from this checkpoint: {re.escape(name)} is (damaged|missing)"):
         verify_checkpoint(folder)
-    assert not os.path.exists("/tmp/deep3d_was_here")
 
 
 def _json_or_none(path):
@@ -219,21 +224,63 @@ def _json_or_none(path):
         return None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "train.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model_1.safetensors", "optimizer.bin", "scaler.pt", "meta.json", "random_states_0.pkl"]
+)
 def test_a_strangers_pickle_is_never_run(tiny_run, tmp_path, name):
-    """Even with digests that fit."""
+    """Even with digests that fit, in every file that there is, or that Accelerate would look for."""
+    folder, trace = tmp_path / "step_00000002", tmp_path / "was_here"
+    shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
+    meta = read_meta(folder)
+    pickle.loads(pickle.dumps(Payload(trace)))
+    assert trace.exists()  # the trap works
+    trace.unlink()
+    (folder / name).write_bytes(pickle.dumps(Payload(trace)))
+    if name == "meta.json":
+        with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+            verify_checkpoint(folder)
+        return
+    write_meta(folder, {k: v for k, v in meta.items() if k != "sha256"}, {*meta["sha256"], name})
+    verify_checkpoint(folder)
+    accelerator = start_accelerator(cpu=True)
+    config = json.loads((folder / "config.json").read_text())
+    net, average = Detector(ModelConfig(**config["model"])), Detector(ModelConfig(**config["model"]))
+    _, optimizer = accelerator.prepare(net, make_optimizer(net, override(Config(), ["train.optimizer=muon"]).train))
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # as with fp16: Accelerate then reads scaler.pt too
+    share_state(accelerator, net, average)
+    if name == "random_states_0.pkl":
+        torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
+        load_checkpoint(accelerator, folder, optimizer, averaged=True)  # is not needed, and not taken
+    else:
+        with pytest.raises(ValueError, match="step_00000002: cannot resume from this checkpoint"):
+            load_checkpoint(accelerator, folder, optimizer, averaged=True)
+    if name.startswith("model"):
+        with pytest.raises(ValueError, match=r"not a readable safetensors file|none of its"):
+            load_weights(net, folder / name)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a list", "nested", "a number as text", "no processes", "an unlisted file", "huge"])
+def test_what_no_run_has_written_is_refused_in_one_sentence(tiny_run, tmp_path, what):
     folder = tmp_path / "step_00000002"
     shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
-    (folder / name).write_bytes(pickle.dumps(Payload()))
-    digests = json.loads((folder / "meta.json").read_text())["sha256"]
-    amend_checkpoint(folder, sha256={**digests, name: hashlib.sha256((folder / name).read_bytes()).hexdigest()})
-    meta, _ = verify_checkpoint(folder)
-    model = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="step_00000002: cannot resume from this checkpoint"):
-        load_checkpoint(folder, meta, model, torch.nn.Linear(2, 2), torch.optim.AdamW(model.parameters()))
-    with pytest.raises(ValueError, match=r"not a readable safetensors file|none of its"):
-        load_weights(model, folder / name)
-    assert not os.path.exists("/tmp/deep3d_was_here")
+    meta = read_meta(folder)
+    rest, names = {k: v for k, v in meta.items() if k != "sha256"}, meta["sha256"]
+    if what == "a pipe":
+        (folder / "model.safetensors").unlink()
+        os.mkfifo(folder / "model.safetensors")
+        with pytest.raises(FileNotFoundError):
+            find_weights(folder)
+    elif what == "an unlisted file":
+        os.mkfifo(folder / "scaler.pt")
+    elif what in ("a list", "nested", "huge"):
+        text = {"a list": "[]", "nested": "[" * 100_000, "huge": " " * 2_000_000 + (folder / "meta.json").read_text()}[what]
+        (folder / "meta.json").write_text(text)
+    else:
+        write_meta(folder, {**rest, **({"step": "2"} if what == "a number as text" else {"processes": 0})}, names)
+    with pytest.raises(ValueError, match="step_00000002: cannot resume from this checkpoint: ") as caught:
+        verify_checkpoint(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_start_from_elsewhere_goes_on_from_its_own_checkpoints(tiny_run, tmp_path, here):  # noqa: F811
@@ -273,7 +320,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_run, tmp_path):
     out = tmp_path / "small"
     out.mkdir()
     arguments = tiny(tiny_run[0], out / "run", "train.save_every=1", "train.keep=9")
-    inside = f"mount -t tmpfs -o size=3m tmpfs {out} && {sys.executable} train.py {' '.join(arguments)}; code=$?; " + (
+    inside = f"mount -t tmpfs -o size=3m tmpfs {out} && {sys.executable} train.py {shlex.join(arguments)}; code=$?; " + (
         f"cp -r {out}/run/checkpoints {tmp_path}/seen; exit $code"
     )
     probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", out], capture_output=True, text=True)
@@ -301,15 +348,16 @@ def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
     assert left == {"best": ".old_best", "step_00000002": "step_00000002", ".tmp_mine": ".tmp_mine"}
 
 
-def test_meta_is_amended_at_once(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    save_checkpoint(tmp_path, 3, model, None, torch.optim.AdamW(model.parameters()), {}, {"best": None, "evaluated": False}, keep=1)
-    amend_checkpoint(tmp_path / "step_00000003", best=4.5, evaluated=True)
-    meta, _ = verify_checkpoint(tmp_path / "step_00000003")
-    assert (meta["step"], meta["best"], meta["evaluated"]) == (3, 4.5, True)
-    assert sorted(p.name for p in (tmp_path / "step_00000003").iterdir()) == [
-        "config.json", "meta.json", "model.safetensors", "train.safetensors",
-    ]  # fmt: skip
+def test_an_evaluation_is_noted_at_once(tiny_run, tmp_path):
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
+    amend_checkpoint(folder, {"mine": 1.5}, best_metric="mine", best=4.5, evaluated=True)
+    progress, _ = verify_checkpoint(folder)
+    assert (progress.step, progress.best, progress.evaluated) == (2, 4.5, True)
+    assert json.loads((folder / "metrics.json").read_text()) == {"mine": 1.5}
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
+        verify_checkpoint(folder)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_run, tmp_path, here):  # noqa: F811
@@ -320,7 +368,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_run, tmp_path, here):  #
 
 
 def weights_are_finite(folder):
-    tensors = [*load_file(folder / "model.safetensors").values(), *load_file(folder / "train.safetensors").values()]
+    tensors = [*load_file(folder / "model.safetensors").values(), *load_file(folder / "model_1.safetensors").values()]
     return all(torch.isfinite(t).all() for t in tensors if t.is_floating_point())
 
 
@@ -336,7 +384,7 @@ def test_a_nan_loss_on_one_process_is_skipped_and_at_last_ends_both(tiny_run, tm
     code, text = finish(process)
     assert code != 0
     assert time.monotonic() - began < 20
-    ids = {p.stem for p in next(tiny_run[0].glob("*/training")).glob("label_2/*.txt")}
+    ids = {p.stem for p in tiny_run[0].glob("*/training/label_2/*.txt")}
     for step in (2, 4, 5):
         [line] = [line for line in text.splitlines() if f"step {step} skipped" in line]
         what = "gradient nan" if step == 2 else "loss_size nan, gradient nan"
@@ -370,7 +418,7 @@ def test_too_many_bad_steps_end_the_run_and_can_be_replayed(tiny_run, tmp_path, 
     sentence = finished.stderr.splitlines()[-1]
     assert re.match(r"error: 3 steps in a row had no finite gradient, the last one is step 5; the first is step 3: ", sentence)
     assert words in sentence
-    assert sentence.endswith(f"to replay it: python replay.py {out}/nonfinite.json")
+    assert sentence.endswith(f"to replay it: python -m tools.replay {out}/nonfinite.json")
     assert all(weights_are_finite(folder) for folder in list_checkpoints(out / "checkpoints"))
     record = json.loads((out / "nonfinite.json").read_text())
     assert (record["step"], record["process"], len(record["frames"])) == (2, 0, 2)
@@ -385,13 +433,9 @@ def test_replay_sees_the_batch_of_the_step(tiny_run, tmp_path, here):  # noqa: F
     out = tmp_path / "out"
     code, _, err = here(*tiny(tiny_run[0], out, "train.steps=3", "train.ema=0", "model.drop_path=0.3", "model.backbone=resnet10t"))
     assert code == 0, err
-    from model import Detector, ModelConfig
-
     config = json.loads((out / "config.json").read_text())
     net = Detector(ModelConfig(**config["model"]))
     net.load_state_dict(load_file(out / "checkpoints/step_00000002/model.safetensors"))
-    from faults import write_replay
-
     entry = {"step": 2, "process": 0, "losses": {}, "frames": [], "batches": [train.StepBatches(8, 2, 0, 1, 0, 0, 3).at(2)]}
     path = write_replay(out, config, net, entry)
     losses, findings = replay.replay(path)
@@ -408,15 +452,9 @@ def test_replay_sees_the_batch_of_the_step(tiny_run, tmp_path, here):  # noqa: F
 def test_replay_names_the_cause(tiny_run, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    config = to_dict(override(Config(), [a for a in tiny(tiny_run[0], out) if not a.startswith("data.train")]))
-    source = next(tiny_run[0].glob("*/training")).parent
-    config["data"]["root"] = str(source)
+    config = to_dict(override(Config(), tiny(tiny_run[0], out)))
     config["model"] = json.loads((tiny_run[1] / "config.json").read_text())["model"]
-    from model import Detector, ModelConfig
-
     net = Detector(ModelConfig(**config["model"]))
-    from faults import write_replay
-
     path = write_replay(out, config, net, {"step": 0, "process": 0, "losses": {"loss_size": math.nan}, "frames": ["a", "b"],
                                            "batches": [[(0, 1), (0, 2)]]})  # fmt: skip
     normal = replay.collate
@@ -440,17 +478,17 @@ def test_replay_names_the_cause(tiny_run, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("make", [
     lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    lambda p: torch.optim.Adamax(p, lr=0.1),
-], ids=["fused AdamW", "SGD", "Adamax"])  # fmt: skip
+    lambda p: torch.optim.Adamax(p, lr=0.1), lambda p: Muon(p, lr=0.1),
+], ids=["fused AdamW", "SGD", "Adamax", "Muon"])  # fmt: skip
 def test_a_broken_step_leaves_weights_moments_and_count(make):
     torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(5, 4)
     before = model.weight.detach().clone()
     optimizer = make(model.parameters())
     states = []
     for broken in (True, False, True, True, False):
         model.zero_grad()
-        model(torch.ones(1, 3) * (math.nan if broken else 1.0)).sum().backward()
+        model(torch.ones(1, 5) * (math.nan if broken else 1.0)).sum().backward()
         step_unless(torch.tensor(broken), optimizer)
         moments = [v.clone() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
         states.append([p.detach().clone() for p in model.parameters()] + moments)
@@ -477,17 +515,74 @@ def test_running_statistics_of_a_broken_step_are_undone():
     assert Statistics(torch.nn.Linear(2, 2)).settle(torch.tensor(False)) is None
 
 
-def test_poison_is_one_for_good_losses():
-    assert poison(torch.tensor(3.0)) == 1
-    assert torch.isnan(poison(torch.tensor(math.inf)))
-    assert torch.isnan(poison(torch.tensor(math.nan)))
+class Held:
+    """As much of an accelerator as `Guard` needs; its processes are this one."""
+
+    scaler, is_main_process, num_processes = None, True, 1
+
+    def __init__(self, device="cpu"):
+        self.device = torch.device(device)
+
+    def reduce(self, value, _):
+        return value
 
 
-def test_agreement_returns_what_was_given():
-    agreement = Agreement(torch.device("cpu"))
-    assert agreement.exchange(torch.tensor([1.0, 2.0])) == [1.0, 2.0]
-    agreement.lag = 0
-    assert agreement.exchange(torch.tensor([0.5])) == [0.5]
+def make_guard(tmp_path, lag=0, max_bad_steps=3):
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    optimizer.optimizer = optimizer  # as Accelerate wraps it
+    signals = Signals(tmp_path, True)
+    guard = Guard(Held(), net, optimizer, Window(), signals, max_bad_steps)
+    guard.lag = lag
+    return guard, net, signals
+
+
+def guarded_step(guard, net, step, spoil=1.0):
+    guard.mean(torch.tensor(2.0))
+    loss = net(torch.ones(1, 2)).sum() * spoil
+    guard.watch({"loss_a": loss}, loss).backward()
+    guard.step(step, torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0))
+    net.zero_grad()
+    return guard.verdict()
+
+
+def test_a_loss_that_is_not_finite_spoils_every_gradient(tmp_path):
+    guard, net, _ = make_guard(tmp_path)
+    for value in (math.inf, math.nan):
+        loss = net(torch.ones(1, 2)).sum() + value
+        guard.watch({}, loss).backward()
+        assert all(torch.isnan(p.grad).any() for p in net.parameters())
+        net.zero_grad()
+    loss = net(torch.ones(1, 2)).sum()
+    assert guard.watch({}, loss) == loss
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_the_verdict_is_that_of_lag_steps_ago(tmp_path, lag, monkeypatch):
+    """As on a GPU, whose numbers reach the host late: simulated with events that are always done."""
+    monkeypatch.setattr(torch.cuda, "Event", type("Done", (), {"record": lambda self: None, "synchronize": lambda self: None}))
+    guard, net, signals = make_guard(tmp_path, lag)
+    verdicts = [guarded_step(guard, net, step, math.nan if step >= 2 else 1.0) for step in range(8)]
+    assert [failed for _, failed in verdicts] == [False] * (4 + lag) + [True] * (4 - lag)
+    guard, net, signals = make_guard(tmp_path, lag)
+    asked = []
+    for step in range(6):
+        signals._received = "SIGTERM" if step >= 1 else ""
+        asked.append(guarded_step(guard, net, step)[0])
+    assert asked == [False] * (1 + lag) + [True] * (5 - lag)
+
+
+def test_overflows_of_fp16_at_the_start_are_no_bad_steps(tmp_path):
+    guard, net, _ = make_guard(tmp_path)
+    guard.accelerator.scaler = object()
+    guard.optimizer.step = lambda: None
+    verdicts = []
+    for step in range(45):
+        guard.mean(torch.tensor(2.0))
+        guard.watch({}, net(torch.ones(1, 2)).sum())
+        guard.step(step, torch.tensor(math.inf))
+        verdicts.append(guard.verdict()[1])
+    assert verdicts == [False] * 39 + [True] * 6
 
 
 class CountSyncs(TorchDispatchMode):
@@ -519,7 +614,7 @@ def test_a_good_step_never_waits_for_the_device(tiny_run, tmp_path, here, monkey
     monkeypatch.setattr(train.Window, "add", mark)
     every = [f"loss.{f.name}=0.5" for f in dataclasses.fields(train.compute_losses.__globals__["LossConfig"])]
     with counter:
-        quiet = ("model.predict_yaw=true", "train.optimizer=adamw", "train.log_every=100", "train.save_every=100")
+        quiet = ("model.predict_yaw=true", "train.log_every=100", "train.save_every=100")
         code, _, err = here(*tiny(tiny_run[0], tmp_path / "out", *every, *quiet))
         torch.ones(2).sum().item()
     assert code == 0, err
@@ -553,7 +648,7 @@ def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(tiny_run, tm
     assert not (out / "DONE").exists()
     assert (out / "STOPPED").exists()
     newest = list_checkpoints(out / "checkpoints")[0]
-    assert verify_checkpoint(newest)[0]["step"] == max(r["step"] for r in records(out))
+    assert verify_checkpoint(newest)[0].step == max(r["step"] for r in records(out))
     code, text, err = here(*tiny(tiny_run[0], out))
     assert code == 0, err
     assert f"resumed from {newest}" in text
@@ -584,12 +679,12 @@ def test_a_signal_while_saving_or_evaluating(tiny_run, tmp_path, here, what):  #
     assert "stopped by SIGTERM, saved; the same command goes on" in text
     newest = list_checkpoints(out / "checkpoints")[0]
     assert newest.name == "step_00000004"
-    assert verify_checkpoint(newest)[0]["evaluated"] is False
+    assert verify_checkpoint(newest)[0].evaluated is False
     assert [r["step"] for r in records(out, "val")] == [2]
     code, _, err = here(*arguments)
     assert code == 0, err
     assert [r["step"] for r in records(out, "val")] == [2, 4, 6]
-    assert verify_checkpoint(list_checkpoints(out / "checkpoints")[0])[0]["evaluated"] is True
+    assert verify_checkpoint(list_checkpoints(out / "checkpoints")[0])[0].evaluated is True
     assert training_state(out) == training_state(tiny_run[1])
 
 
@@ -611,20 +706,31 @@ def test_two_processes_stop_at_the_same_step(tiny_run, tmp_path, whom, name):
     assert not ranks_of(process)  # nobody is left behind
     _, text = finish(process)
     assert code == 0 or whom == "launcher", text  # launchers hide the exit codes of their processes: look at DONE
-    assert re.search(r"stopped by (SIG\w+|a signal to another process), saved; the same command goes on", text), text
+    assert re.search(r"stopped by (SIG\w+|a signal to another process|the end of the launcher), saved; the same command goes on", text), (
+        text
+    )
     assert not (out / "DONE").exists()
     newest = list_checkpoints(out / "checkpoints")[0]
-    assert verify_checkpoint(newest)[0]["step"] == max(r["step"] for r in records(out))
+    assert verify_checkpoint(newest)[0].step == max(r["step"] for r in records(out))
 
 
-def test_signals_are_put_back():
+def test_signals_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with Signals() as signals:
+    with Signals(tmp_path, True) as signals:
+        signals.saving = True
         assert signals.received == ""
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == "SIGUSR1"
     assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "STOPPED").exists()
+
+
+def test_a_signal_before_there_is_anything_to_save_stops_at_once(tmp_path):
+    with Signals(tmp_path, True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not stopped")
+    assert (tmp_path / "STOPPED").exists()
 
 
 # ---- processes
@@ -644,8 +750,8 @@ def test_one_process_that_fails_ends_the_job(tiny_run, tmp_path, what):
     last = text[text.rindex("Root Cause") :]
     assert "rank      : 1" in last
     if what == "raise":
-        assert "a label that nobody expected" in last
-        assert text.count("error: a label that nobody expected") == 1
+        assert "ValueError: a label that nobody expected" in last  # a mistake in code: with file and line
+        assert "in lr_at" in text
     else:
         assert "SIGKILL" in last
     assert list_checkpoints(out / "checkpoints")[0].name == "step_00000002"
@@ -680,10 +786,11 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tiny_r
     wait_for_step(out, 1, process)
     code, _, err = here(*tiny(tiny_run[0], out))
     assert code == 2
-    assert re.fullmatch(rf"error: {out} is being written by process {process.pid} on \S+ since .*; stop it or choose another out=\n", err)
+    assert re.match(rf"error: {out} is being written by process {process.pid} on \S+ since .*; stop it or choose another out= ", err)
     os.kill(process.pid, signal.SIGKILL)  # its workers are still there for a moment
     process.wait()
-    lock_folder(out).close()
+    with lock_folder(out):
+        pass
     finish(process)
 
 

@@ -4,7 +4,6 @@ DEEP3D_FUZZ=100000 tries so many cases of each reader instead of a few.
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -17,10 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data_json
-import data_kitti
 from config import Config, build, load_config, override, read_config, to_dict
-from data import Source, load_image, read_kitti
+from formats import jsonl, kitti
+from frames import load_image
 from geometry import camera_problem
 
 CASES = int(os.environ.get("DEEP3D_FUZZ", 200))
@@ -84,8 +82,8 @@ def read(reader, path, content):
 
 
 def finite(labels):
-    arrays = (getattr(labels, f.name) for f in dataclasses.fields(labels))
-    return all(np.isfinite(a).all() and np.abs(a).max(initial=0) < 1e9 for a in arrays if a.dtype != object)
+    columns = [column for column in vars(labels).values() if column is not None and column.dtype != object]
+    return all(np.isfinite(c).all() and np.abs(c).max(initial=0) < 1e9 for c in columns)
 
 
 @fuzz
@@ -93,7 +91,7 @@ def finite(labels):
 def test_labels(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     for scores in (False, True):
-        labels = read(lambda p, scores=scores: data_kitti.read_labels(p, scores), folder / "fuzz_label.txt", content)
+        labels = read(lambda p, scores=scores: kitti.read_labels(p, scores), folder / "fuzz_label.txt", content)
         assert labels is None or finite(labels)
 
 
@@ -101,7 +99,7 @@ def test_labels(tmp_path_factory, content):
 @given(content=damaged(CALIB))
 def test_calibration(tmp_path_factory, content):
     def camera(path):
-        K, offset = data_kitti.split_projection(data_kitti.read_calib(path))
+        K, offset = kitti.split_projection(kitti.read_calib(path))
         return K, offset
 
     found = read(camera, tmp_path_factory.getbasetemp() / "fuzz_calib.txt", content)
@@ -117,7 +115,7 @@ def test_split(tmp_path_factory, content):
     root = tmp_path_factory.getbasetemp() / "fuzz_kitti"
     for folder in ("ImageSets", "training/image_2", "training/label_2", "training/calib"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    frames = read(lambda p: read_kitti(Source(split=("fuzz",)), root), root / "ImageSets/fuzz.txt", content)
+    frames = read(lambda p: kitti.read_frames(root, ("fuzz",)), root / "ImageSets/fuzz.txt", content)
     assert frames is None  # there is no image
 
 
@@ -127,12 +125,13 @@ def test_json_lines(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     if not (folder / "a.png").exists():
         Image.new("RGB", (640, 192)).save(folder / "a.png")
-    records = read(data_json.read_jsonl, folder / "fuzz.jsonl", content)
-    for record in records or ():
-        assert np.isfinite(record.K).all()
-        assert finite(record.labels)
-    problems = data_json.check_jsonl(folder / "fuzz.jsonl")
-    assert (records is None) == bool(problems) or not content.strip()
+    frames = read(jsonl.read_frames, folder / "fuzz.jsonl", content)
+    for frame in frames or ():
+        assert np.isfinite(frame.K).all()
+        assert finite(frame.labels)
+    problems = []
+    jsonl.read_frames(folder / "fuzz.jsonl", problems)
+    assert (frames is None) == bool(problems) or not content.strip()
 
 
 @fuzz

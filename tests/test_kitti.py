@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import KITTI_CAMERAS, KITTI_SIZES
 
-from data_kitti import make_labels, read_calib, read_labels, read_split, split_projection, write_calib, write_labels
+from formats.kitti import read_calib, read_labels, read_split, split_projection, write_calib, write_labels
+from frames import make_labels
 from geometry import box_iou, clip_boxes, project_boxes, ray_angle
 
 CAR = "Car 0.10 1 1.50 100.00 120.00 180.00 160.00 1.50 1.80 4.20 -3.00 1.70 20.00 1.35"
@@ -188,5 +189,6 @@ def test_rows_can_be_chosen(tmp_path):
     labels = read_labels(write(tmp_path, CAR, DONTCARE, CAR.replace("Car", "Van")))
     chosen = labels[np.array([2, 0])]
     assert chosen.name.tolist() == ["Van", "Car"]
-    for field in dataclasses.fields(chosen):
-        assert len(getattr(chosen, field.name)) == 2
+    columns = [getattr(chosen, field.name) for field in dataclasses.fields(chosen)]
+    assert {len(column) for column in columns if column is not None} == {2}
+    assert chosen.sigma is None

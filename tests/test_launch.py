@@ -11,8 +11,6 @@ from conftest import ROOT, command_line, tiny
 from conftest import launch as launch_here
 from test_train import losses_of, records
 
-import launch
-
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> "$FAKE/calls"
 shift
@@ -98,29 +96,6 @@ def test_slurm_ends_at_a_mistake(slurm):
     assert slurm().wait(60) == 2
     process = slurm("configs/kitti.py", "train.learning_rate=1")
     assert process.wait(60) == 2
-
-
-ORPHAN = """
-import os, sys, launch  # which takes longer than the parent lives
-try: launch.follow_launcher(); result = "goes on"
-except SystemExit as stop: result = str(stop)
-open(sys.argv[1], "w").write(f"{os.getppid()} {result}")
-"""
-
-
-def test_a_process_whose_launcher_died_while_it_was_importing_ends(tmp_path):
-    launch.follow_launcher()  # pytest is no launcher: nothing happens
-    start = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]])"
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
-    subprocess.run([sys.executable, "-c", start, ORPHAN, tmp_path / "said"], env=environment, cwd=ROOT, timeout=60, check=True)
-    end = time.monotonic() + 60
-    while not (tmp_path / "said").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(0.1)
-    adopter, said = (tmp_path / "said").read_text().split(" ", 1)
-    if adopter != "1":
-        pytest.skip(f"orphans are adopted by process {adopter} here, not by init")
-    assert said == "the launcher is gone"
 
 
 @pytest.fixture

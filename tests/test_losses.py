@@ -262,7 +262,7 @@ def test_inputs_stay_as_they_were_and_twice_is_the_same(model, scene):
     old = logits.detach().clone(), raw.detach().clone()
     first, targets = all_losses(model, batch, logits, raw)
     kept = {f.name: getattr(targets, f.name).clone() for f in dataclasses.fields(targets)}
-    second = compute_losses(model, logits, raw, targets, {**batch, "positives": count_positives(targets).clamp(min=1)}, LossConfig())
+    second = compute_losses(model, logits, raw, targets, batch, LossConfig(), count_positives(targets).clamp(min=1))
     assert all(torch.equal(first[name], value) for name, value in second.items())
     assert all(torch.equal(value, before[name]) for name, value in batch.items())
     assert all(torch.equal(value, getattr(targets, name)) for name, value in kept.items())
@@ -318,9 +318,7 @@ def test_division_is_by_the_positives_of_all_processes(model):
     batch = make_batch([CAR])
     targets = assign(batch, MODEL)
     logits, raw = random_outputs(model, 1)
-    nine, eighteen = (
-        compute_losses(model, logits, raw, targets, {**batch, "positives": torch.tensor(n)}, LossConfig()) for n in (9.0, 18.0)
-    )
+    nine, eighteen = (compute_losses(model, logits, raw, targets, batch, LossConfig(), torch.tensor(n)) for n in (9.0, 18.0))
     for name, value in nine.items():
         torch.testing.assert_close(value, 2 * eighteen[name])
 

@@ -8,14 +8,26 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scenes import CAR, FAR, MODEL, PERSON, TRUNCATED, K, all_losses, make_batch
 from torchvision.ops import box_iou
 
-from checkpoint import find_weights, list_checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights, verify_checkpoint
+from checkpoint import (
+    Progress,
+    find_weights,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+    share_state,
+    verify_checkpoint,
+)
 from config import Config, to_dict
 from geometry import heading_bin
+from guard import start_accelerator
 from model import Detector, ModelConfig, angle_from_double, average_duplicates, unit
 from targets import assign, encode
 
@@ -63,7 +75,7 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
     assert len(found) > 0
     for field in dataclasses.fields(found):
         value = getattr(found, field.name)
-        assert len(value) == len(found)
+        assert value is None or len(value) == len(found)
         assert field.name == "name" or np.isfinite(value).all(), field.name
 
 
@@ -308,7 +320,7 @@ def test_predict_refuses_what_it_cannot_use(detector, picture, tmp_path):
 
 def test_saved_and_loaded_are_equal(detector, picture, tmp_path):
     detector.save_pretrained(tmp_path / "hub")
-    save_weights(tmp_path / "run", detector, to_dict(Config(model=detector.config)), {})
+    save_weights(tmp_path / "run", detector, to_dict(Config(model=detector.config)), {}, {})
     expected = detector.predict(picture, K)
     for folder in ("hub", "run"):
         again = Detector.from_pretrained(tmp_path / folder)
@@ -363,52 +375,74 @@ def test_load_weights_lists_what_does_not_fit(detector, tmp_path):
         find_weights(tmp_path / "nowhere")
 
 
-def trained(model, average=None):
-    """A model with one AdamW step behind it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    logits, raw = model(torch.zeros(1, 96, 320, 3, dtype=torch.uint8), CAMERA)
-    (logits.mean() + raw.mean()).backward()
-    optimizer.step()
-    return optimizer
+def saved(folder, averaged=False, steps=(7,), **changes):
+    """A model with one AdamW step behind it, saved as train.py does. Returns (accelerator, net, average, optimizer)."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = start_accelerator(cpu=True)
+    net, average = make_detector(**changes), make_detector(**changes) if averaged else None
+    model, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=1e-3))
+    share_state(accelerator, net, average)
+    if steps:
+        logits, raw = model(torch.zeros(1, 96, 320, 3, dtype=torch.uint8), CAMERA)
+        (logits.mean() + raw.mean()).backward()
+        optimizer.step()
+    for step in steps:
+        save_checkpoint(accelerator, folder, to_dict(Config(model=net.config)), Progress(step=step, best_metric="a", best=2.5), keep=2)
+    return accelerator, net, average, optimizer
 
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_checkpoint_restores_everything(tmp_path, averaged):
-    model, average = make_detector(), make_detector() if averaged else None
-    optimizer = trained(model)
-    save_checkpoint(tmp_path, 7, model, average, optimizer, {}, {"processes": 1, "global_batch": 4, "best": 2.5}, keep=2)
-    other, other_average = make_detector(), make_detector() if averaged else None
-    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
-    meta, config = verify_checkpoint(tmp_path / "step_00000007")
-    load_checkpoint(tmp_path / "step_00000007", meta, other, other_average, other_optimizer)
-    assert {k: v for k, v in meta.items() if k != "optimizer"} == {"step": 7, "processes": 1, "global_batch": 4, "best": 2.5}
-    assert config == {}
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]), name
+    """But the optimizer's settings, which are the config's."""
+    _, net, average, optimizer = saved(tmp_path, averaged)
+    accelerator, other, other_average, other_optimizer = saved(tmp_path, averaged, steps=())
+    other_optimizer.param_groups[0]["weight_decay"] = 0.5
+    folder = tmp_path / "step_00000007"
+    progress, config = verify_checkpoint(folder)
+    assert (progress.step, progress.best) == (7, 2.5)
+    assert config["model"]["channels"] == net.config.channels
+    load_checkpoint(accelerator, folder, other_optimizer, averaged)
+    assert other_optimizer.param_groups[0]["weight_decay"] == 0.5
+    for ours, theirs in ((net, other), (average, other_average)) if averaged else ((net, other),):
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
     moments, restored = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
     assert moments.keys() == restored.keys()
     for index, ours in moments.items():
         assert ours.keys() == restored[index].keys()
         assert all(torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(restored[index][k])) for k in ours)
-    published = load_file(tmp_path / "step_00000007/model.safetensors")
-    assert all(torch.equal(value, (average or model).state_dict()[name]) for name, value in published.items())
+    published = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, (average or net).state_dict()[name]) for name, value in published.items())
+    assert {p.suffix for p in folder.iterdir()} == {
+        ".json",
+        ".safetensors",
+        ".bin",
+    }  # no random states: every seed is a function of the step
+    again = Detector.from_pretrained(folder)
+    assert torch.equal(again.state_dict()["box_predictor.weight"], published["box_predictor.weight"])
 
 
 def test_checkpoints_are_complete_or_absent_and_the_newest_stay(tmp_path):
-    model = make_detector()
-    optimizer = trained(model)
-    for step in (2, 4, 6):
-        save_checkpoint(tmp_path, step, model, None, optimizer, {}, {"processes": 1, "global_batch": 4, "best": 0}, keep=2)
+    saved(tmp_path, steps=(2, 4, 6))
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000006", "step_00000004"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006"]  # nothing half-written is left
 
 
 def test_foreign_checkpoints_are_named(tmp_path):
-    model = make_detector()
-    save_checkpoint(tmp_path, 2, model, None, trained(model), {}, {"processes": 1, "global_batch": 4, "best": 0}, keep=2)
-    folder, other = tmp_path / "step_00000002", make_detector(channels=64)
-    with pytest.raises(ValueError, match=r"step_00000002: cannot resume from this checkpoint: .*size mismatch"):
-        load_checkpoint(folder, verify_checkpoint(folder)[0], other, None, torch.optim.AdamW(other.parameters()))
+    saved(tmp_path)
+    accelerator, _, _, optimizer = saved(tmp_path, steps=(), channels=64)
+    with pytest.raises(ValueError, match=r"step_00000007: cannot resume from this checkpoint: .*size mismatch"):
+        load_checkpoint(accelerator, tmp_path / "step_00000007", optimizer, averaged=False)
+
+
+def test_weights_that_lack_tensors_are_refused(tmp_path):
+    """from_pretrained would keep random ones in their place."""
+    net = make_detector()
+    net.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for spoilt in ({name: value for name, value in weights.items() if "box" not in name}, {f"x.{name}": v for name, v in weights.items()}):
+        save_file(spoilt, tmp_path / "model.safetensors")
+        with pytest.raises(RuntimeError, match="Missing key"):
+            Detector.from_pretrained(tmp_path)
 
 
 def test_a_truncated_object_can_be_said(detector):

@@ -13,8 +13,8 @@ from PIL import Image
 import predict
 from checkpoint import save_weights
 from config import Config, to_dict
-from data_json import check_jsonl, read_jsonl
-from data_kitti import read_calib, read_labels, split_projection, write_calib
+from formats.jsonl import read_frames
+from formats.kitti import read_calib, read_labels, split_projection, write_calib
 from model import Detector, ModelConfig
 from predict import load_detector, main, open_image, unique_names
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     """A run folder with an untrained detector: it finds something in any image, with low scores."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     torch.manual_seed(0)
-    save_weights(folder / "best", Detector(MODEL), to_dict(Config(model=MODEL)), {})
+    save_weights(folder / "best", Detector(MODEL), to_dict(Config(model=MODEL)), {}, {})
     return folder
 
 
@@ -70,14 +70,13 @@ def test_outputs_agree_with_predict_and_kitti_files_lie_in_camera_0(run, image, 
     K, offset = split_projection(read_calib(tmp_path / "calib.txt"))
     found = load_detector(str(run)).predict(image, K)
     assert len(found)
-    [record] = read_jsonl(out / "predictions.jsonl")
-    assert check_jsonl(out / "predictions.jsonl") == []
+    [record] = read_frames(out / "predictions.jsonl")
     assert record.image.samefile(image)
     assert np.allclose(record.K, K)
     assert record.labels.center == pytest.approx(found.center, abs=1e-5)
     assert record.labels.yaw == pytest.approx(found.yaw, abs=1e-5)
     assert record.labels.score == pytest.approx(found.score, abs=1e-5)
-    assert record.depth_sigma == pytest.approx(found.sigma, abs=1e-5)
+    assert record.labels.sigma == pytest.approx(found.sigma, abs=1e-5)
     results = read_labels(out / "results/frame.txt", scores=True)
     assert results.center == pytest.approx(found.center - offset, abs=2e-4)
     assert results.size == pytest.approx(found.size, abs=1e-4)
@@ -100,7 +99,7 @@ def test_min_score_is_what_is_written(run, image, tmp_path):
     found = load_detector(str(run)).predict(image, np.array([[140.0, 0, 160], [0, 140, 48], [0, 0, 1]]))
     level = float(found.score[len(found) // 2])
     main([str(run), str(image), "--intrinsics", "140", "140", "160", "48", "--min-score", str(level), "--out", str(tmp_path / "o")])
-    labels = read_jsonl(tmp_path / "o/predictions.jsonl")[0].labels
+    labels = read_frames(tmp_path / "o/predictions.jsonl")[0].labels
     assert len(labels) == (found.score >= level).sum()
     assert labels.score.min() >= level - 1e-6
 
@@ -163,9 +162,9 @@ def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):
     assert "no weights there: looked for model.safetensors, best/model.safetensors" in fails(capsys, tmp_path, image, "--hfov", 80)
     assert "no such folder" in fails(capsys, image, image, "--hfov", 80)
     broken = tmp_path / "broken"
-    save_weights(broken, Detector(MODEL), to_dict(Config(model=MODEL)), {})
+    save_weights(broken, Detector(MODEL), to_dict(Config(model=MODEL)), {}, {})
     (broken / "model.safetensors").write_bytes(b"xx")
-    assert f"{broken}: cannot load the detector" in fails(capsys, broken, image, "--hfov", 80)
+    assert "model.safetensors is damaged" in fails(capsys, broken, image, "--hfov", 80)
 
     def refuse(*_, **__):
         raise RuntimeError("offline\nsecond line")

@@ -8,21 +8,26 @@ import sys
 import pytest
 from conftest import ROOT
 
-MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
-READERS = {"data_kitti", "data_json", "data_synthetic"}
+FOLDERS = ("formats", "metrics", "tools")
+PATHS = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in PATHS}
+BELOW = {"frames", "geometry"}
+FORMATS, METRICS = ({name for name in MODULES if name.startswith(folder)} for folder in ("formats.", "metrics."))
 MAY_IMPORT = {  # module: the project's modules that it may import at its top
     "geometry": set(),
-    "data_kitti": {"geometry"},
-    "data_json": {"geometry", "data_kitti"},
-    "data_synthetic": {"geometry", "data_kitti"},
-    "data": {"geometry", *READERS},
-    "metrics": {"geometry", "data_kitti"},
-    "draw": {"geometry", "data_kitti"},
+    "frames": {"geometry"},
+    **{name: BELOW | FORMATS for name in FORMATS},
+    **{name: BELOW for name in METRICS},
+    "optimizer": set(),
+    "draw": BELOW,
     "targets": {"geometry"},
-    "model": {"geometry", "data"},  # predict places an image as the data does
     "losses": {"geometry"},
-    "checkpoint": set(),
+    "model": BELOW,
+    "data": BELOW | FORMATS,
     "config": {"data", "losses", "model"},
+    "guard": {"config", "data"},
+    "logbook": {"config"},
+    "checkpoint": {"config", "data", "model"},
 }
 
 
@@ -32,9 +37,9 @@ def imports_of(tree, top_only):
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found & set(MODULES)
 
 
@@ -43,9 +48,10 @@ def test_modules_import_only_what_they_may(module):
     assert imports_of(MODULES[module], top_only=True) <= MAY_IMPORT[module]
 
 
-def test_there_are_no_import_cycles_and_nothing_imports_train():
+def test_there_are_no_import_cycles_and_nothing_imports_train_or_tools():
     graph = {name: imports_of(tree, top_only=False) for name, tree in MODULES.items()}
-    assert not [name for name, imported in graph.items() if "train" in imported]
+    outer = {name for name in MODULES if name == "train" or name.startswith("tools.")}
+    assert not [name for name, imported in graph.items() if name not in outer and imported & outer]
 
     def reach(name, path):
         assert name not in path, " -> ".join([*path, name])
@@ -54,6 +60,11 @@ def test_there_are_no_import_cycles_and_nothing_imports_train():
 
     for name in graph:
         reach(name, [])
+
+
+def test_the_first_screen_shows_a_handful():
+    assert len(list(ROOT.glob("*.py"))) <= 15
+    assert not list(ROOT.glob("*/*/*.py"))
 
 
 CHECK = """
@@ -81,7 +92,14 @@ def import_quietly(modules):
 
 
 def test_reading_data_and_computing_metrics_need_neither_timm_nor_accelerate():
-    assert import_quietly("geometry, data, data_kitti, data_json, data_synthetic, metrics, draw, targets, checkpoint") == []
+    assert (
+        import_quietly("geometry, frames, data, formats.kitti, formats.jsonl, formats.world, metrics.kitti, draw, targets, evaluate") == []
+    )
+
+
+def test_the_detector_needs_no_formats():
+    code = "import sys; from model import Detector; print(*[m for m in sys.modules if m.split('.')[0] in ('formats', 'metrics', 'data')])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split() == []
 
 
 def test_importing_everything_changes_nothing():
@@ -121,18 +139,41 @@ def test_files_are_under_an_open_licence_and_clean():
 
 @pytest.fixture(scope="module")
 def readme():
-    if not (ROOT / "README.md").is_file():
-        pytest.skip("no README.md yet")
     return (ROOT / "README.md").read_text()
 
 
+def test_ci_runs_what_the_readme_says(readme):
+    """.ci/run takes both set-up commands out of the README by these patterns, and installs nothing else beside the tests."""
+    ci = (ROOT / ".ci/run").read_text()
+    patterns = re.findall(r"grep -m 1 '(.*)' README\.md", ci)
+    assert len(patterns) == 2
+    found = [[line for line in readme.splitlines() if re.match(pattern, line)] for pattern in patterns]
+    assert [len(lines) for lines in found] == [1, 1]
+    main, tests = (lines[0].partition("  #")[0].strip() for lines in found)
+    assert main == "pip install -r requirements.txt && python train.py"
+    assert tests == "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest"
+    assert re.findall(r"pip\S* install ([^\n]*)", ci.replace("pip install .*", "")) == ["ruff"]
+
+
+def test_the_readme_is_short(readme):
+    assert len(readme.splitlines()) <= 130
+
+
 def test_files_that_the_readme_names_exist(readme):
-    named = set(re.findall(r"(?<![\w/.-])((?:configs/|tests/|assets/|docs/)?[\w]+\.(?:py|sh|txt|png|jpg))(?![\w/])", readme))
+    named = set(
+        re.findall(r"(?<![\w/.-])((?:configs/|tests/|docs/|formats/|metrics/|tools/)?[\w]+\.(?:py|sh|txt|png|jpg))(?![\w/])", readme)
+    )
     named |= set(re.findall(r"\]\(([^)#:]+)\)", readme))
-    folders = ("configs/", "tests/", "assets/", "docs/")
+    folders = ("configs/", "tests/", "docs/", "formats/", "metrics/", "tools/")
     ours = {n for n in named if n.startswith(folders) or n.endswith((".py", ".sh")) or n == "requirements.txt"}
     assert {"train.py", "evaluate.py", "predict.py"} <= ours
     assert not [name for name in ours if not (ROOT / name).exists()]
+    for module in re.findall(r"python -m ((?:tools|formats)\.\w+)", readme):
+        assert module in MODULES
+
+
+def test_the_readme_lists_every_file_at_the_root(readme):
+    assert not [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in readme]
 
 
 def test_keys_that_the_readme_uses_exist(readme):
@@ -142,10 +183,10 @@ def test_keys_that_the_readme_uses_exist(readme):
     assert keys <= set(describe(Config()))
 
 
-def test_the_readme_names_every_loss(readme):
+def test_the_documents_name_every_loss(readme):
     from losses import LossConfig
 
-    assert not [name for name in LossConfig.__dataclass_fields__ if name not in readme]
+    assert not [name for name in LossConfig.__dataclass_fields__ if name not in readme + (ROOT / "RESULTS.md").read_text()]
 
 
 def test_the_config_that_the_readme_shows_is_one(readme):

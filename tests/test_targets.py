@@ -10,8 +10,8 @@ from PIL import Image
 from scenes import BEHIND, CAR, FAR, MODEL, PERSON, SIZE, TRUNCATED, K, all_losses, make_batch, make_sample, random_outputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import DataConfig, Detection3D, Frame, collate, whole_view
-from data_kitti import make_labels
+from data import DataConfig, Detection3D, collate
+from frames import Frame, make_labels, whole_view
 from geometry import wrap_angle
 from model import Detector, ModelConfig
 from targets import assign, encode, level_of, measure_priors, settle, target_points

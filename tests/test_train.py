@@ -1,5 +1,6 @@
 """The training command: what a run leaves behind, exact resume, processes, accumulation, and mistakes in one sentence."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -13,20 +14,22 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, launch, tiny
 from safetensors.torch import load_file
+from timm.optim import muon
 
 import train
 from config import TrainConfig, read_config
-from data import seed_of
-from data_kitti import read_split
+from data import StepBatches, UserError, seed_of
+from formats.kitti import read_split
 from logbook import Window
 from model import Detector, checkpoint_backbone
-from train import lr_at
+from optimizer import Muon, lr_at, make_optimizer, orthogonalise
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - Epoch \[(\d+)\]\[(\d+)/(\d+)\]  lr: \d\.\d{5}, eta: \d+:\d\d:\d\d, "
@@ -44,7 +47,14 @@ def losses_of(out):
 
 
 def hashes(folder):
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "train.safetensors")}
+    """Of all weights and moments: their content, since a pickle of equal numbers may have other bytes."""
+    found = {}
+    for name in ("model.safetensors", "model_1.safetensors"):
+        if (folder / name).exists():
+            found[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+    values = [(i, name, value.tolist() if torch.is_tensor(value) else value) for i in state for name, value in sorted(state[i].items())]
+    return {**found, "optimizer": hashlib.sha256(repr(values).encode()).hexdigest()}
 
 
 @pytest.fixture
@@ -80,10 +90,12 @@ def test_a_run_leaves_what_it_should(tiny_run):
         "predictions.png",
         "train.log",
     ]
-    assert sorted(p.name for p in (out / "best").iterdir()) == ["config.json", "metrics.json", "model.safetensors"]
+    assert sorted(p.name for p in (out / "best").iterdir()) == ["config.json", "meta.json", "metrics.json", "model.safetensors"]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [f"step_0000000{i}" for i in (2, 4, 6)]
     for folder in (out / "checkpoints").iterdir():
-        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "meta.json", "model.safetensors", "train.safetensors"]
+        found = sorted(p.name for p in folder.iterdir() if p.name != "metrics.json")
+        assert found == ["config.json", "meta.json", "model.safetensors", "model_1.safetensors", "optimizer.bin"]
+    assert json.loads((out / "checkpoints/step_00000006/metrics.json").read_text())["counted"]["Car"]["hard"] > 0
     text = finished.stdout
     assert "1 process(es) on cpu" in text
     assert "6 steps of 2 images, 4 an epoch" in text
@@ -126,8 +138,8 @@ def test_best_loads_and_priors_are_filled_in(tiny_run):
     assert len(detector.config.depth_mean) == len(detector.config.strides)
     last = load_file(out / "checkpoints/step_00000006/model.safetensors")
     assert all(torch.equal(value, last[name]) for name, value in detector.state_dict().items())  # one evaluation, at the end
-    raw = load_file(out / "checkpoints/step_00000006/train.safetensors")
-    assert not torch.equal(raw["model.box_predictor.weight"], last["box_predictor.weight"])  # the published ones are averages
+    raw = load_file(out / "checkpoints/step_00000006/model_1.safetensors")
+    assert not torch.equal(raw["box_predictor.weight"], last["box_predictor.weight"])  # the published ones are averages
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path, here):
@@ -178,10 +190,9 @@ def test_two_processes_train_like_one(tiny_run, tmp_path, here):
     for a, b in zip(ours, theirs, strict=True):
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
-    first, second = (load_file(tmp_path / name / "checkpoints/step_00000004/train.safetensors") for name in ("one", "two"))
+    first, second = (load_file(tmp_path / name / "checkpoints/step_00000004/model_1.safetensors") for name in ("one", "two"))
     for name, value in first.items():
-        if name.startswith("model."):
-            torch.testing.assert_close(second[name], value, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(second[name], value, rtol=1e-2, atol=1e-4)
 
 
 def test_accumulation_sees_the_same_images_in_fewer_steps(tiny_run, tmp_path, here):
@@ -190,9 +201,31 @@ def test_accumulation_sees_the_same_images_in_fewer_steps(tiny_run, tmp_path, he
     assert code == 0, err
     assert "3 steps of 4 images, 2 an epoch" in out
     assert [r["step"] for r in records(tmp_path / "a")] == [1, 2, 3]
-    code, _, err = here(*tiny(world, tmp_path / "a", "train.batch_size=1", "train.steps=3"))
+    code, _, err = here(*tiny(world, tmp_path / "a", "train.steps=3", "model.norm=frozen", "train.warmup=0", "train.batch_size=1"))
     assert code == 2
     assert re.search(r"its global batch was 4 and is now 1: not the same run", err)
+
+
+def test_accumulated_parts_are_one_batch(tiny_run, tmp_path, here):
+    """Losses and gradient of four images at once, in four parts of which two hold no object, and in two parts on each of two processes."""
+    root, _ = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
+    for id in read_split(root, "train")[::3]:
+        (root / f"training/label_2/{id}.txt").write_text("")
+    found = {}
+    for name, batch, parts, processes in (("one", 4, 1, 1), ("parts", 1, 4, 1), ("both", 1, 2, 2)):
+        more = ("model.norm=frozen", "train.steps=2", "model.pretrained=false", f"train.batch_size={batch}", f"train.accumulate={parts}")
+        arguments = (ROOT / "configs/kitti.py", *tiny(root, tmp_path / name, *more, kitti=True))
+        if processes == 1:
+            code, _, err = here(*arguments)
+            assert code == 0, err
+        else:
+            assert launch(*arguments, processes=processes).returncode == 0
+        found[name] = losses_of(tmp_path / name)
+    order = [StepBatches(8, 1, 0, 1, 0, 0, 8).at(micro)[0][1] for micro in range(8)]
+    assert {len(np.intersect1d(order[i : i + 4], range(0, 8, 3))) for i in (0, 4)} <= {1, 2, 3}  # some parts are empty, some are not
+    for name in ("parts", "both"):
+        for ours, theirs in zip(found["one"], found[name], strict=True):
+            assert theirs == pytest.approx(ours, rel=2e-4), name
 
 
 def test_weights_can_be_loaded_from_another_run(tiny_run, tmp_path, here):
@@ -210,8 +243,8 @@ def test_weights_can_be_loaded_from_another_run(tiny_run, tmp_path, here):
 
 def copy_as_kitti(world, folder):
     """The tiny world as a KITTI folder of its own, to be broken."""
-    source = next(world.glob("*/training")).parent
-    shutil.copytree(source, folder)
+    for source in world.glob("*/training"):
+        shutil.copytree(source.parent, folder, dirs_exist_ok=True)
     return folder, read_split(folder, "train")[1]
 
 
@@ -250,7 +283,7 @@ def test_mistakes_end_in_one_sentence(tiny_run, tmp_path, here, mistake):
     root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
     if spoil:
         spoil(root, id)
-    arguments = [*tiny(root, tmp_path / "run"), *overrides]
+    arguments = [*tiny(root, tmp_path / "run", kitti=True), *overrides]
     code, _, err = here(ROOT / "configs/kitti.py", "model.pretrained=false", *arguments)
     sentences = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2, err
@@ -263,7 +296,9 @@ def test_a_mistake_in_a_real_process(tmp_path):
     command = [sys.executable, "train.py", "configs/kitti.py", f"data.root={tmp_path}", f"out={tmp_path / 'run'}"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 2
-    assert re.fullmatch(rf"error: {re.escape(str(tmp_path))}: expected a KITTI folder with .*\n", finished.stderr)
+    assert re.fullmatch(
+        rf"error: {re.escape(str(tmp_path))}: expected a KITTI folder with .* \(--traceback shows where\)\n", finished.stderr
+    )
 
 
 def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, here):
@@ -287,13 +322,13 @@ def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, he
 def test_skipped_images_are_reported(tiny_run, tmp_path, here):
     root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
     (root / f"training/image_2/{id}.png").write_bytes(b"no picture")
-    arguments = [*tiny(root, tmp_path / "run"), "data.skip_bad=true", "train.steps=4"]
+    arguments = [*tiny(root, tmp_path / "run", kitti=True), "data.skip_bad=true", "train.steps=4"]
     code, out, err = here(ROOT / "configs/kitti.py", "model.pretrained=false", *arguments)
     assert (code, f"1 unreadable images were replaced (data.skip_bad): {id}" in out + err) == (0, True), err
 
 
 def test_traceback_on_request(here, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="expected a KITTI folder"):
         here(ROOT / "configs/kitti.py", f"data.root={tmp_path}", f"out={tmp_path / 'run'}", "--traceback")
 
 
@@ -306,7 +341,7 @@ def test_help_lists_every_key(here):
 
 def test_two_config_files_are_too_many(here):
     code, _, err = here("a.py", "b.py")
-    assert (code, err) == (2, "error: expected one config file, got a.py, b.py (overrides are key=value)\n")
+    assert (code, err) == (2, "error: expected one config file, got a.py, b.py (overrides are key=value) (--traceback shows where)\n")
     code, _, err = here("configs/none.py")
     assert code == 2
     assert re.search(r"configs/none\.py: no such config file; there are .*synthetic\.py", err)
@@ -323,6 +358,55 @@ def test_lr_is_a_pure_function_of_the_step():
     assert [lr_at(s, 12, steps) for s in (0, 7, 8, 10, 11)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     constant = TrainConfig(lr=2.0, warmup=1, schedule="constant")
     assert [lr_at(s, 9, constant) for s in (0, 1, 8)] == [1.0, 2.0, 2.0]
+
+
+class Mixed(torch.nn.Module):
+    """Kernels and matrices of several shapes, tall and wide, a depthwise kernel, a norm and biases."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = ((8, 4, 3), (8, 4, 3), (64, 4, 1), (6, 12, 3))
+        self.kernels = torch.nn.ModuleList(torch.nn.Conv2d(i, o, k) for o, i, k in shapes)
+        self.rest = torch.nn.ModuleList([torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8), torch.nn.Linear(5, 7)])
+
+
+def learn_noise(optimizer, model, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+def test_muon_is_timms_in_single_precision(monkeypatch):
+    """timm iterates in bf16, one matrix after the other, unless it is patched as here."""
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32))
+    torch.manual_seed(0)
+    model = Mixed()
+    other = copy.deepcopy(model)
+    options = TrainConfig(optimizer="muon", lr=0.01, weight_decay=0.1)
+    learn_noise(make_optimizer(model, options), model, 3)
+    learn_noise(timm.optim.create_optimizer_v2(other, opt="muon", lr=0.01, weight_decay=0.1, betas=(0.9, 0.999)), other, 3)
+    for (name, ours), theirs in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs[1], rtol=0, atol=1e-6, msg=name)
+
+
+def test_muon_updates_are_orthogonal_and_its_state_survives_saving():
+    torch.manual_seed(0)
+    for rows, columns in ((16, 80), (80, 16), (32, 32)):
+        update = orthogonalise(torch.randn(3, rows, columns) * torch.logspace(0, -3, columns), Muon.ITERATIONS, 1e-7)
+        assert torch.linalg.svdvals(update).clamp(min=0.1).max() < 1.3
+        assert torch.linalg.svdvals(update).quantile(0.25) > 0.6
+    assert torch.equal(orthogonalise(torch.zeros(1, 4, 8), Muon.ITERATIONS, 1e-7), torch.zeros(1, 4, 8))
+    model = Mixed()
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon"))
+    learn_noise(optimizer, model, 2)
+    again = copy.deepcopy(model)
+    restored = make_optimizer(again, TrainConfig(optimizer="muon"))
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    learn_noise(optimizer, model, 2, seed=1)
+    learn_noise(restored, again, 2, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_seeds_are_a_function_of_all_numbers():

@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import yardstick
 from config import Config, TrainConfig
-from data_kitti import make_labels
+from frames import make_labels
 from geometry import project, project_boxes
-from yardstick import KNOWN, MEAN, cell, group, match, measure_cues, tell
+from tools import yardstick
+from tools.yardstick import KNOWN, MEAN, cell, group, match, tell
 
 K = np.array([[700.0, 0, 600], [0, 700, 180], [0, 0, 1]])
 
@@ -63,56 +62,15 @@ def test_seeds_are_one_row_with_mean_and_spread():
     assert cell([5.0]) == "5.0"
 
 
-def test_a_cue_is_worth_what_it_tells():
-    """Objects of one size at any height above the ground: the 2D box's height tells the depth, its bottom row does not."""
-    random = np.random.default_rng(0)
-    center = np.stack([random.uniform(-0.6, 0.6, 800), random.uniform(-1.5, 1.5, 800), random.uniform(8, 40, 800)], -1)
-    center[:, 0] *= center[:, 2]  # side by side
-    center[405] = [0, 0, 130]  # 11 px high: not counted
-    size, yaw = np.full((800, 3), 2.0), np.zeros(800)
-    box, names = project_boxes(center, size, yaw, K)[0], np.array(["Car", "Pedestrian", "Cyclist", "Van"])[np.arange(800) % 4]
-    labels = make_labels(names, box, size, center, yaw)
-    offset = np.array([0.3, 0, 2.0])
-    frames = [SimpleNamespace(K=K, labels=labels[start : start + 100], offset=offset) for start in range(0, 800, 100)]
-    classes = ("Car", "Pedestrian")
-    train = SimpleNamespace(classes=classes, frames=[frame for frame in frames[:4] for _ in range(2)])
-    held_out = SimpleNamespace(classes=classes, ids=["a", "b"], frames=frames[4:6])
-    found = {}
-    for id, frame in zip(held_out.ids, held_out.frames, strict=True):  # every second is found, its box a tenth too high
-        seen = frame.labels[np.flatnonzero(np.arange(100) % 8 < 4)]
-        higher = seen.box - [[0, 0.1, 0, 0]] * (seen.box[:, 3:] - seen.box[:, 1:2])
-        factor = np.where(seen.name == "Car", 1.1, 1.2) + 2 * (seen.center[:, 2] > 100)  # as far off as the network is
-        told = seen.center * factor[:, None]
-        told[:, :2] = seen.center[:, :2]
-        best = make_labels(seen.name, higher, seen.size, told - offset, seen.yaw, score=np.full(len(seen), 0.9))
-        double = make_labels(seen.name, higher, seen.size, 2 * told - offset, seen.yaw, score=np.full(len(seen), 0.5))
-        parts = {field.name: np.concatenate([getattr(best, field.name), getattr(double, field.name)]) for field in dataclasses.fields(best)}
-        found[id] = (dataclasses.replace(best, **parts), None)
-    errors = measure_cues(train, held_out, found)
-    assert errors["Car"]["the network, found objects"] == pytest.approx(10, abs=0.5)
-    assert errors["Pedestrian"]["the network, found objects"] == pytest.approx(20, abs=0.5)
-    for cues in errors.values():
-        assert cues["height"] < 5
-        assert cues["height, found objects"] < 6
-        assert 5 < cues["height of the found box"] < 14
-        assert min(cues["class alone"], cues["bottom row"]) > 5 * cues["height"]
-    held_out.classes = train.classes = ("Tram",)  # nobody has seen one
-    assert set(measure_cues(train, held_out, found)["Tram"].values()) == {None}
-
-
-@pytest.mark.filterwarnings("error")
-def test_one_known_object_answers_for_all():
-    assert yardstick.look_up_depth(np.array([[0.1, 0.2]]), np.array([7.0]), np.array([[0.3, 0.4], [0.1, 0.2]])).tolist() == [7, 7]
-
-
 def test_a_run_is_measured(tiny_run, capsys, tmp_path):
-    assert yardstick.main([str(tiny_run[1]), "--oracles", "--cues", "--json", str(tmp_path / "y.json")]) == 0
+    assert yardstick.main([str(tiny_run[1]), "--oracles", "--json", str(tmp_path / "y.json")]) == 0
     out = capsys.readouterr().out
     assert "| 3D strict |" in out
     assert f"| {tiny_run[1].name} | 1 |" in out
     assert "| projected centre |" in out
-    assert "| bottom row |" in out
-    values = json.loads((tmp_path / "y.json").read_text())["runs"][0][1]
+    written = json.loads((tmp_path / "y.json").read_text())
+    values = written["runs"][0][1]
+    assert set(written["oracles"][0][1]["Car"]) == set(KNOWN)
     each = [values[name]["2D"] for name in values if name != MEAN]
     assert len(each) == 3
     assert values[MEAN]["2D"] == pytest.approx(sum(each) / 3)

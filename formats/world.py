@@ -1,30 +1,39 @@
-"""The built-in world: procedurally rendered driving scenes, written once in KITTI format and read back by data_kitti.
+"""The built-in world: procedurally rendered driving scenes, written once in KITTI format and read back by formats/kitti.py.
 
 A frame is a pure function of (seed, index, size). Camera frame: x right, y down, z forward, metres. The camera is pitched, rolled and
 raised at random, so the ground is the plane normal . X = height; boxes stand on it but stay upright in the camera frame, as KITTI's do.
 """
 
+import contextlib
+import dataclasses
 import math
 import multiprocessing
 import os
 import shutil
 import signal
-import struct
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
-from data_kitti import Labels, write_calib, write_labels
-from geometry import NEAR, box_corners, clip_boxes, project_boxes, wrap_angle, yaw_to_alpha
+from formats.kitti import write_calib, write_labels
+from frames import make_labels
+from geometry import NEAR, box_corners, clip_boxes, project_boxes, wrap_angle
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 WORLD_VERSION = 1  # part of the folder's name: raise it whenever a picture or a label changes
-VAL_START = 500_000  # ids of held-out frames start here, so that they do not depend on how many frames are trained on
+FIRST_INDEX = {"train": 0, "val": 500_000}  # of the ids of a split: held-out frames do not depend on how many are trained on
 MAX_DEPTH = 60.0  # m, objects farther away become DontCare, as do those below MIN_HEIGHT px or MIN_VISIBLE of their pixels
 MIN_HEIGHT, MIN_VISIBLE = 10.0, 0.1
 VISIBLE_LEVELS = (0.8, 0.5, 0.25)  # least visible share of occlusion 0, 1 and 2; less is 3
@@ -296,7 +305,7 @@ def texture(octave, s, t):
 # A scene and its picture
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Objects:
     """n objects in the camera frame: kind (n,), keys of SIZES; size (n, 3) l, h, w; center (n, 3); yaw (n,); colour (n, 14, 3), 0-1."""
 
@@ -307,7 +316,7 @@ class Objects:
     colour: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class View:
     """Camera, road and light of one frame.
 
@@ -661,20 +670,11 @@ def label_objects(view, objects, share, pixels):
     care = care[keep]
     center = objects.center[keep] - CAMERA_SHIFT
     occlusion = (share[keep, None] < VISIBLE_LEVELS).sum(1)
-    missing = Labels("DontCare", -1.0, -1, -10.0, box[keep], -1.0, -1000.0, -10.0, 1.0)
-    known = Labels(
-        name[keep],
-        1 - area[keep] / full_area[keep],
-        occlusion,
-        yaw_to_alpha(objects.yaw[keep], center),
-        box[keep],
-        objects.size[keep],
-        center,
-        objects.yaw[keep],
-        np.ones(len(keep)),
-    )
-    pairs = ((getattr(known, field.name), getattr(missing, field.name)) for field in fields(Labels))
-    return Labels(*(np.where(care.reshape(-1, *[1] * (value.ndim - 1)), value, fill) for value, fill in pairs))
+    known = make_labels(name[keep], box[keep], objects.size[keep], center, objects.yaw[keep], 1 - area[keep] / full_area[keep], occlusion)
+    missing = {"name": "DontCare", "truncation": -1.0, "occlusion": -1, "alpha": -10.0, "size": -1.0, "center": -1000.0, "yaw": -10.0}
+    columns = {key: (getattr(known, key), fill) for key, fill in missing.items()}
+    replaced = {key: np.where(care.reshape(-1, *[1] * (value.ndim - 1)), value, fill) for key, (value, fill) in columns.items()}
+    return dataclasses.replace(known, **replaced)
 
 
 def develop(rng, image):
@@ -703,45 +703,36 @@ def render_frame(seed, index, size=(640, 192)):
     return develop(rng, image), P2, label_objects(view, objects, share, pixels)
 
 
-def write_png(path, image):
-    """image (H, W, 3) uint8. By hand because Pillow takes 10 ms a frame more, to choose filters that noise makes useless."""
-    lines = np.ones((image.shape[0], 1 + image[0].size), np.uint8)  # each line: filter 1, then differences to the pixel on the left
-    lines[:, 1:4], lines[:, 4:] = image[:, 0], (image[:, 1:] - image[:, :-1]).reshape(len(image), -1)
-    packer = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
-    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", packer.compress(lines) + packer.flush()), (b"IEND", b"")
-    data = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks]
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(data))
-
-
 def write_frame(job):
     """Render one frame into a folder; job: (folder, seed, index, size)."""
     folder, seed, index, size = job
     image, P2, labels = render_frame(seed, index, size)
-    write_png(folder / f"training/image_2/{index:06d}.png", image)
+    picture = Image.fromarray(image)
+    picture.save(folder / f"training/image_2/{index:06d}.png", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)  # of noise: fast
     write_calib(folder / f"training/calib/{index:06d}.txt", P2)
     write_labels(folder / f"training/label_2/{index:06d}.txt", labels)
 
 
-def build_world(root, train=1000, val=150, seed=0, size=(640, 192), workers=None, progress=True):
-    """Folder with the world in KITTI format, rendered only if it is not there yet. Returns its Path.
+def build_world(root, split, frames, seed=0, size=(640, 192), workers=1):
+    """Folder with the first frames of a split in KITTI format, rendered only if it is not there yet. Returns its Path.
 
-    root: cache folder; train, val: numbers of frames; size: (width, height); workers: processes, one per usable core by default.
+    root: cache folder; split: 'train' or 'val'; size: (width, height); workers: processes.
     The folder is rendered under another name and renamed when complete: a killed or a simultaneous run leaves no half world behind.
     """
-    folder = Path(root) / f"world{WORLD_VERSION}-seed{seed}-{size[0]}x{size[1]}-train{train}-val{val}"
+    if split not in FIRST_INDEX or frames < 1:
+        raise ValueError(f"the built-in world has {' and '.join(FIRST_INDEX)}, of at least one frame, got {split!r} of {frames}")
+    folder = Path(root) / f"world{WORLD_VERSION}-seed{seed}-{size[0]}x{size[1]}-{split}{frames}"
     if folder.is_dir():
         return folder
+    remove_leftovers(folder.parent)
     unfinished = folder.with_name(f"{folder.name}.partial-{os.getpid()}-{time.time_ns()}")
     for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
         (unfinished / name).mkdir(parents=True)
-    splits = {"train": range(train), "val": range(VAL_START, VAL_START + val)}
-    for name, indices in splits.items():
-        (unfinished / "ImageSets" / f"{name}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
-    jobs = [(unfinished, seed, index, tuple(size)) for indices in splits.values() for index in indices]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
+    (unfinished / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
     try:
-        render_all(jobs, workers or cores, progress)
+        with lock(unfinished):
+            render_all([(unfinished, seed, index, tuple(size)) for index in indices], workers, f"rendering {split}")
         os.rename(unfinished, folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster, and its frames are the same
@@ -751,16 +742,31 @@ def build_world(root, train=1000, val=150, seed=0, size=(640, 192), workers=None
     return folder
 
 
-def render_all(jobs, workers, progress):
-    """Render with processes that import nothing again where they can be forked, and that die of SIGTERM whatever the caller does on it."""
-    start, terminal = time.perf_counter(), progress and sys.stderr.isatty()
+def lock(folder):
+    """An open file in a folder, locked until it is closed or its process dies. Raises OSError when another process has it."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115  closing it releases the lock
+    if fcntl:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def remove_leftovers(root):
+    """Remove what killed processes left half rendered under root; without file locks (Windows), what is a day old."""
+    for path in Path(root).glob("world*.partial-*"):
+        with contextlib.suppress(OSError), lock(path):
+            if fcntl or time.time() - path.stat().st_ctime > 86400:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def follow_parent():
+    """For the processes of a pool: end with the parent, however it ends, and of SIGTERM, whatever the parent does on it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def render_all(jobs, workers, title):
+    """Render with processes that import nothing again where they can be forked."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
-        for done, _ in enumerate(pool.map(write_frame, jobs, chunksize=4), 1):
-            if terminal and (done % 8 == 0 or done == len(jobs)):
-                filled = 30 * done // len(jobs)
-                print(f"\rrendering [{'#' * filled:.<30}] {done}/{len(jobs)}", end="", file=sys.stderr, flush=True)
-    if progress:
-        seconds = time.perf_counter() - start
-        line = f"rendered {len(jobs)} frames in {seconds:.0f} s, {len(jobs) / seconds:.0f} frames/s with {workers} processes"
-        print("\n" * terminal + line, file=sys.stderr)
+    with ProcessPoolExecutor(workers, context, follow_parent) as pool:
+        for _ in tqdm(pool.map(write_frame, jobs, chunksize=4), title, len(jobs), unit=" frames", disable=None):
+            pass

@@ -1,61 +1,53 @@
 """Check a whole data set before training: every label, calibration and image of a config's sources, in parallel.
 
-python check_data.py CONFIG.py [key=value ...]
+python -m tools.check_data CONFIG.py [key=value ...] [--workers N]
 """
 
 import argparse
 import dataclasses
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 from config import load_config
-from data import Detection3D, read_source
+from data import Detection3D, UserError, build_dataset, read_source, usable_cores
 from geometry import box_iou, project_boxes
 
 FITS = 0.7  # median overlap of projected and labelled boxes below which a camera or a convention is probably wrong; KITTI's is 0.97
 
 
-def give(dataset):
-    """Hand the data set to a process of the pool, once."""
-    global given
-    given = dataset
-
-
-def check_frame(index):
-    """Decode one frame as training would: (sentence or '', overlaps of its projected with its labelled 2D boxes, wholly in view)."""
-    dataset, frame = given, given.frames[index]
+def check_frame(dataset, index):
+    """Read one frame as training would: (sentence or '', overlaps of its projected with its labelled 2D boxes, wholly in view)."""
+    frame = dataset.frames[index]
     try:
         sample = dataset[index]
-    except (ValueError, OSError) as error:
+    except UserError as error:
         return str(error), []
     broken = [name for name, value in sample.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        return f"{frame.image}: {', '.join(broken)} not finite", []
     labels = frame.labels[frame.labels.is_3d & (frame.labels.truncation <= 0)]
     boxes, crosses = project_boxes(labels.center, labels.size, labels.yaw, frame.K)
-    return "", box_iou(boxes[~crosses], labels.box[~crosses]).tolist()
+    return f"{frame.image}: {', '.join(broken)} not finite" * bool(broken), box_iou(boxes, labels.box)[~crosses].tolist()
 
 
 def check(config, workers):
     """Everything wrong with the sources of a config, as (sentences, notes). Shows progress on stderr."""
-    problems, notes = [], []
+    problems, notes, model = [], [], config.model
+    plain = dataclasses.replace(config.data, skip_bad=False, cache="")
     for title, sources in (("train", config.data.train), ("val", config.data.val)):
+        before = len(problems)
         for source in sources:
             name = f"{title}: {source.kind} {source.root or config.data.root}"
             try:
-                frames = read_source(source, config.data, problems)
+                dataset = Detection3D(read_source(source, config.data, problems), model.classes, model.size, plain, training=False)
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
-            plain = dataclasses.replace(config.data, skip_bad=False)
-            dataset = Detection3D(frames, config.model.classes, config.model.size, plain, training=False)
-            with ProcessPoolExecutor(workers, initializer=give, initargs=(dataset,)) as pool:
-                found = pool.map(check_frame, range(len(frames)), chunksize=16)
-                found = list(tqdm(found, name, len(frames), unit="frame", disable=None))
+            with ThreadPoolExecutor(workers) as pool:  # decoding leaves Python's lock alone
+                found = pool.map(partial(check_frame, dataset), range(len(dataset)))
+                found = list(tqdm(found, name, len(dataset), unit="frame", disable=None))
             problems += [sentence for sentence, _ in found if sentence]
             overlaps = [value for _, values in found for value in values]
             notes.append(f"{name}: {dataset.summary()}")
@@ -64,8 +56,13 @@ def check(config, workers):
                 notes.append(f"{name}: projected and labelled 2D boxes overlap by {median:.2f} in the median of {len(overlaps)}")
                 if median < FITS:
                     problems.append(f"{name}: the projected 3D boxes miss the labelled 2D boxes: is K, the unit or the box's centre wrong?")
-            elif not any(len(frame.labels) for frame in frames):
+            elif not any(len(frame.labels) for frame in dataset.frames):
                 problems.append(f"{name}: no frame holds an object")
+        if len(problems) == before:  # what only all sources together show: none of them, or a frame listed twice
+            try:
+                build_dataset(config.data, sources, model.classes, model.size, title == "train")
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
     return problems, notes
 
 
@@ -74,8 +71,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="a Python run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="threads (default: one per core)")
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
     except (ValueError, OSError) as error:

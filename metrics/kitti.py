@@ -16,11 +16,11 @@ positions KITTI uses since 2019 (Simonelli et al., Disentangling monocular 3D ob
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_kitti import Labels
+from frames import Labels, join
 from geometry import bev_and_box3d_iou, box_iou, wrap_angle
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")  # KITTI's evaluated ones
@@ -57,11 +57,13 @@ def kitti_ap(
     overlap: str = "strict",
     repeat: int = 1,
     min_height: Sequence[float] = MIN_HEIGHT,
+    own_overlap: Mapping[str, Sequence[float]] | None = None,
 ) -> dict:
     """Average precision in per cent.
 
     truth, results: frame id -> Labels in one common frame and one common pixel grid; frames without results count as empty.
     overlap: 'strict' (.7 Car, .5 others) or 'loose' (BEV and 3D .5 and .25). repeat counts every frame so many times.
+    own_overlap: class -> thresholds in 2D, BEV, 3D that replace those.
     min_height: pixels for easy, moderate, hard. Unknown occlusion and truncation (-1) are within every limit.
 
     Returns class -> bbox|aos|bev|3d -> easy|moderate|hard -> {AP_R40, AP_R11}, and beside the classes
@@ -76,7 +78,7 @@ def kitti_ap(
     extra = [frame for frame in results if frame not in truth]
     if extra:
         raise ValueError(f"{len(extra)} result frames have no ground truth, the first is {extra[0]!r}")
-    thresholds = {name: min_overlap(name, overlap) for name in classes}
+    thresholds = {name: tuple((own_overlap or {}).get(name, min_overlap(name, overlap))) for name in classes}
     data = _Pairs(truth, results, classes, min(min(t) for t in thresholds.values()), max(min_height))
     metrics = {}
     counted, curves = {}, {}
@@ -191,11 +193,7 @@ def _flatten(labels, frames):
     present = [i for i, frame in enumerate(frames) if len(labels.get(frame, ()))]
     parts = [labels[frames[i]] for i in present]
     frame = np.repeat(np.array(present, dtype=int), [len(part) for part in parts])
-    if not parts:
-        empty = np.zeros(0)
-        return Labels(empty.astype(object), empty, empty, empty, np.zeros((0, 4)), np.zeros((0, 3)), np.zeros((0, 3)), empty, empty), frame
-    columns = (np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Labels))
-    return Labels(*columns), frame
+    return join(parts), frame
 
 
 def _lower(names):
@@ -320,12 +318,11 @@ def object_errors(
     truth: dict[str, Labels],
     results: dict[str, Labels],
     classes: Sequence[str] = CLASSES,
-    sigma: dict[str, np.ndarray] | None = None,
     min_height: Sequence[float] = MIN_HEIGHT,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """How far off matched objects are, by distance: depth, heading, size, recall and calibration of the predicted depth sigma.
 
-    truth, results: as for `kitti_ap`. sigma: id -> (n,) metres, one for each row of results[id], or None.
+    truth, results: as for `kitti_ap`; calibration is that of the results' sigma, where they have one.
     Objects are the ground truths with a 3D box that count at "hard"; each takes, of the detections of its class with 2D overlap
     above .5, the one with the highest score, whatever that score is: errors of depth then do not decide what is compared.
 
@@ -335,12 +332,6 @@ def object_errors(
     (mean absolute, m), within_1_sigma, within_2_sigma (share)}; None where nothing can be averaged.
     """
     data = _Pairs(truth, results, classes, MATCH_OVERLAP, max(min_height))
-    all_sigma = None
-    if sigma is not None:
-        parts = [np.asarray(sigma[frame], float) for frame in truth if len(results.get(frame, ()))]
-        all_sigma = np.concatenate(parts) if parts else np.zeros(0)
-        if len(all_sigma) != len(data.det):
-            raise ValueError(f"sigma has {len(all_sigma)} values, expected one for each of {len(data.det)} detections")
     names = [f"{near}-{far}" for near, far in itertools.pairwise(BANDS)] + [f"{BANDS[-1]}+"]
     errors = {}
     for name in classes:
@@ -356,14 +347,13 @@ def object_errors(
         for number, label in enumerate([*names, "all"]):
             inside = objects if label == "all" else objects & (band == number)
             here = inside[gt]
-            spread = None if all_sigma is None else all_sigma[det[here]]
-            errors[name][label] = _band_errors(int(inside.sum()), data.gt[gt[here]], data.det[det[here]], spread)
+            errors[name][label] = _band_errors(int(inside.sum()), data.gt[gt[here]], data.det[det[here]])
     return errors
 
 
-def _band_errors(objects, truth, found, sigma):
-    """One entry of `object_errors`: truth and found are Labels of the matched pairs, row by row; sigma (m,) or None."""
-    matched = len(truth)
+def _band_errors(objects, truth, found):
+    """One entry of `object_errors`: truth and found are Labels of the matched pairs, row by row."""
+    matched, sigma = len(truth), found.sigma
     depth = found.center[:, 2] - truth.center[:, 2]
     heading = np.degrees(np.abs(wrap_angle(found.yaw - truth.yaw)))
     size = np.abs(found.size - truth.size)
@@ -383,28 +373,6 @@ def _band_errors(objects, truth, found, sigma):
         "within_1_sigma": None if sigma is None else mean(np.abs(depth) <= sigma),
         "within_2_sigma": None if sigma is None else mean(np.abs(depth) <= 2 * sigma),
     }
-
-
-MAIN_METRIC = "Car/3d/moderate/AP_R40"
-
-
-def main_metric(metrics: dict, name: str = MAIN_METRIC) -> float:
-    """One number out of the result of `kitti_ap`, per cent, higher is better: what "best" follows.
-
-    name: class/metric/difficulty/AP_R40|AP_R11; empty is MAIN_METRIC. When Car is asked for and not among the classes, or the class
-    is "mean", it is the mean over the classes that have counted ground truths (0 when none has). Raises KeyError naming what there is.
-    """
-    classes = metrics["settings"]["classes"]
-    parts = (name or MAIN_METRIC).split("/")
-    valid = [["mean", "Car", *classes], ["bbox", "aos", "bev", "3d"], DIFFICULTIES, ["AP_R40", "AP_R11"]]
-    if len(parts) != 4 or any(part not in allowed for part, allowed in zip(parts, valid, strict=True)):
-        expected = "/".join("|".join(dict.fromkeys(allowed)) for allowed in valid)
-        raise KeyError(f"metric {name!r} is unknown, expected {expected}")
-    chosen, metric, difficulty, key = parts
-    if chosen in classes:
-        return metrics[chosen][metric][difficulty][key] or 0.0
-    values = [metrics[c][metric][difficulty][key] or 0.0 for c in classes if metrics["counted"][c][difficulty]]
-    return float(np.mean(values)) if values else 0.0
 
 
 def highest_possible(count: int, key: str) -> float:

@@ -1,6 +1,7 @@
 """JSON lines: what is read, what is derived, the round trip, and every error by line, key, value and expectation."""
 
 import copy
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data_json
-from data_json import check_jsonl, main, read_jsonl, summarise, to_json, write_jsonl
-from data_kitti import read_calib, read_labels, split_projection
+from formats.jsonl import OBJECT_KEYS, main, read_frames, summarise, to_json, write_jsonl
+from formats.kitti import read_calib, read_labels, split_projection
+from frames import Frame
 from geometry import clip_boxes, project_boxes
 
 KITTI = Path(__file__).parents[2] / "shared/data/kitti_mini/training"
@@ -38,6 +40,12 @@ def write(folder, *lines):
     return path
 
 
+def problems_of(path, **options):
+    problems = []
+    read_frames(path, problems, **options)
+    return problems
+
+
 def changed(key, value, base=FRAME):
     """FRAME with one value replaced: 'K', 'objects.0.size' and so on; a value of ... removes the key."""
     frame = copy.deepcopy(base)
@@ -53,75 +61,75 @@ def changed(key, value, base=FRAME):
 
 
 def test_a_minimal_line(folder):
-    [record] = read_jsonl(write(folder, FRAME))
-    assert record.id == "a/0001"
-    assert record.image == folder / "a/0001.png"
-    assert record.K.tolist() == K
-    labels = record.labels
+    [frame] = read_frames(write(folder, FRAME))
+    assert frame.id == "a/0001"
+    assert frame.image == folder / "a/0001.png"
+    assert frame.K.tolist() == K
+    labels = frame.labels
     assert labels.name.tolist() == ["Car"]
     assert labels.center.tolist() == [[1, 0.6, 14]]
     assert labels.size.tolist() == [[4, 1.5, 1.8]]  # l, h, w
     assert labels.yaw.tolist() == [0.6]
     assert labels.alpha[0] == pytest.approx(0.6 - math.atan2(1, 14))
     assert (labels.truncation[0], labels.occlusion[0], labels.score[0]) == (-1, -1, 1)
-    assert record.velocity is record.attribute is record.depth_sigma is None
+    assert frame.labels.velocity is frame.labels.attribute is frame.labels.sigma is None
 
 
 def test_a_box_left_out_is_the_projection_clipped_to_the_image(folder):
     edge = {**CAR, "center": [-6.5, 0.6, 14]}
-    [record] = read_jsonl(write(folder, {**FRAME, "objects": [CAR, edge]}))
-    full_box, _ = project_boxes(record.labels.center, record.labels.size, record.labels.yaw, record.K)
+    [frame] = read_frames(write(folder, {**FRAME, "objects": [CAR, edge]}))
+    full_box, _ = project_boxes(frame.labels.center, frame.labels.size, frame.labels.yaw, frame.K)
     assert full_box[1, 0] < 0
-    assert record.labels.box == pytest.approx(clip_boxes(full_box, 640, 192))
-    [given_box] = read_jsonl(write(folder, changed("objects.0", {**CAR, "box": [-5, 10, 50, 60]})))
+    assert frame.labels.box == pytest.approx(clip_boxes(full_box, 640, 192))
+    [given_box] = read_frames(write(folder, changed("objects.0", {**CAR, "box": [-5, 10, 50, 60]})))
     assert given_box.labels.box.tolist() == [[0, 10, 50, 60]]
 
 
 def test_ignored_objects_and_regions_become_dontcare_rows(folder):
     ignored = {**CAR, "ignore": True, "box": [10, 10, 20, 20], "velocity": [1, 2, 3]}
-    [record] = read_jsonl(write(folder, {**FRAME, "objects": [ignored, CAR], "ignore": [[30, 30, 50, 60]]}))
-    assert record.labels.name.tolist() == ["Car", "DontCare", "DontCare"]
-    assert record.labels.box[1:].tolist() == [[10, 10, 20, 20], [30, 30, 50, 60]]
-    assert record.labels.is_3d.tolist() == [True, False, False]
-    assert record.velocity is None
+    [frame] = read_frames(write(folder, {**FRAME, "objects": [ignored, CAR], "ignore": [[30, 30, 50, 60]]}))
+    assert frame.labels.name.tolist() == ["Car", "DontCare", "DontCare"]
+    assert frame.labels.box[1:].tolist() == [[10, 10, 20, 20], [30, 30, 50, 60]]
+    assert frame.labels.is_3d.tolist() == [True, False, False]
+    assert frame.labels.velocity is None
 
 
 def test_optional_fields_keep_their_rows(folder):
     first = {**CAR, "velocity": [1, 0, -2], "attribute": "moving", "truncation": 0.25, "occlusion": 2}
     second = {**CAR, "class": "Van", "score": 0.5, "depth_sigma": 1.5}
-    [record] = read_jsonl(write(folder, {**FRAME, "id": "x", "objects": [first, second], "ignore": [[1, 1, 9, 9]]}))
-    assert record.id == "x"
-    assert record.velocity[0].tolist() == [1, 0, -2]
-    assert np.isnan(record.velocity[1:]).all()
-    assert record.attribute.tolist() == ["moving", "", ""]
-    assert record.depth_sigma[1] == 1.5
-    assert np.isnan(record.depth_sigma[[0, 2]]).all()
-    assert record.labels.score.tolist() == [1, 0.5, 1]
-    assert (record.labels.truncation[0], record.labels.occlusion[0]) == (0.25, 2)
+    [frame] = read_frames(write(folder, {**FRAME, "id": "x", "objects": [first, second], "ignore": [[1, 1, 9, 9]]}))
+    assert frame.id == "x"
+    assert frame.labels.velocity[0].tolist() == [1, 0, -2]
+    assert np.isnan(frame.labels.velocity[1:]).all()
+    assert frame.labels.attribute.tolist() == ["moving", "", ""]
+    assert frame.labels.sigma[1] == 1.5
+    assert np.isnan(frame.labels.sigma[[0, 2]]).all()
+    assert frame.labels.score.tolist() == [1, 0.5, 1]
+    assert (frame.labels.truncation[0], frame.labels.occlusion[0]) == (0.25, 2)
 
 
 def test_round_trip_from_another_folder(folder):
     first = {**CAR, "velocity": [1, 0, -2], "attribute": "moving", "truncation": 0.25, "occlusion": 2, "yaw": -3.0}
     second = {**CAR, "class": "Van", "score": 0.5, "depth_sigma": 1.5}
     lines = [{**FRAME, "objects": [first, second], "ignore": [[1, 1, 9, 9]]}, {"image": "a/0002.png", "K": K, "objects": []}]
-    records = read_jsonl(write(folder, *lines))
+    frames = read_frames(write(folder, *lines))
     (folder / "b").mkdir()
-    write_jsonl(folder / "b/copy.jsonl", records)
+    write_jsonl(folder / "b/copy.jsonl", frames)
     assert json.loads((folder / "b/copy.jsonl").read_text().splitlines()[0])["image"] == "../a/0001.png"
-    again = read_jsonl(folder / "b/copy.jsonl")
-    for one, two in zip(records, again, strict=True):
+    again = read_frames(folder / "b/copy.jsonl")
+    for one, two in zip(frames, again, strict=True):
         assert one.id == two.id
         assert one.image.samefile(two.image)
         assert np.array_equal(one.K, two.K)
         assert one.labels.name.tolist() == two.labels.name.tolist()
         for name in ("truncation", "occlusion", "alpha", "box", "size", "center", "yaw", "score"):
             assert getattr(one.labels, name) == pytest.approx(getattr(two.labels, name), abs=1e-5), name
-        for name in ("velocity", "depth_sigma"):
-            assert (getattr(one, name) is None) == (getattr(two, name) is None)
-            if getattr(one, name) is not None:
-                assert np.array_equal(getattr(one, name), getattr(two, name), equal_nan=True)
-        assert (one.attribute is None) or one.attribute.tolist() == two.attribute.tolist()
-    assert [to_json(r, folder) for r in again] == [to_json(r, folder) for r in records]
+        for name in ("velocity", "sigma"):
+            first, second = getattr(one.labels, name), getattr(two.labels, name)
+            assert (first is None) == (second is None)
+            assert first is None or np.array_equal(first, second, equal_nan=True)
+        assert np.array_equal(one.labels.attribute, two.labels.attribute)
+    assert [to_json(r, folder) for r in again] == [to_json(r, folder) for r in frames]
 
 
 BAD = [
@@ -134,9 +142,9 @@ BAD = [
     ("K", [[700, 0], [0, 700, 96], [0, 0, 1]], "expected [[fx, 0, cx]"),
     ("K", [[700, 2, 320], [0, 700, 96], [0, 0, 1]], "expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"),
     ("K", [[700, 0, 320], [0, 700, 96], [0, 0, 2]], "expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"),
-    ("K.0.0", -700, "K has focal lengths -700 and 710, expected both > 0"),
-    ("K.1.1", 0.7, "K has focal lengths 700 and 0.7, expected pixels"),
-    ("K.0.2", 1300, "K has its principal point at (1300, 96), expected it in or near the image of 640x192"),
+    ("K.0.0", -700, "K: focal lengths -700, 710 px are not both > 0"),
+    ("K.1.1", 0.7, "K: focal lengths 700, 0.7 px are implausible for an image of 640x192"),
+    ("K.0.2", 1300, "K: principal point (1300, 96) px is far outside an image of 640x192"),
     ("K.0.2", "320", "K is"),
     ("objects", ..., "lacks 'objects'"),
     ("objects", {}, "objects is {}, expected a list"),
@@ -174,11 +182,11 @@ BAD = [
 @pytest.mark.parametrize(("key", "value", "message"), BAD)
 def test_errors_name_file_line_key_value_and_expectation(folder, key, value, message):
     path = write(folder, changed("image", "a/0002.png"), changed(key, value))
-    [problem] = check_jsonl(path)
+    [problem] = problems_of(path)
     assert problem.startswith(f"{path}:2: ")
     assert message in problem
     with pytest.raises(ValueError, match="lists every bad line") as error:
-        read_jsonl(path)
+        read_frames(path)
     assert str(error.value).startswith(problem)
 
 
@@ -191,51 +199,51 @@ def test_errors_name_file_line_key_value_and_expectation(folder, key, value, mes
     ("[" * 100_000, "not a line of JSON"),
 ])  # fmt: skip
 def test_lines_that_are_not_frames(folder, line, message):
-    [problem] = check_jsonl(write(folder, line))
+    [problem] = problems_of(write(folder, line))
     assert message in problem
 
 
 def test_every_bad_line_is_reported_with_all_that_is_wrong(folder):
     worse = changed("objects", [{**CAR, "yaw": "x"}, CAR, {**CAR, "size": [1]}])
     path = write(folder, changed("K.0.0", 0), "", "oops", worse, changed("image", "a/0002.png"), changed("image", "a/0002.png"))
-    places = [problem.split(": ")[0].rpartition(":")[2] for problem in check_jsonl(path)]
+    places = [problem.split(": ")[0].rpartition(":")[2] for problem in problems_of(path)]
     assert places == ["1", "3", "4", "4", "6"]
-    assert "id is 'a/0002', as on line 5" in check_jsonl(path)[-1]
+    assert "id is 'a/0002', as on line 5" in problems_of(path)[-1]
 
 
 def test_files_that_hold_nothing(folder):
-    assert "no frames" in check_jsonl(write(folder, ""))[0]
+    assert "no frames" in problems_of(write(folder, ""))[0]
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
-        read_jsonl(folder / "none.jsonl")
+        read_frames(folder / "none.jsonl")
     path = folder / "data.jsonl"
     path.write_bytes(b"\xff\xfe{}\n")
-    assert "not a line of JSON" in check_jsonl(path)[0]
+    assert "not a line of JSON" in problems_of(path)[0]
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(FRAME).encode())
-    assert check_jsonl(path) == []
+    assert problems_of(path) == []
 
 
 def test_without_images_nothing_is_opened(folder):
     path = write(folder, changed("image", "nowhere/1.png"), changed("K.0.0", -1))
-    problems = check_jsonl(path, images=False)
+    problems = problems_of(path, images=False)
     assert len(problems) == 1
-    assert ":2: K has focal lengths" in problems[0]
+    assert ":2: K: focal lengths" in problems[0]
 
 
 def test_tiny_images_are_refused(folder):
     Image.new("RGB", (4, 4)).save(folder / "a/0001.png")
-    assert "is 4x4, expected sides from 16" in check_jsonl(write(folder, FRAME))[0]
+    assert "is 4x4, expected sides from 16" in problems_of(write(folder, FRAME))[0]
 
 
 def test_summary_shows_a_wrong_convention(folder):
-    good = read_jsonl(write(folder, FRAME))[0]
+    good = read_frames(write(folder, FRAME))[0]
     assert summarise([good]) == ["Car: 1, mean l h w 4.00 1.50 1.80 m, depth 14.0 to 14.0 m, 2D box fits 3D box at median IoU 1.00"]
-    bottom = good._replace(labels=good.labels.moved([0, 0.75, 0]))
+    bottom = dataclasses.replace(good, labels=good.labels.moved([0, 0.75, 0]))
     assert float(summarise([bottom])[0].split()[-1]) < 0.5
 
 
 def test_command_line(folder, capsys):
     path = write(folder, FRAME, changed("objects.0.size", [0, 1, 1], changed("image", "a/0002.png")))
-    run = subprocess.run([sys.executable, data_json.__file__, path], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "formats.jsonl", path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert f"{path}:2: objects[0].size" in run.stdout
     assert f"{path}: 1 good frames, 1 bad lines\nCar: 1" in run.stdout
@@ -247,28 +255,28 @@ def test_command_line(folder, capsys):
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(width=32) | st.text(max_size=3)
 JSON = st.recursive(LEAVES, lambda values: st.lists(values, max_size=4), max_leaves=10)
-KEYS = ["image", "K", "objects", "id", "ignore", "K.0", "objects.0", *(f"objects.0.{key}" for key in data_json.OBJECT_KEYS)]
+KEYS = ["image", "K", "objects", "id", "ignore", "K.0", "objects.0", *(f"objects.0.{key}" for key in OBJECT_KEYS)]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(KEYS), value=JSON)
 def test_any_value_is_read_or_reported_never_a_crash(folder, key, value):
     path = write(folder, changed(key, value))
-    problems = check_jsonl(path)
+    problems = problems_of(path)
     if not problems:
-        read_jsonl(path)
+        read_frames(path)
     assert all(problem.startswith(f"{path}:1: ") for problem in problems)
 
 
 @pytest.mark.skipif(not KITTI.is_dir(), reason="the KITTI sample frames are not there")
 def test_kitti_frames_survive_the_round_trip(tmp_path):
-    records = []
+    frames = []
     for file in sorted((KITTI / "label_2").glob("*.txt"))[:20]:
         matrix, offset = split_projection(read_calib(KITTI / "calib" / file.name))
-        records.append(data_json.Record(file.stem, KITTI / "image_2" / f"{file.stem}.png", matrix, read_labels(file).moved(offset)))
-    write_jsonl(tmp_path / "kitti.jsonl", records)
-    assert check_jsonl(tmp_path / "kitti.jsonl") == []
-    for one, two in zip(records, read_jsonl(tmp_path / "kitti.jsonl"), strict=True):
+        frames.append(Frame(file.stem, KITTI / "image_2" / f"{file.stem}.png", matrix, read_labels(file).moved(offset)))
+    write_jsonl(tmp_path / "kitti.jsonl", frames)
+    assert problems_of(tmp_path / "kitti.jsonl") == []
+    for one, two in zip(frames, read_frames(tmp_path / "kitti.jsonl"), strict=True):
         assert one.labels.name.tolist() == two.labels.name.tolist()
         for name in ("size", "center", "yaw", "score", "occlusion"):
             assert getattr(one.labels, name) == pytest.approx(getattr(two.labels, name), abs=1e-5), name

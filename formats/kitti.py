@@ -3,71 +3,16 @@
 Format: the devkit's readme of the object benchmark, http://www.cvlibs.net/datasets/kitti (Geiger, Lenz, Urtasun, CVPR 2012).
 """
 
-import dataclasses
 from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
 
-from geometry import ray_angle, wrap_angle
+from frames import Frame, Labels
+from geometry import wrap_angle
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 1e8  # of any number in a file, px, m or rad: larger ones are damage, and would overflow later
-
-
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """The objects of one label or result file, n rows, in the frame and pixels the caller states.
-
-    name (n,) str; truncation (n,) in [0, 1], -1 unknown; occlusion (n,) 0-3, -1 unknown; alpha (n,) radians; box (n, 4) pixels;
-    size (n, 3) l, h, w metres; center (n, 3) geometric centre, metres; yaw (n,) radians; score (n,), 1 for labels.
-    DontCare rows, which have only a box, keep KITTI's fill values: size -1, center -1000, yaw and alpha -10.
-    """
-
-    name: np.ndarray
-    truncation: np.ndarray
-    occlusion: np.ndarray
-    alpha: np.ndarray
-    box: np.ndarray
-    size: np.ndarray
-    center: np.ndarray
-    yaw: np.ndarray
-    score: np.ndarray
-
-    def __len__(self):
-        return len(self.name)
-
-    def __getitem__(self, rows):
-        """Rows by index array, mask or slice, as Labels."""
-        return Labels(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
-
-    @property
-    def is_3d(self):
-        """(n,) bool: rows with a 3D box, i.e. all but DontCare."""
-        return self.size[:, 0] > 0
-
-    def moved(self, offset):
-        """The same objects with centres shifted by offset (3,) metres; rows without a 3D box stay. Returns Labels."""
-        center = np.where(self.is_3d[:, None], self.center + np.asarray(offset, float), self.center)
-        return dataclasses.replace(self, center=center)
-
-
-def make_labels(name, box, size, center, yaw, truncation=None, occlusion=None, score=None):
-    """Labels from arrays of n rows; alpha follows from yaw and center; truncation and occlusion default to -1, score to 1."""
-    n = len(name)
-    center, yaw = np.asarray(center, float).reshape(n, 3), np.asarray(yaw, float).reshape(n)
-    fill = np.full(n, -1.0)
-    return Labels(
-        name=np.asarray(name, dtype=object).reshape(n),
-        truncation=fill if truncation is None else np.asarray(truncation, float),
-        occlusion=fill.astype(int) if occlusion is None else np.asarray(occlusion, int),
-        alpha=wrap_angle(yaw - ray_angle(center)),
-        box=np.asarray(box, float).reshape(n, 4),
-        size=np.asarray(size, float).reshape(n, 3),
-        center=center,
-        yaw=yaw,
-        score=np.ones(n) if score is None else np.asarray(score, float),
-    )
 
 
 def read_labels(path, scores=False):
@@ -77,7 +22,7 @@ def read_labels(path, scores=False):
     labels, a size that is not positive or a 2D box that is inside out.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # a byte order mark would become part of the first class
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file: {error}") from None
     names, rows = [], []
@@ -149,7 +94,7 @@ def read_calib(path):
     Raises FileNotFoundError, or ValueError naming the file when P2 is missing, is not twelve finite numbers or has no focal length.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -196,9 +141,42 @@ def read_split(root, split):
         there = sorted(p.stem for p in folder.glob("*.txt"))
         raise FileNotFoundError(f"{path}: no such split file; {'there are ' + ', '.join(there) if there else 'ImageSets holds none'}")
     try:
-        ids = path.read_text(encoding="utf-8").split()
+        ids = path.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file: {error}") from None
     if not ids:
         raise ValueError(f"{path}: the split is empty, expected one frame id a line")
     return ids
+
+
+def read_frames(root, splits, problems=None):
+    """Frames of some splits of a KITTI folder. Raises FileNotFoundError or ValueError naming the folder, split, file or line.
+
+    With a list `problems`, what is wrong with single frames is added to it as a sentence, and the frame left out, instead.
+    """
+    root = Path(root)
+    if not (root / "training" / "image_2").is_dir():
+        raise FileNotFoundError(f"{root}: expected a KITTI folder with training/image_2, training/label_2, training/calib and ImageSets")
+    images = {p.stem: p for p in sorted((root / "training" / "image_2").iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    frames = []
+    for split in splits:
+        for id in read_split(root, split):
+            try:
+                frames.append(_read_frame(root, split, id, images))
+            except (ValueError, OSError) as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
+    return frames
+
+
+def _read_frame(root, split, id, images):
+    """One `Frame` of a KITTI folder; images: paths by id. Raises FileNotFoundError or ValueError naming the file or line."""
+    if id not in images:
+        raise FileNotFoundError(f"{root}/training/image_2/{id[:80]}.png: no such image, named by ImageSets/{split}.txt")
+    for folder in ("calib", "label_2"):
+        if not (root / "training" / folder / f"{id}.txt").is_file():
+            raise FileNotFoundError(f"{root}/training/{folder}/{id}.txt: frame {id} of split {split} has no {folder} file")
+    K, offset = split_projection(read_calib(root / "training" / "calib" / f"{id}.txt"))
+    labels = read_labels(root / "training" / "label_2" / f"{id}.txt").moved(offset)
+    return Frame(id, images[id], K, labels, offset)

@@ -9,7 +9,7 @@ in which nothing is learned or counted). Optional for an object: `box` (default:
 in [0, 1], `occlusion` 0-3, `ignore` (true: only its box is kept, as a region), `velocity` [x, y, z] m/s in the camera frame,
 `attribute` (text), and what predictions add: `score` and `depth_sigma` (metres).
 
-    python data_json.py FILE.jsonl [--no-images]      every bad line by number, and a summary per class
+    python -m formats.jsonl FILE.jsonl [--no-images]      every bad line by number, and a summary per class
 """
 
 import argparse
@@ -21,69 +21,53 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import shorten
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from data_kitti import LARGEST, Labels, make_labels
-from geometry import box_iou, clip_boxes, project_boxes, wrap_angle
+from formats.kitti import LARGEST
+from frames import Frame, make_labels, opened
+from geometry import box_iou, camera_problem, clip_boxes, project_boxes, wrap_angle
 
 FRAME_KEYS = {"image": True, "K": True, "objects": True, "id": False, "ignore": False}  # key: required
 OBJECT_KEYS = {"class": True, "center": True, "size": True, "yaw": True, "box": False, "truncation": False, "occlusion": False,
                "ignore": False, "velocity": False, "attribute": False, "score": False, "depth_sigma": False}  # fmt: skip
+COLUMNS = ("name", "box", "size", "center", "yaw", "truncation", "occlusion", "score", "sigma", "velocity", "attribute")
 IMAGE_SIDES = 16, 32768  # pixels, smallest and largest believable side
 
 
-class Record(NamedTuple):
-    """One line. Labels hold n rows, in the image's own camera frame and pixels: the objects, then ignore regions named DontCare."""
+def read_frames(path: str | Path, problems: list[str] | None = None, images: bool = True) -> list[Frame]:
+    """Every frame of a JSON-lines file: its objects, then its ignore regions as DontCare rows, in the image's own camera and pixels.
 
-    id: str
-    image: Path
-    K: np.ndarray  # (3, 3) pixels
-    labels: Labels
-    velocity: np.ndarray | None = None  # (n, 3) m/s in the camera frame, NaN where not given; None when no object has one
-    attribute: np.ndarray | None = None  # (n,) str, "" where not given; None when no object has one
-    depth_sigma: np.ndarray | None = None  # (n,) metres, NaN where not given; None when no object has one
-
-
-def read_jsonl(path: str | Path) -> list[Record]:
-    """Every frame of a JSON-lines file.
-
-    Raises FileNotFoundError, or ValueError naming file, line, key, value and what was expected, for the first bad line.
+    Raises FileNotFoundError, or ValueError naming file, line, key, value and what was expected, for the first bad line; with a list
+    `problems`, every bad line adds a sentence to it, and is left out. With images, each image's header is opened too.
     """
-    records = []
-    for record, problems in _scan(path, images=True):
-        if problems:
-            raise ValueError(f"{problems[0]} (python data_json.py {path} lists every bad line)")
-        records.append(record)
-    return records
+    frames = []
+    for frame, wrong in _scan(path, images):
+        if wrong and problems is None:
+            raise ValueError(f"{wrong[0]} (python -m formats.jsonl {path} lists every bad line)")
+        if wrong:
+            problems += wrong
+        else:
+            frames.append(frame)
+    return frames
 
 
-def check_jsonl(path: str | Path, images: bool = True) -> list[str]:
-    """Everything wrong with a JSON-lines file, as sentences 'FILE:LINE: ...' in line order; none for a good file.
-
-    With images, each image's header is opened too. Raises FileNotFoundError when there is no such file.
-    """
-    return [problem for _, problems in _scan(path, images) for problem in problems]
-
-
-def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
-    """Write records, one a line; image paths become relative to the folder of the file."""
+def write_jsonl(path: str | Path, frames: Iterable[Frame]) -> None:
+    """Write frames, one a line; image paths become relative to the folder of the file."""
     folder = Path(path).parent
-    lines = [json.dumps(to_json(record, folder), allow_nan=False) + "\n" for record in records]
+    lines = [json.dumps(to_json(frame, folder), allow_nan=False) + "\n" for frame in frames]
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-def to_json(record: Record, folder: str | Path | None = None) -> dict:
-    """The JSON object of a record: image, K, objects, id and, where there are any, ignore.
+def to_json(frame: Frame, folder: str | Path | None = None) -> dict:
+    """The JSON object of a frame: image, K, objects, id and, where there are any, ignore.
 
     Lengths, angles and pixels are rounded to 6 decimals. A score is written where it is not 1 and for every row that has a depth sigma.
     With `folder` the image path is made relative to it. DontCare rows become ignore regions; a 2D box without area is left out.
     """
-    labels = record.labels
-    image = record.image if folder is None else os.path.relpath(record.image, folder)
-    line = {"image": Path(image).as_posix(), "K": np.asarray(record.K, float).tolist(), "objects": [], "id": record.id}
+    labels = frame.labels
+    image = frame.image if folder is None else os.path.relpath(frame.image, folder)
+    line = {"image": Path(image).as_posix(), "K": np.asarray(frame.K, float).tolist(), "objects": [], "id": frame.id}
     for i in range(len(labels)):
         if not labels.is_3d[i]:
             line.setdefault("ignore", []).append(_rounded(labels.box[i]))
@@ -96,31 +80,33 @@ def to_json(record: Record, folder: str | Path | None = None) -> dict:
             entry["truncation"] = _rounded(labels.truncation[i])
         if labels.occlusion[i] >= 0:
             entry["occlusion"] = int(labels.occlusion[i])
-        if record.velocity is not None and np.isfinite(record.velocity[i]).all():
-            entry["velocity"] = _rounded(record.velocity[i])
-        if record.attribute is not None and record.attribute[i]:
-            entry["attribute"] = str(record.attribute[i])
-        sigma = record.depth_sigma is not None and np.isfinite(record.depth_sigma[i])
+        if labels.velocity is not None and np.isfinite(labels.velocity[i]).all():
+            entry["velocity"] = _rounded(labels.velocity[i])
+        if labels.attribute is not None and labels.attribute[i]:
+            entry["attribute"] = str(labels.attribute[i])
+        sigma = labels.sigma is not None and np.isfinite(labels.sigma[i])
         if sigma or labels.score[i] != 1:
             entry["score"] = _rounded(labels.score[i])
         if sigma:
-            entry["depth_sigma"] = _rounded(record.depth_sigma[i])
+            entry["depth_sigma"] = _rounded(labels.sigma[i])
         line["objects"].append(entry)
     return line
 
 
-def summarise(records: Iterable[Record]) -> list[str]:
+def summarise(frames: Iterable[Frame]) -> list[str]:
     """One line per class, most frequent first: count, mean size, depth range, and how well `box` fits the projected 3D box.
 
     The fit is a median IoU over whole boxes; far below 0.9 it tells of a wrong K, size order, angle or height of the centre.
     """
     labels, fits = {}, {}
-    for record in records:
-        full_box, crosses = project_boxes(record.labels.center, np.maximum(record.labels.size, 1e-3), record.labels.yaw, record.K)
-        for i, name in enumerate(record.labels.name):
-            labels.setdefault(name, []).append(record.labels[i : i + 1])
-            inside = record.labels.truncation[i] <= 0 and record.labels.occlusion[i] <= 0 and record.labels.is_3d[i] and not crosses[i]
-            fits.setdefault(name, []).append(box_iou(record.labels.box[i], full_box[i]) if inside else np.nan)
+    for frame in frames:
+        own = frame.labels
+        full_box, crosses = project_boxes(own.center, np.maximum(own.size, 1e-3), own.yaw, frame.K)
+        inside = (own.truncation <= 0) & (own.occlusion <= 0) & own.is_3d & ~crosses
+        fit = np.where(inside, box_iou(own.box, full_box), np.nan)
+        for i, name in enumerate(own.name):
+            labels.setdefault(name, []).append(own[i])
+            fits.setdefault(name, []).append(fit[i])
     lines = []
     for name, rows in sorted(labels.items(), key=lambda item: -len(item[1])):
         line = f"{name}: {len(rows)}"
@@ -134,8 +120,8 @@ def summarise(records: Iterable[Record]) -> list[str]:
     return lines
 
 
-def _scan(path: str | Path, images: bool) -> Iterator[tuple[Record | None, list[str]]]:
-    """(record, problems) of each line, record None when there are problems; blank lines are passed over."""
+def _scan(path: str | Path, images: bool) -> Iterator[tuple[Frame | None, list[str]]]:
+    """(frame, problems) of each line, frame None when there are problems; blank lines are passed over."""
     path, seen, count = Path(path), {}, 0
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such JSON-lines file")
@@ -144,18 +130,18 @@ def _scan(path: str | Path, images: bool) -> Iterator[tuple[Record | None, list[
             if not raw.strip():
                 continue
             count += 1
-            record, problems = _parse_line(raw.removeprefix(codecs.BOM_UTF8), path.parent, images)
-            if record is not None and record.id in seen:
-                problems = [f"id is {record.id!r}, as on line {seen[record.id]}, expected each id once"]
-            elif record is not None:
-                seen[record.id] = number
-            yield (None if problems else record), [f"{path}:{number}: {problem}" for problem in problems]
+            frame, problems = _parse_line(raw.removeprefix(codecs.BOM_UTF8), path.parent, images)
+            if frame is not None and frame.id in seen:
+                problems = [f"id is {frame.id!r}, as on line {seen[frame.id]}, expected each id once"]
+            elif frame is not None:
+                seen[frame.id] = number
+            yield (None if problems else frame), [f"{path}:{number}: {problem}" for problem in problems]
     if not count:
         yield None, [f"{path}: the file holds no frames, expected one JSON object a line"]
 
 
-def _parse_line(raw: bytes, folder: Path, images: bool) -> tuple[Record | None, list[str]]:
-    """A record, or None and all that is wrong with the line. Without images, boxes that are left out stay empty."""
+def _parse_line(raw: bytes, folder: Path, images: bool) -> tuple[Frame | None, list[str]]:
+    """A frame, or None and all that is wrong with the line. Without images, boxes that are left out stay empty."""
     try:
         frame = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # of which JSON and Unicode errors are kinds
@@ -183,34 +169,28 @@ def _parse_line(raw: bytes, folder: Path, images: bool) -> tuple[Record | None, 
             problems.append(f"{key} is {_short(frame[key])}, expected a list")
             frame[key] = []
     rows = [attempt(_parse_object, entry, f"objects[{i}]", K, size) for i, entry in enumerate(frame["objects"])]
-    rows += [attempt(_parse_region, box, f"ignore[{i}]", size) for i, box in enumerate(frame.get("ignore", []))]
-    return (None, problems) if problems else (_make_record(id, image, K, rows), [])
+    rows += [
+        attempt(lambda box, place: _region(_parse_box(box, place, size)), box, f"ignore[{i}]")
+        for i, box in enumerate(frame.get("ignore", []))
+    ]
+    return (None, problems) if problems else (Frame(id, image, K, _make_labels(rows)), [])
 
 
-def _make_record(id, image, K, rows):
-    """Rows as `_parse_object` and `_parse_region` return them, objects first, then regions (stable). Returns a Record."""
+def _make_labels(rows):
+    """Rows as `_parse_object` and `_region` return them, objects first, then regions (stable). Returns Labels."""
     rows = sorted(rows, key=lambda row: row["name"] == "DontCare")
-    column = lambda key: [row[key] for row in rows]  # noqa: E731
-    labels = make_labels(column("name"), column("box"), column("size"), column("center"), column("yaw"), column("truncation"),
-                         column("occlusion"), column("score"))  # fmt: skip
-    regions = ~labels.is_3d
-    labels.alpha[regions] = -10
-    velocity = np.array(column("velocity"), float).reshape(-1, 3)
-    attribute = np.array(column("attribute"), dtype=object)
-    depth_sigma = np.array(column("depth_sigma"), float)
-    return Record(
-        id,
-        image,
-        K,
-        labels,
-        velocity if np.isfinite(velocity).any() else None,
-        attribute if any(attribute) else None,
-        depth_sigma if np.isfinite(depth_sigma).any() else None,
-    )
+    columns = {key: [row[key] for row in rows] for key in COLUMNS}
+    sigma, velocity = np.array(columns["sigma"], float), np.array(columns["velocity"], float).reshape(-1, 3)
+    columns["sigma"] = sigma if np.isfinite(sigma).any() else None
+    columns["velocity"] = velocity if np.isfinite(velocity).any() else None
+    columns["attribute"] = np.array(columns["attribute"], dtype=object) if any(columns["attribute"]) else None
+    labels = make_labels(**columns)
+    labels.alpha[~labels.is_3d] = -10
+    return labels
 
 
 def _parse_object(entry, place, K, size):
-    """One object as a dict of the columns of a Record; a region if it is to be ignored. K and size may be None: then no box is derived."""
+    """One object as a dict of COLUMNS; a region if it is to be ignored. K and size may be None: then no box is derived."""
     if not isinstance(entry, dict):
         raise ValueError(f"{place} is {_short(entry)}, expected an object with {', '.join(OBJECT_KEYS)}")
     _check_keys(entry, OBJECT_KEYS, place)
@@ -248,17 +228,13 @@ def _parse_object(entry, place, K, size):
         "score": _optional(entry, "score", place, "a finite number", 1.0),
         "velocity": get("velocity", (3,), "3 finite numbers x, y, z in m/s") if "velocity" in entry else np.full(3, np.nan),
         "attribute": _optional_text(entry, "attribute", place),
-        "depth_sigma": _optional(entry, "depth_sigma", place, "metres > 0", np.nan, lambda v: v > 0),
+        "sigma": _optional(entry, "depth_sigma", place, "metres > 0", np.nan, lambda v: v > 0),
     }
-
-
-def _parse_region(box, place, size):
-    return _region(_parse_box(box, place, size))
 
 
 def _region(box):
     """The columns of a DontCare row, with KITTI's fill values."""
-    absent = {"truncation": -1.0, "occlusion": -1.0, "score": 1.0, "velocity": np.full(3, np.nan), "attribute": "", "depth_sigma": np.nan}
+    absent = {"truncation": -1.0, "occlusion": -1.0, "score": 1.0, "velocity": np.full(3, np.nan), "attribute": "", "sigma": np.nan}
     return {"name": "DontCare", "box": box, "center": np.full(3, -1000.0), "size": np.full(3, -1.0), "yaw": -10.0, **absent}
 
 
@@ -287,20 +263,9 @@ def _derive_box(center, extent, yaw, K, size, place):
 
 def _parse_camera(value, size):
     """K (3, 3), plausible for an image of that (width, height); size None: not compared with an image."""
-    expected = "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels"
-    K = _numbers(value, (3, 3), "K", expected)
-    fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-    if abs(K[0, 1]) > 1e-6 * abs(fx) or K[1, 0] != 0 or np.abs(K[2] - [0, 0, 1]).max() > 1e-6:
-        raise ValueError(f"K is {_short(value)}, expected {expected}")
-    if fx <= 0 or fy <= 0:
-        raise ValueError(f"K has focal lengths {fx:g} and {fy:g}, expected both > 0")
-    if size is None:
-        return K
-    width, height = size
-    if not (0.1 * width < fx < 50 * width and 0.1 * height < fy < 50 * max(size)):
-        raise ValueError(f"K has focal lengths {fx:g} and {fy:g}, expected pixels, 0.1 to 50 times a side of {width}x{height}")
-    if not (-width < cx < 2 * width and -height < cy < 2 * height):
-        raise ValueError(f"K has its principal point at ({cx:g}, {cy:g}), expected it in or near the image of {width}x{height}")
+    K = _numbers(value, (3, 3), "K", "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels")
+    if problem := camera_problem(K, *(size or (None, None))):
+        raise ValueError(f"K: {problem}")
     return K
 
 
@@ -321,9 +286,9 @@ def _parse_image(value, folder, images):
 def _image_size(path, name):
     """(width, height) from the image's header."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             size = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise ValueError(f"image is {name[:80]!r}, expected an image file: {shorten(str(error), 200)}") from None
     if min(size) < IMAGE_SIDES[0] or max(size) > IMAGE_SIDES[1]:
         raise ValueError(f"image {name!r} is {size[0]}x{size[1]}, expected sides from {IMAGE_SIDES[0]} to {IMAGE_SIDES[1]} pixels")
@@ -405,17 +370,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE.jsonl")
     parser.add_argument("--no-images", action="store_true", help="do not look at the image files; boxes that are left out are not derived")
     options = parser.parse_args(arguments)
-    records, problems = [], []
+    problems = []
     try:
-        for record, wrong in _scan(options.file, images=not options.no_images):
-            problems += wrong
-            records += [record] if record is not None else []
+        frames = read_frames(options.file, problems, images=not options.no_images)
     except OSError as error:
         print(error, file=sys.stderr)
         return 2
     print(*problems, sep="\n", end="\n" if problems else "")
     bad = len({problem.partition(": ")[0] for problem in problems})
-    print(f"{options.file}: {len(records)} good frames, {bad} bad lines", *summarise(records), sep="\n")
+    print(f"{options.file}: {len(frames)} good frames, {bad} bad lines", *summarise(frames), sep="\n")
     return 1 if problems else 0
 
 

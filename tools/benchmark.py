@@ -1,0 +1,346 @@
+"""Measure a config's speed and memory on this machine: one table, ratios taken in the same run.
+
+python -m tools.benchmark CONFIG.py [key=value ...] [--batch N] [--rounds N] [--json OUT]
+
+Steps are train.py's, with the config's own optimizer, precision, averaging and checkpointing; only train.compile is left out. On a machine
+that does other work (load_average_before), trust the ratios, not the times.
+OMP_NUM_THREADS=1 before it measures one thread of the CPU.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from PIL import Image
+from timm.utils import ModelEmaV3
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from config import load_config
+from data import Detection3D, FrameCache, StepBatches, UserError, build_dataset, change_colours, collate, loading, make_loader, user_errors
+from evaluate import compute_metrics
+from frames import Frame, load_image, make_labels, whole_view
+from geometry import clip_boxes, project_boxes
+from guard import Guard, Signals, start_accelerator
+from logbook import Window
+from losses import compute_losses, count_positives, weighted_sum
+from model import Detector, checkpoint_backbone
+from optimizer import make_optimizer, set_lr
+from targets import assign
+
+OBJECTS = (8, 30, 100)  # per image
+CAR = (3.9, 1.53, 1.63)  # mean l, h, w of KITTI's, m
+WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "is_nonzero")  # the host waits for their results on a GPU
+
+
+def scene(rng, objects, width, height, classes):
+    """K (3, 3) of a KITTI-like camera, and `Labels` of so many objects spread over the ground before it, all in view."""
+    K = np.array([[0.58 * width, 0, width / 2], [0, 0.58 * width, 0.46 * height], [0, 0, 1]])
+    depth = rng.uniform(6, 60, objects)
+    center = np.stack([rng.uniform(-0.64, 0.64, objects) * depth, rng.uniform(0.5, 1.2, objects), depth], 1)
+    size, yaw = rng.uniform(0.9, 1.1, (objects, 3)) * CAR, rng.uniform(-np.pi, np.pi, objects)
+    box = clip_boxes(project_boxes(center, size, yaw, K)[0], width, height)
+    return K, make_labels(rng.choice(classes, objects), box, size, center, yaw, np.zeros(objects), np.zeros(objects))
+
+
+def make_batch(config, images, objects, device):
+    """A batch of random pictures with so many objects each."""
+    rng, (height, width) = np.random.default_rng(0), config.model.size
+    data, samples = Detection3D([], config.model.classes, (height, width), config.data, training=False), []
+    for _ in range(images):
+        frame = Frame("", Path(), *scene(rng, objects, width, height, config.model.classes))
+        sample = data.sample_from(frame, whole_view(width, height, (height, width)))
+        sample["image"] = torch.from_numpy(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        sample["index"] = sample["skipped"] = torch.tensor(0)
+        if config.data.colour:
+            sample.update(colour=torch.eye(3, 4), covered=torch.tensor([0, 0, width, height]))
+        samples.append(sample)
+    return send_to_device(collate(samples), device)
+
+
+def make_net(config, device):
+    """The config's `Detector` in training mode, with priors of these scenes, so that no data set is needed."""
+    classes, levels = len(config.model.classes), len(config.model.strides)
+    priors = {"size_prior": (CAR,) * classes, "depth_mean": (30.0,) * levels, "depth_std": (15.0,) * levels}
+    return Detector(dataclasses.replace(config.model, pretrained=False, **priors)).to(device)
+
+
+class Step:
+    """One training step on one batch, as in train.py and with its pieces; its parts can be called one by one, in order."""
+
+    def __init__(self, config, accelerator, batch):
+        options, self.config, self.accelerator, self.batch = config.train, config, accelerator, batch
+        self.net = make_net(config, accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(self.net, make_optimizer(self.net, options))
+        self.average = ModelEmaV3(self.net, decay=options.ema, use_warmup=True) if options.ema else None
+        if options.checkpoint_backbone:
+            checkpoint_backbone(self.net)
+        self.parts = (self.forward, self.targets_losses, self.backward, self.optimizer_and_average)
+        self.guard = Guard(accelerator, self.net, self.optimizer, Window(), Signals("", False), options.max_bad_steps)
+
+    def forward(self):
+        set_lr(self.optimizer, 1e-6)  # the pictures are noise
+        self.logits, self.raw = self.model(change_colours(self.batch), self.batch["K"])
+
+    def targets_losses(self):
+        targets = assign(self.batch, self.config.model)
+        positives = self.guard.mean(count_positives(targets))
+        losses = compute_losses(self.net, self.logits, self.raw, targets, self.batch, self.config.loss, positives)
+        self.loss = self.guard.watch(losses, weighted_sum(losses, self.config.loss), self.logits, self.raw)
+
+    def backward(self):
+        self.accelerator.backward(self.loss)
+
+    def optimizer_and_average(self):
+        self.guard.step(0, self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.clip))
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update(self.net, step=1)
+        self.guard.verdict()
+
+    def __call__(self):
+        for part in self.parts:
+            part()
+
+
+def backbone_pass(net, batch, accelerator):
+    """The images as the backbone takes them, and a function that runs forward and backward of the backbone alone on them."""
+    x = (batch["image"].permute(0, 3, 1, 2).float() - 114) / 58
+
+    def run():
+        net.backbone.zero_grad()
+        with accelerator.autocast():
+            loss = sum(feature.float().sum() for feature in net.backbone(x))
+        loss.backward()
+
+    return x, run
+
+
+def interleave(tasks, rounds, device):
+    """Seconds of each task {name: (rounds,)}, run in turn so that a busy machine slows all alike; the first round is dropped."""
+    seconds = {name: [] for name in tasks}
+    for _ in range(rounds + 1):
+        for name, task in tasks.items():
+            began = time.perf_counter()
+            task()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
+
+
+class Count(TorchDispatchMode):
+    """Operators that are called, by name; for how many of them the host `waits` on a GPU. on_host: tensors that are not on that GPU."""
+
+    def __init__(self, on_host=()):
+        super().__init__()
+        self.calls, self.waits, self.on_host = collections.Counter(), 0, {id(tensor) for tensor in on_host}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[-1].split(".")[0]
+        boolean = name in ("index", "index_put_") and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
+        self.calls[name] += 1
+        self.waits += (name in WAITING or boolean) and id(args[0]) not in self.on_host
+        return func(*args, **(kwargs or {}))
+
+
+def measure_steps(step, rounds):
+    """Training, without its data, and prediction against the bare backbone; a train_step ends with its backward, a whole_step does not."""
+    net, batch, device = step.net, step.batch, step.accelerator.device
+    x, backbone = backbone_pass(net, batch, step.accelerator)
+    step()  # moments exist from here on
+    on_host = [state["step"] for state in step.optimizer.state.values() if "step" in state]
+    parts, counts = {part.__name__: part for part in step.parts}, {}
+    for name, part in parts.items():
+        with Count(on_host) as counts[name]:
+            part()
+    seconds = interleave({**parts, "whole_step": step, "backbone": backbone}, rounds, device)
+    net.eval()
+    with torch.no_grad(), step.accelerator.autocast():
+        predict = interleave({"predict": lambda: net.detect(batch["image"], batch["K"]), "bare": lambda: net.backbone(x)}, rounds, device)
+    net.train()
+    learned = seconds["forward"] + seconds["targets_losses"] + seconds["backward"]
+    ratios = {"train_step": learned / seconds["backbone"], "whole_step": seconds["whole_step"] / seconds["backbone"]}
+    return {
+        "train_images_per_s": len(x) / float(np.median(seconds["whole_step"])),
+        **{f"{name}_s": float(np.median(values)) for name, values in seconds.items()},
+        **{f"{name}_over_backbone": float(np.median(values)) for name, values in ratios.items()},
+        **{f"{name}_over_backbone_spread": np.quantile(values, (0, 1)).round(3).tolist() for name, values in ratios.items()},
+        "predict_over_backbone_forward": float(np.median(predict["predict"] / predict["bare"])),
+        "host_syncs_per_step": sum(count.waits for count in counts.values()),
+        "optimizer_and_average_operator_calls": counts["optimizer_and_average"].calls.total(),
+    }
+
+
+def measure_head(config, device, images, rounds):
+    """Targets, all twelve losses and their backward to the head's outputs, and decoding, on one thread."""
+    weights = {field.name: getattr(config.loss, field.name) or 1.0 for field in dataclasses.fields(config.loss)}
+    model, loss = dataclasses.replace(config.model, predict_yaw=True), dataclasses.replace(config.loss, **weights)
+    config, threads = dataclasses.replace(config, model=model, loss=loss), torch.get_num_threads()
+    net, found = make_net(config, device), {"targets_losses_ms": {}, "operator_calls": {}, "decode_nms_ms": {}}
+    torch.set_num_threads(1)
+    for objects in OBJECTS:
+        batch = make_batch(config, images, objects, device)
+        with torch.no_grad():
+            logits, raw = (x.requires_grad_() for x in net(batch["image"], batch["K"]))
+
+        def run(batch=batch, logits=logits, raw=raw):
+            targets = assign(batch, net.config)
+            losses = compute_losses(net, logits, raw, targets, batch, loss, count_positives(targets).clamp(min=1))
+            torch.autograd.grad(weighted_sum(losses, loss), (logits, raw))
+
+        found["targets_losses_ms"][str(objects)] = 1e3 * interleave({"run": run}, 3 * rounds, device)["run"].min()
+        with Count() as count:
+            run()
+        found["operator_calls"][str(objects)] = count.calls.total()
+    scores = torch.randn(logits[:1].shape, device=device) - 4  # some hundred pairs above the threshold
+    for name in ("threshold", "900_candidates"):
+        run = {"run": lambda scores=scores: net.select(scores, raw[:1], batch["K"][:1])}
+        found["decode_nms_ms"][name] = 1e3 * interleave(run, 3 * rounds, device)["run"].min()
+        scores, net.config = torch.zeros_like(scores), dataclasses.replace(net.config, candidates=900, score_threshold=0.0)
+    torch.set_num_threads(threads)
+    return found
+
+
+def measure_memory(config, images):
+    """Peak memory of training steps over those of the bare backbone, the optimizer's moments included; each in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        backbone, step = pool.map(peak, [config] * 2, [images] * 2, ("backbone", "step"))
+    return {"peak_memory_mib": {"backbone": backbone, "step": step}, "peak_memory_over_backbone": step and step / backbone}
+
+
+def peak(config, images, what):
+    """MiB that some steps need beyond what the process held before them, None where the system does not say."""
+    accelerator = start_accelerator(config.train.mixed_precision)
+    step = Step(config, accelerator, make_batch(config, images, OBJECTS[0], accelerator.device))
+    _, learn = backbone_pass(step.net, step.batch, accelerator)
+    optimizer = make_optimizer(step.net.backbone, config.train)
+
+    def now():
+        if accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        status = Path("/proc/self/status")  # getrusage's peak would be the parent's, inherited through fork
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1024 if status.exists() else None
+
+    before = now()
+    for _ in range(3):
+        step() if what == "step" else (learn(), optimizer.step())
+    return before and now() - before
+
+
+def measure_loader(data, rounds):
+    """Samples a second of one loader process against bare decoding and resizing of the same images."""
+    chosen, size, rounds, cpu = range(min(40, len(data))), data.size[::-1], min(rounds, 5), torch.device("cpu")
+    tasks = {
+        "bare": lambda: [load_image(data.frames[index].image).resize(size, Image.Resampling.BILINEAR) for index in chosen],
+        "loader": lambda: [data[(0, index)] for index in chosen],
+    }
+    rate = {name: len(chosen) / values.min() for name, values in interleave(tasks, rounds, cpu).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        data.cache = FrameCache(folder)
+        cached = len(chosen) / interleave({"cached": tasks["loader"]}, rounds, cpu)["cached"].min()  # the first round fills it
+        mib = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20 / len(chosen)
+    return {
+        "loader_images_per_s_per_worker": rate["loader"],
+        "bare_decode_resize_images_per_s": rate["bare"],
+        "loader_over_bare_decode": rate["loader"] / rate["bare"],
+        "cached_loader_over_loader": cached / rate["loader"],
+        "cache_mib_per_frame": mib,
+    }
+
+
+def measure_waiting(step, data, rounds):
+    """Share of the time that steps on the config's own data wait for its workers."""
+    device, waited = step.accelerator.device, 0.0
+    order = StepBatches(len(data), len(step.batch["image"]), 0, 1, 0, 0, rounds + 2)
+    with loading(make_loader(data, order, step.config.data.workers, device)) as batches:
+        for number in range(rounds + 2):
+            waiting = time.perf_counter()
+            if number == 2:  # the workers have started, and the step is warm
+                waited, began = 0.0, waiting
+            step.batch = send_to_device(next(batches), device, non_blocking=True)
+            waited += time.perf_counter() - waiting
+            step()
+        return {"data_wait_share": waited / (time.perf_counter() - began)}
+
+
+def measure_evaluation(frames=3769):
+    """Seconds of `compute_metrics` over as many frames as KITTI's val split has, four Cars and two detections of each; no files."""
+    rng, truth, results = np.random.default_rng(0), {}, {}
+    for i in range(frames):
+        _, truth[i] = scene(rng, 4, 1242, 375, ("Car",))
+        seen = truth[i][np.arange(4).repeat(2)]
+        results[i] = dataclasses.replace(seen, center=seen.center * rng.normal(1, 0.03, (8, 1)), score=rng.uniform(size=8))
+    began = time.perf_counter()
+    compute_metrics(truth, results)
+    return {f"evaluation_{frames}_frames_s": time.perf_counter() - began}
+
+
+def flatten(found, prefix=""):
+    """(name, value) of every measurement."""
+    for name, value in found.items():
+        yield from flatten(value, f"{prefix}{name} ") if isinstance(value, dict) else [(prefix + name, value)]
+
+
+def measure(path, overrides, images, rounds):
+    """Everything, as a dict; where the config's data is missing, stderr says so and the dict has none of it. Raises UserError."""
+    with user_errors():
+        if min(images, rounds) < 1:
+            raise ValueError(f"--batch {images} --rounds {rounds}: expected at least 1")
+        config = load_config(path, overrides)
+        accelerator = start_accelerator(config.train.mixed_precision)
+        device = accelerator.device
+        step = Step(config, accelerator, make_batch(config, images, OBJECTS[0], device))
+    found = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load_average_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "input": f"{images}x3x{config.model.size[0]}x{config.model.size[1]}",
+        "job": f"{config.model.backbone}, {config.train.optimizer}, mixed precision: {config.train.mixed_precision}",
+    }
+    found |= measure_steps(step, rounds) | measure_head(config, device, images, rounds)
+    found |= measure_memory(config, images) | measure_evaluation()
+    try:
+        data = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True)
+    except (ValueError, OSError) as error:
+        print(f"the loader is not measured: {error}", file=sys.stderr)
+        return found
+    return found | measure_waiting(step, data, rounds) | measure_loader(data, rounds)
+
+
+def main(arguments=None):
+    """Command line entry. Returns 0, or 2 after one sentence for an error of the user's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a Python run file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--batch", type=int, default=2, help="images (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="repetitions after one that warms up (default: %(default)s)")
+    parser.add_argument("--json", help="also write the numbers there")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        found = measure(options.config, options.overrides, options.batch, options.rounds)
+    except UserError as error:  # a loader worker's arrives with its traceback, the sentence last
+        print(f"error: {str(error).splitlines()[-1].removeprefix('data.UserError: ')}", file=sys.stderr)
+        return 2
+    for name, value in flatten(found):
+        print(f"{name:<44}{f'{value:.4g}' if isinstance(value, float) else value}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Compare runs on their held-out frames: AP at two overlaps, errors of depth, and what AP would be if one thing were known.
+
+python -m tools.yardstick RUN [RUN ...] [key=value ...] [--oracles] [--json OUT]
+
+Runs whose configs differ only in the seed become one row, mean and spread (standard deviation over seeds). A difference between rows is
+worth a word only beyond twice that spread. RESULTS.md is made of these tables.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.ops import box_iou
+
+from checkpoint import find_checkpoint, load_run
+from config import to_dict
+from data import UserError, build_dataset, user_errors
+from evaluate import compute_metrics, predict_dataset
+from geometry import project, unproject, yaw_to_alpha
+from guard import start_accelerator
+from metrics.kitti import MATCH_OVERLAP, kitti_ap
+
+COLUMNS = ("2D", "AOS", "BEV loose", "3D loose", "BEV strict", "3D strict", "depth error m", "depth error %", "in 1 sigma %")
+MEAN = "mean of classes"
+KNOWN = ("nothing", "heading", "size", "projected centre", "depth", "location", "all")
+
+
+def match(found, truth):
+    """For each detection the row of the truth of its class with the best 2D overlap, or -1 below `MATCH_OVERLAP`.
+
+    Both `Labels` in the same pixels. Returns (n,) int.
+    """
+    if not len(found) or not len(truth):
+        return np.full(len(found), -1)
+    overlap = box_iou(torch.from_numpy(found.box), torch.from_numpy(truth.box)).numpy()
+    overlap[(found.name[:, None] != truth.name[None]) | ~truth.is_3d[None]] = 0
+    best = overlap.argmax(1)
+    return np.where(overlap.max(1) >= MATCH_OVERLAP, best, -1)
+
+
+def tell(found, truth, K, known):
+    """Detections in which one thing is replaced by the truth's, where `match` finds one: an oracle, as in MonoDLE's figure 1.
+
+    found, truth: Labels in the camera frame of K (3, 3); known: one of KNOWN. The depth moves along the detection's own ray, the
+    projected centre moves at its own depth. Returns Labels with alpha following.
+    """
+    rows = match(found, truth)
+    told, true = rows >= 0, truth[np.maximum(rows, 0)] if len(truth) else found
+    center, size, yaw = found.center.copy(), found.size.copy(), found.yaw.copy()
+    told &= (center[:, 2] > 0.1) & (true.center[:, 2] > 0.1) if len(truth) else False
+    if known in ("depth", "projected centre") and told.any():
+        pixel, depth = (found, true) if known == "depth" else (true, found)
+        center[told] = unproject(project(pixel.center[told], K), depth.center[told, 2], K)
+    if known in ("location", "all"):
+        center[told] = true.center[told]
+    if known in ("size", "all"):
+        size[told] = true.size[told]
+    if known in ("heading", "all"):
+        yaw[told] = true.yaw[told]
+    return dataclasses.replace(found, center=center, size=size, yaw=yaw, alpha=yaw_to_alpha(yaw, center))
+
+
+def predict_run(run, overrides=()):
+    """A run's `Config`, its `Detection3D` of held-out frames, and what its best checkpoint finds there (`predict_dataset`)."""
+    with user_errors():
+        config, model = load_run(find_checkpoint(run), overrides)
+        dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
+        accelerator = start_accelerator(config.train.mixed_precision)
+    return (
+        config,
+        dataset,
+        predict_dataset(model.to(accelerator.device), dataset, accelerator, config.train.batch_size, config.data.workers),
+    )
+
+
+def measure(dataset, predictions):
+    """{class: {column: value}} of one run, moderate objects; depth errors over all detected ones."""
+    truth, found = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}, {}
+    strict, loose = compute_metrics(truth, predictions, dataset.classes), kitti_ap(truth, predictions, dataset.classes, "loose")
+    for name in dataset.classes:
+        values = [strict[name][key]["moderate"]["AP_R40"] for key in ("bbox", "aos")]
+        values += [result[name][key]["moderate"]["AP_R40"] for result in (loose, strict) for key in ("bev", "3d")]
+        errors, whole = strict["errors"][name], strict["errors"][name]["all"]
+        values += [whole["depth_error"], whole["depth_percent"], whole["within_1_sigma"] and 100 * whole["within_1_sigma"]]
+        found[name] = dict(zip(COLUMNS, values, strict=True))
+        found[name]["depth error m by band"] = {band: e["depth_error"] for band, e in errors.items() if band != "all"}
+    columns = {column: [found[name][column] for name in dataset.classes] for column in COLUMNS}
+    return found | {MEAN: {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}}
+
+
+def measure_oracles(dataset, predictions):
+    """{class: {what is known: [3D loose, 3D strict]}}, moderate AP R40."""
+    truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
+    found = {name: {known: [] for known in KNOWN} for name in dataset.classes}
+    for known in KNOWN:
+        own = [tell(predictions[frame.id].moved(frame.offset), frame.labels, frame.K, known) for frame in dataset.frames]
+        told = {frame.id: labels.moved(-frame.offset) for frame, labels in zip(dataset.frames, own, strict=True)}
+        for overlap in ("loose", "strict"):
+            metrics = kitti_ap(truth, told, dataset.classes, overlap)
+            for name in dataset.classes:
+                found[name][known].append(metrics[name]["3d"]["moderate"]["AP_R40"])
+    return found
+
+
+def group(runs):
+    """[(name, config, values)] -> [(name, [values of each seed])], in the order of their first run."""
+    groups = {}
+    for name, config, values in runs:
+        key = json.dumps({k: v for k, v in to_dict(config).items() if k not in ("seed", "out")}, sort_keys=True)
+        groups.setdefault(key, (name, []))[1].append(values)
+    return list(groups.values())
+
+
+def cell(values, digits=1):
+    """Mean, and the spread over seeds where there are several; '-' where a run has no such value."""
+    if None in values:
+        return "-"
+    values = np.array(values, float)
+    spread = f" +- {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+def table(corner, columns, rows):
+    """A Markdown table of [(title, cells)]."""
+    lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows])
+
+
+def show(runs, oracles):
+    """Print a table of each class, and of their mean, a row per group of seeds; then one of oracles per group."""
+    for name in runs[0][2]:
+        rows = []
+        for title, seeds in group(runs):
+            cells = [cell([values[name][column] for values in seeds], 2 if column == "depth error m" else 1) for column in COLUMNS]
+            rows.append((title, [str(len(seeds)), *cells]))
+        print(f"\n{name}\n\n{table('run', ['seeds', *COLUMNS], rows)}")
+    for title, seeds in group(oracles):
+        rows = [(known, [" / ".join(cell([s[name][known][i] for s in seeds]) for i in (0, 1)) for name in seeds[0]]) for known in KNOWN]
+        print(f"\n3D AP of {title} if this were known (loose / strict)\n\n{table('known', seeds[0], rows)}")
+
+
+def main(arguments=None):
+    """Command line entry. Returns 0, or 2 after one sentence for an error of the user's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="RUN", help="run folders, then overrides such as data.root=...")
+    parser.add_argument("--oracles", action="store_true", help="also AP with one thing known")
+    parser.add_argument("--json", help="also write the numbers there")
+    options = parser.parse_intermixed_args(arguments)
+    folders, runs, oracles = [word for word in options.words if "=" not in word], [], []
+    if not folders:
+        parser.error("expected at least one run folder")
+    try:
+        for run in folders:
+            config, dataset, predictions = predict_run(run, [word for word in options.words if "=" in word])
+            runs.append((Path(run).name, config, measure(dataset, predictions)))
+            if options.oracles:
+                oracles.append((Path(run).name, config, measure_oracles(dataset, predictions)))
+    except UserError as error:  # a loader worker's arrives with its traceback, the sentence last
+        print(f"error: {str(error).splitlines()[-1].removeprefix('data.UserError: ')}", file=sys.stderr)
+        return 2
+    show(runs, oracles)
+    if options.json:
+        values = {title: [(name, value) for name, _, value in rows] for title, rows in (("runs", runs), ("oracles", oracles))}
+        Path(options.json).write_text(json.dumps(values, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
