@@ -1,14 +1,18 @@
 """Pictures: boxes land where geometry says, filters work, and no box, however awkward, breaks a picture."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from formats.kitti import make_labels, read_calib, read_labels, split_projection
-from draw import OTHER, PREDICTION, TRUTH, WIDTH, draw_frame, draw_sheet
+import draw
+from draw import OTHER, PREDICTION, TRUTH, WIDTH, best_score, draw_curves, draw_frame, draw_frames, draw_sheet, frame_quality
+from formats.kitti import read_calib, read_labels, split_projection
+from frames import Frame, make_labels
 from geometry import box_corners, project
+from metrics.kitti import kitti_ap
 
 K = np.array([[700.0, 0, 320], [0, 700, 96], [0, 0, 1]])
 GREY = np.full((192, 640, 3), 90, np.uint8)
@@ -72,7 +76,7 @@ def test_heading_in_the_view_from_above():
     """A car at yaw 0 looks to the right, so the tick leaves its outline to the right and nothing leaves it to the left."""
     car = make_labels(["Car"], [[0, 0, 1, 1]], [[4, 1.5, 2]], [[0, 1, 20]], [0.0])
     view = np.asarray(draw_frame(GREY, K, car, None, max_range=30)).astype(int)[:, WIDTH:]
-    _, columns = np.nonzero(np.abs(view[:300] - PREDICTION).max(-1) < 60)
+    _, columns = np.nonzero(np.abs(view[20:300] - PREDICTION).max(-1) < 60)
     middle = view.shape[1] / 2
     scale = (432 - 40) / 30
     assert middle - columns.min() == pytest.approx(2 * scale, abs=2)
@@ -80,13 +84,12 @@ def test_heading_in_the_view_from_above():
 
 
 def test_sheet_places_pictures_in_reading_order():
-    pictures = [Image.new("RGB", (20, height), (i * 40, 0, 0)) for i, height in enumerate((10, 14, 8))]
-    sheet = draw_sheet(pictures, columns=2, gap=6)
-    assert sheet.size == (46, 28)
-    assert sheet.getpixel((30, 5)) == (40, 0, 0)
-    assert sheet.getpixel((5, 22)) == (80, 0, 0)
-    with pytest.raises(ValueError, match="at least one picture"):
-        draw_sheet([])
+    pictures = [(Image.new("RGB", (20 + i, height), (i * 40, 0, 0)), "") for i, height in enumerate((10, 14))]
+    sheet = draw_sheet(pictures, line=6)
+    assert sheet.size == (21, 36)
+    assert sheet.getpixel((5, 7)) == (0, 0, 0)
+    assert sheet.getpixel((5, 25)) == (40, 0, 0)
+    assert draw_sheet([]).height == 22
 
 
 @pytest.mark.skipif(not KITTI.is_dir(), reason="the KITTI sample frames are not there")
@@ -95,3 +98,134 @@ def test_real_frame():
     labels = read_labels(KITTI / "label_2/000008.txt").moved(offset)
     picture = draw_frame(Image.open(KITTI / "image_2/000008.png"), K, labels, labels, classes=("Car",))
     assert picture.size == (WIDTH + 413, 435)
+
+
+# ---- text
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Texts as they are drawn: (text, (x, y), size, anchor)."""
+    texts, write = [], draw._write
+
+    def record(canvas, xy, text, size, fill, anchor):
+        texts.append((text, xy, size, anchor))
+        write(canvas, xy, text, size, fill, anchor)
+
+    monkeypatch.setattr(draw, "_write", record)
+    return texts
+
+
+def named(name):
+    return draw_frame(GREY, K, dataclasses.replace(CAR, name=np.array([name], object)), None).tobytes()
+
+
+def test_predictions_tell_class_depth_and_score_and_ground_truth_nothing(written):
+    draw_frame(GREY, K, CAR, CAR)
+    assert [text for text, *_ in written if "Car" in text] == ["Car 14 m .80"]
+    assert {text for text, *_ in written} >= {"1 predicted", "1 true", "10 m"}
+    written.clear()
+    draw_frame(GREY, K, None, CAR)
+    assert not any("Car" in text for text, *_ in written)
+
+
+def test_text_grows_with_the_picture(written):
+    sizes = []
+    for width in (500, 960, 1440):
+        written.clear()
+        draw_frame(GREY, K, CAR, None, width=width)
+        sizes.append(written[0][2] / 2)
+    assert sizes == [11, 11, 16]
+
+
+def test_letters_of_any_script(monkeypatch):
+    monkeypatch.setattr(draw, "FONTS", ())
+    assert named("Fußgänger 交") == named("Fu?ganger ?")
+    assert named("a\u0308") == named("a")
+    monkeypatch.setattr(draw, "FONTS", ("no such font", "DejaVuSans"))
+    if draw._font("DejaVuSans", 12) is None:
+        pytest.skip("this machine has no DejaVuSans")
+    assert len({named(name) for name in ("ß", "ä", "ж", "?")}) == 4
+    assert named("ß交") == named("ß?")  # DejaVu has no Chinese
+    assert named("a\u0308") == named("ä")
+
+
+def test_labels_hide_no_label_and_no_other_object(written):
+    rng = np.random.default_rng(0)
+    z = rng.uniform(6, 60, 45)
+    center = np.stack([rng.uniform(-0.4, 0.4, 45) * z, np.ones(45), z], 1)
+    crowd = make_labels(["Car"] * 45, np.zeros((45, 4)), np.tile([4, 1.5, 1.8], (45, 1)), center, rng.uniform(-3, 3, 45))
+    draw_frame(GREY, K, crowd, crowd)
+    placed = [(text, xy, size) for text, xy, size, anchor in written if anchor == "mm"]
+    assert 5 <= len(placed) < 45
+    corners = (crowd.project(K) + 0.5) * 2 * WIDTH / 640 - 0.5
+    boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
+    labels = []
+    for text, (x, y), size in placed:
+        half = draw._font(None, size).getlength(text) / 2
+        labels.append((x - half, y - size / 2, x + half, y + size / 2))
+    labels = np.array(labels)
+    meets = lambda a, b: (a[:, None, :2] < b[None, :, 2:]).all(-1) & (b[None, :, :2] < a[:, None, 2:]).all(-1)  # noqa: E731
+    assert (meets(labels, labels).sum(1) == 1).all()
+    assert (meets(labels, boxes).sum(1) <= 1).all()  # its own, where the picture ends
+
+
+def test_detections_with_depth_errors_are_drawn():
+    found = dataclasses.replace(CAR, sigma=np.array([0.7]))
+    assert draw_frame(GREY, K, found, None).tobytes() == draw_frame(GREY, K, CAR, None).tobytes()
+
+
+# ---- sheets and curves
+
+
+def frames_of(folder, count, content):
+    """Frames whose images `content(i)` are written into a folder, all with the one car, and their detections and metrics."""
+    frames = []
+    for i in range(count):
+        Image.fromarray(content(i)).save(folder / f"{i}.png")
+        frames.append(Frame(f"{i}", folder / f"{i}.png", K, CAR))
+    found = {frame.id: CAR.moved([0, 0, 0.1 * i]) for i, frame in enumerate(frames)}
+    return frames, found, kitti_ap({frame.id: CAR for frame in frames}, found, ("Car",))
+
+
+def test_a_sheet_of_noise_is_a_small_file(tmp_path):
+    rng = np.random.default_rng(0)
+    frames, found, metrics = frames_of(tmp_path, 6, lambda i: rng.integers(0, 256, GREY.shape, dtype=np.uint8))
+    sheet = draw_frames(frames, found, metrics, ("Car",))
+    sheet.save(tmp_path / "sheet.png")
+    assert sheet.mode == "RGB"
+    assert 1000 < sheet.width < 1300
+    assert sheet.height > 6 * 270
+    assert (tmp_path / "sheet.png").stat().st_size <= 1_500_000
+    assert has_colour(np.asarray(sheet) // 64, np.array(PREDICTION) // 64)
+
+
+def test_frames_without_a_readable_image_are_passed_over(tmp_path, written):
+    frames, found, metrics = frames_of(tmp_path, 9, lambda i: GREY)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "8.png").unlink()
+    draw_frames(frames, found, metrics, ("Car",))
+    captions = [text.split("   ")[0] for text, *_ in written if "overlap" in text]
+    assert captions == ["best: 0", "best: 2", "best: 3", "worst: 5", "worst: 6", "worst: 7"]
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    assert draw_frames(frames, found, metrics, ("Car",)).height < 50
+
+
+def test_curves_name_their_overlap_and_keep_the_legend_out(written):
+    truth = dataclasses.replace(CAR, box=np.array([[100.0, 50, 200, 150]]), truncation=np.zeros(1), occlusion=np.zeros(1, int))
+    metrics = kitti_ap({"0": truth}, {"0": truth[:0]}, ("Car",), own_overlap={"Car": (0.6, 0.4, 0.3)})
+    curves = np.asarray(draw_curves(metrics))
+    assert [text.split("> ")[1] for text, *_ in written if "overlap" in text] == ["0.6", "0.6", "0.4", "0.3"]
+    legend = [(text, y) for text, (_, y), *_ in written if text.startswith(("easy", "moderate", "hard"))]
+    assert len(legend) == 12
+    assert max(y for _, y in legend) < 48
+    panel = curves[50:250, 54:350].reshape(-1, 3)  # without detections the lines lie on the bottom
+    assert {tuple(colour) for colour in np.unique(panel, axis=0).tolist()} == {(255, 255, 255), (228, 228, 228)}
+
+
+def test_quality_and_score_level_of_frames():
+    assert frame_quality(CAR, CAR, ("Car",)) == pytest.approx(1)
+    assert frame_quality(CAR, CAR[:0], ("Car",)) == 0
+    assert np.isnan(frame_quality(CAR, CAR, ("Cyclist",)))
+    assert best_score(kitti_ap({"0": CAR}, {"0": CAR[:0]}, ("Car",))) == 0.3
