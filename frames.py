@@ -16,6 +16,13 @@ from PIL import Image, UnidentifiedImageError
 from geometry import box_corners, clip_boxes, flip_boxes, project, ray_angle, wrap_angle
 
 PAD_COLOUR = (124, 116, 104)  # ImageNet's mean, so that padding is near zero after normalisation
+PLAUSIBLE = {  # lowest and highest number that a reader takes for a labelled box; beyond them is damage or another unit
+    "size": (0.01, 100.0),  # m
+    "center": (-1e4, 1e4),  # m
+    "yaw": (-6.3, 6.3),  # radians, 2 pi as files round it
+    "box": (-1e6, 1e6),  # px
+}
+LARGEST = 1e8  # of any other number in a file: larger ones would overflow later
 
 
 @dataclasses.dataclass(frozen=True)

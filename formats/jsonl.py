@@ -18,14 +18,14 @@ import difflib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from textwrap import shorten
 
 import numpy as np
 
-from formats.kitti import LARGEST
-from frames import Frame, make_labels, opened
+from frames import LARGEST, PLAUSIBLE, Frame, make_labels, opened
 from geometry import box_iou, camera_problem, clip_boxes, project_boxes, wrap_angle
 
 FRAME_KEYS = {"image": True, "K": True, "objects": True, "id": False, "ignore": False}  # key: required
@@ -33,6 +33,7 @@ OBJECT_KEYS = {"class": True, "center": True, "size": True, "yaw": True, "box": 
                "ignore": False, "velocity": False, "attribute": False, "score": False, "depth_sigma": False}  # fmt: skip
 COLUMNS = ("name", "box", "size", "center", "yaw", "truncation", "occlusion", "score", "sigma", "velocity", "attribute")
 IMAGE_SIDES = 16, 32768  # pixels, smallest and largest believable side
+LONGEST_NAME = 200  # bytes of a part of an id: file systems take 255
 
 
 def read_frames(path: str | Path, problems: list[str] | None = None, images: bool = True) -> list[Frame]:
@@ -195,18 +196,14 @@ def _parse_object(entry, place, K, size):
         raise ValueError(f"{place} is {_short(entry)}, expected an object with {', '.join(OBJECT_KEYS)}")
     _check_keys(entry, OBJECT_KEYS, place)
     name = entry["class"]
-    if not isinstance(name, str) or not name or name.split() != [name]:
-        raise ValueError(f"{place}.class is {_short(name)}, expected a name without spaces")
+    if not _is_text(name) or not name or name != name.strip():
+        raise ValueError(f"{place}.class is {_short(name)}, expected a name")
     if name == "DontCare":
         raise ValueError(f"{place}.class is 'DontCare', expected a class; regions belong into the line's \"ignore\": [[x1, y1, x2, y2]]")
-    get = lambda key, shape, expected: _numbers(entry[key], shape, f"{place}.{key}", expected)  # noqa: E731
-    center = get("center", (3,), "3 finite numbers x, y, z in metres")
-    extent = get("size", (3,), "3 numbers > 0: l, h, w in metres")
-    if extent.min() <= 0:
-        raise ValueError(f"{place}.size is {_short(entry['size'])}, expected 3 numbers > 0: l, h, w in metres")
-    yaw = get("yaw", (), "a finite number of radians")
-    if abs(yaw) > 2 * np.pi + 1e-6:
-        raise ValueError(f"{place}.yaw is {_short(entry['yaw'])}, expected radians between -2 pi and 2 pi")
+    get = lambda key, shape, expected: _numbers(entry[key], shape, f"{place}.{key}", expected, PLAUSIBLE.get(key))  # noqa: E731
+    center = get("center", (3,), "3 numbers x, y, z in metres")
+    extent = get("size", (3,), "3 numbers l, h, w in metres")
+    yaw = get("yaw", (), "radians")
     box = np.zeros(4)
     if "box" in entry:
         box = _parse_box(entry["box"], f"{place}.box", size)
@@ -240,7 +237,7 @@ def _region(box):
 
 def _parse_box(value, place, size):
     """A 2D box (4,), clipped to the image when its (width, height) is known."""
-    box = _numbers(value, (4,), place, "4 finite numbers x1, y1, x2, y2 in pixels")
+    box = _numbers(value, (4,), place, "4 numbers x1, y1, x2, y2 in pixels", PLAUSIBLE["box"])
     if box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(f"{place} is {_short(value)}, expected x1 < x2 and y1 < y2")
     if size is None:
@@ -271,7 +268,7 @@ def _parse_camera(value, size):
 
 def _parse_image(value, folder, images):
     """Path of an image that is there (with images)."""
-    if not isinstance(value, str) or not value:
+    if not _is_text(value) or not value:
         raise ValueError(f"image is {_short(value)}, expected a path relative to {folder}")
     path = folder / value
     try:
@@ -300,24 +297,27 @@ def _parse_id(frame):
     if "id" not in frame:
         if not isinstance(frame["image"], str):
             return None  # reported with the image
-        return "/".join(part for part in os.path.splitext(frame["image"])[0].split("/") if part not in ("", ".", ".."))
+        path = PureWindowsPath(os.path.splitext(frame["image"])[0])
+        return "/".join(part for part in path.parts if part not in (path.anchor, ".."))
     id = frame["id"]
-    if not isinstance(id, str) or not id or id.startswith("/") or ".." in id.split("/"):
+    path = PureWindowsPath(id if _is_text(id) else "")  # which knows both separators and drives
+    if not path.parts or path.anchor or ".." in path.parts or max(len(part.encode()) for part in path.parts) > LONGEST_NAME:
         raise ValueError(f"id is {_short(id)}, expected text that can name a file, such as 'a/0001'")
     return id
 
 
-def _numbers(value, shape, place, expected):
-    """JSON value -> float array of that shape; ValueError unless it is nested lists of finite numbers of sane size (true is no number)."""
+def _numbers(value, shape, place, expected, limits=None):
+    """JSON value -> float array of that shape; ValueError unless it is nested lists of numbers within limits (true is no number)."""
+    low, high = limits or (-LARGEST, LARGEST)
     try:
         array = np.asarray(value, dtype=object)
         if array.shape == shape and all(type(v) in (int, float) for v in array.flat):
             array = array.astype(float)
-            if np.isfinite(array).all() and np.abs(array).max(initial=0) <= LARGEST:
+            if ((low <= array) & (array <= high)).all():  # nor are infinity and NaN
                 return array
     except (ValueError, OverflowError):  # ragged lists, integers beyond floats
         pass
-    raise ValueError(f"{place} is {_short(value)}, expected {expected}")
+    raise ValueError(f"{place} is {_short(value)}, expected {expected}{f' from {low:g} to {high:g}' if limits else ''}")
 
 
 def _optional(entry, key, place, expected, default, allowed=lambda value: True):
@@ -332,9 +332,14 @@ def _optional(entry, key, place, expected, default, allowed=lambda value: True):
 
 def _optional_text(entry, key, place):
     value = entry.get(key, "")
-    if not isinstance(value, str):
+    if not _is_text(value):
         raise ValueError(f"{place}.{key} is {_short(value)}, expected text")
     return value
+
+
+def _is_text(value):
+    """Whether a JSON value is text of any script that files and consoles take: no control characters, no halves of characters."""
+    return isinstance(value, str) and not any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
 
 
 def _check_keys(entry, keys, place):

@@ -8,18 +8,18 @@ from textwrap import shorten
 
 import numpy as np
 
-from frames import Frame, Labels
+from frames import LARGEST, PLAUSIBLE, Frame, Labels
 from geometry import wrap_angle
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-LARGEST = 1e8  # of any number in a file, px, m or rad: larger ones are damage, and would overflow later
+FIELDS = {"box": ("2D box is", 3, 7), "size": ("h, w, l are", 7, 10), "center": ("x, y, z are", 10, 13), "yaw": ("rotation_y is", 13, 14)}
 
 
 def read_labels(path, scores=False):
     """Read a label file (15 fields a line) or, with scores, a result file (16). Returns Labels in rectified camera 0.
 
     Raises FileNotFoundError, or ValueError naming file and line for a wrong field count, a non-number, a non-finite number and, in
-    labels, a size that is not positive or a 2D box that is inside out.
+    labels, a number that is not plausible or a 2D box that is inside out.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # a byte order mark would become part of the first class
@@ -66,15 +66,21 @@ def _parse_row(fields, count, place):
         raise ValueError(f"{place}: a field is {max(row, key=abs):g}, expected at most {LARGEST:g} of any unit")
     if count == 16:
         return row  # detectors write empty 2D boxes, and -1 -1 -1 -1000 -1000 -1000 for "no 3D box": the evaluator has rules for both
-    if fields[0] != "DontCare" and min(row[7:10]) <= 0:
-        raise ValueError(f"{place}: h, w, l are {row[7]:g}, {row[8]:g}, {row[9]:g} metres, expected all > 0")
+    for key, (title, start, stop) in FIELDS.items():
+        low, high = PLAUSIBLE[key]
+        if (fields[0] != "DontCare" or key == "box") and not low <= min(row[start:stop]) <= max(row[start:stop]) <= high:
+            values = ", ".join(f"{value:g}" for value in row[start:stop])
+            raise ValueError(f"{place}: {title} {values}, expected numbers from {low:g} to {high:g}")
     if row[5] < row[3] or row[6] < row[4]:
         raise ValueError(f"{place}: 2D box {row[3]:g} {row[4]:g} {row[5]:g} {row[6]:g} is inside out, expected x1 <= x2, y1 <= y2")
     return row if len(row) == 15 else [*row, 1.0]
 
 
 def write_labels(path, labels, scores=False, digits=2):
-    """Write Labels (rectified camera 0) as a KITTI label file or, with scores, a result file."""
+    """Write Labels (rectified camera 0) as a KITTI label file or, with scores, a result file.
+
+    Fields are separated by spaces, so white space in a name becomes _.
+    """
     lines = []
     for i in range(len(labels)):
         l, h, w = labels.size[i]
@@ -84,8 +90,8 @@ def write_labels(path, labels, scores=False, digits=2):
         numbers = [labels.alpha[i], *labels.box[i], h, w, l, x, bottom, z, angle]
         text = " ".join(f"{v:.{digits}f}" for v in numbers)
         score = f" {labels.score[i]:.6f}" if scores else ""
-        lines.append(f"{labels.name[i]} {labels.truncation[i]:.2f} {labels.occlusion[i]:d} {text}{score}\n")
-    Path(path).write_text("".join(lines))
+        lines.append(f"{'_'.join(labels.name[i].split())} {labels.truncation[i]:.2f} {labels.occlusion[i]:d} {text}{score}\n")
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def read_calib(path):
@@ -110,6 +116,8 @@ def read_calib(path):
         P2 = values.reshape(3, 4)
         if P2[0, 0] <= 0 or P2[1, 1] <= 0 or abs(P2[2, 2] - 1) > 1e-6 or abs(P2).max() > LARGEST or np.linalg.cond(P2[:, :3]) > 1e12:
             raise ValueError(f"{path}:{number}: P2 is not a pinhole camera: focal lengths {P2[0, 0]:g}, {P2[1, 1]:g}, last row {P2[2]}")
+        if abs(offset := split_projection(P2)[1]).max() > PLAUSIBLE["center"][1]:
+            raise ValueError(f"{path}:{number}: P2 puts the camera {abs(offset).max():g} m from camera 0")
         return P2
     raise ValueError(f"{path}: no line 'P2: ...' with the projection of the left colour camera")
 

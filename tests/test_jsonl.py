@@ -85,6 +85,20 @@ def test_a_box_left_out_is_the_projection_clipped_to_the_image(folder):
     assert given_box.labels.box.tolist() == [[0, 10, 50, 60]]
 
 
+def test_classes_may_hold_spaces_and_any_script(folder):
+    names = ["traffic cone", "自行车", "ग़ाड़ी", "می\u200cخواهم"]  # the last with a joiner that its spelling needs
+    path = write(folder, {**FRAME, "objects": [{**CAR, "class": name} for name in names]})
+    frames = read_frames(path)
+    assert frames[0].labels.name.tolist() == names
+    write_jsonl(path, frames)
+    assert read_frames(path)[0].labels.name.tolist() == names
+
+
+def test_an_id_left_out_is_the_path_within_any_folder(folder):
+    frames = [{**FRAME, "image": image, "objects": []} for image in ("../x/0001.png", "./a//1.v.png", "/data/b.png", "c:\\a\\b.png")]
+    assert [frame.id for frame in read_frames(write(folder, *frames), images=False)] == ["x/0001", "a/1.v", "data/b", "a/b"]
+
+
 def test_ignored_objects_and_regions_become_dontcare_rows(folder):
     ignored = {**CAR, "ignore": True, "box": [10, 10, 20, 20], "velocity": [1, 2, 3]}
     [frame] = read_frames(write(folder, {**FRAME, "objects": [ignored, CAR], "ignore": [[30, 30, 50, 60]]}))
@@ -150,18 +164,28 @@ BAD = [
     ("objects", {}, "objects is {}, expected a list"),
     ("objects.0", 7, "objects[0] is 7, expected an object with class"),
     ("objects.0.class", ..., "objects[0] lacks 'class'; it has center, size, yaw"),
-    ("objects.0.class", "traffic cone", 'objects[0].class is "traffic cone", expected a name without spaces'),
+    ("objects.0.class", " Car", 'objects[0].class is " Car", expected a name'),
+    ("objects.0.class", "Car\n", 'objects[0].class is "Car\\n", expected a name'),
+    ("objects.0.class", "\ud800", 'objects[0].class is "\\ud800", expected a name'),
     ("objects.0.class", "DontCare", "objects[0].class is 'DontCare'"),
-    ("objects.0.center", [1, 2], "objects[0].center is [1, 2], expected 3 finite numbers"),
-    ("objects.0.center", [1, 2, "3"], 'objects[0].center is [1, 2, "3"], expected 3 finite numbers'),
+    ("objects.0.center", [1, 2], "objects[0].center is [1, 2], expected 3 numbers"),
+    ("objects.0.center", [1, 2, "3"], 'objects[0].center is [1, 2, "3"], expected 3 numbers'),
+    (
+        "objects.0.center",
+        [0, 0, 1e8],
+        "objects[0].center is [0, 0, 100000000.0], expected 3 numbers x, y, z in metres from -10000 to 10000",
+    ),
     ("objects.0.center", [0, 0, -5], "objects[0] lies behind the camera, outside the image of 640x192"),
     ("objects.0.center", [500, 0, 5], "outside the image of 640x192"),
-    ("objects.0.size", [4, 0, 1.8], "objects[0].size is [4, 0, 1.8], expected 3 numbers > 0: l, h, w"),
-    ("objects.0.size", [4, 1, True], "objects[0].size is [4, 1, true], expected 3 numbers > 0"),
-    ("objects.0.yaw", 90, "objects[0].yaw is 90, expected radians"),
-    ("objects.0.yaw", None, "objects[0].yaw is null, expected a finite number"),
+    ("objects.0.size", [4, 0, 1.8], "objects[0].size is [4, 0, 1.8], expected 3 numbers l, h, w in metres from 0.01 to 100"),
+    ("objects.0.size", [4, 1, True], "objects[0].size is [4, 1, true], expected 3 numbers l, h, w"),
+    ("objects.0.size", [4, 1e-320, 2], "expected 3 numbers l, h, w in metres from 0.01 to 100"),
+    ("objects.0.size", [400, 150, 180], "expected 3 numbers l, h, w in metres from 0.01 to 100"),
+    ("objects.0.yaw", 90, "objects[0].yaw is 90, expected radians from -6.3 to 6.3"),
+    ("objects.0.yaw", None, "objects[0].yaw is null, expected radians"),
     ("objects.0.box", [50, 10, 20, 60], "objects[0].box is [50, 10, 20, 60], expected x1 < x2 and y1 < y2"),
     ("objects.0.box", [50, 10, 50, 60], "expected x1 < x2"),
+    ("objects.0.box", [50, 10, 2e6, 60], "expected 4 numbers x1, y1, x2, y2 in pixels from -1e+06 to 1e+06"),
     ("objects.0.box", [700, 10, 750, 60], "expected a box that meets the image of 640x192"),
     ("objects.0.bbox", [1, 2, 3, 4], "objects[0] has an unknown key 'bbox'; did you mean 'box'?"),
     ("objects.0.Yaw", 0, "objects[0] has an unknown key 'Yaw'; did you mean 'yaw'?"),
@@ -173,9 +197,13 @@ BAD = [
     ("objects.0.attribute", 3, "objects[0].attribute is 3, expected text"),
     ("objects.0.depth_sigma", 0, "objects[0].depth_sigma is 0, expected metres > 0"),
     ("object", [], "the line has an unknown key 'object'; did you mean 'objects'?"),
-    ("ignore", [[1, 2, 3]], "ignore[0] is [1, 2, 3], expected 4 finite numbers"),
+    ("ignore", [[1, 2, 3]], "ignore[0] is [1, 2, 3], expected 4 numbers"),
     ("ignore", True, "ignore is true, expected a list"),
-    ("id", "../x", 'id is "../x", expected text that can name a file'),
+    *(
+        ("id", id, "expected text that can name a file, such as 'a/0001'")
+        for id in ("../x", "a/../x", "a\\..\\x", "/x", "\\x", "c:\\x", "c:x", "", ".", "a\0b", "a\nb", "\udfff", "a/" + "x" * 300, 7)
+    ),
+    ("image", "a/\0.png", 'image is "a/\\u0000.png", expected a path'),
 ]
 
 
@@ -193,7 +221,7 @@ def test_errors_name_file_line_key_value_and_expectation(folder, key, value, mes
 @pytest.mark.parametrize(("line", "message"), [
     (json.dumps(FRAME).replace("14]", "NaN]"), "it holds NaN, expected finite numbers"),
     (json.dumps(FRAME).replace("14]", "-Infinity]"), "it holds -Infinity"),
-    (json.dumps(FRAME).replace("14]", "1e999]"), "objects[0].center is [1, 0.6, Infinity], expected 3 finite numbers"),
+    (json.dumps(FRAME).replace("14]", "1e999]"), "objects[0].center is [1, 0.6, Infinity], expected 3 numbers"),
     (json.dumps(FRAME)[:-1], "not a line of JSON"),
     ("[1]", "the line holds [1], expected an object with image, K, objects"),
     ("[" * 100_000, "not a line of JSON"),

@@ -74,7 +74,13 @@ def test_an_empty_file_is_a_frame_without_objects(tmp_path):
         (CAR.replace("1.80", "nan"), "field 10 is nan, expected a finite number"),
         (CAR.replace(" 20.00", " inf"), "field 14 is inf, expected a finite number"),
         (CAR.replace("-3.00", "left"), "expected numbers after the class name: could not convert string to float: 'left'"),
-        (CAR.replace("1.80", "0.00"), "h, w, l are 1.5, 0, 4.2 metres, expected all > 0"),
+        (CAR.replace("1.80", "0.00"), "h, w, l are 1.5, 0, 4.2, expected numbers from 0.01 to 100"),
+        (CAR.replace("1.80", "1e-320"), "h, w, l are 1.5, 9.99989e-321, 4.2, expected numbers from 0.01 to 100"),
+        (CAR.replace("4.20", "420.0"), "h, w, l are 1.5, 1.8, 420, expected numbers from 0.01 to 100"),
+        (CAR.replace("-3.00", "1e8"), "x, y, z are 1e+08, 1.7, 20, expected numbers from -10000 to 10000"),
+        (CAR.replace("1.35", "90"), "rotation_y is 90, expected numbers from -6.3 to 6.3"),
+        (CAR.replace("180.00", "2e6"), "2D box is 100, 120, 2e+06, 160, expected numbers from -1e+06 to 1e+06"),
+        (DONTCARE.replace("590.61", "2e6"), "2D box is 503.89, 169.71, 2e+06, 190.13, expected numbers from -1e+06"),
         (CAR.replace("180.00", "90.00"), "2D box 100 120 90 160 is inside out"),
         (DONTCARE.replace("190.13", "100"), "is inside out, expected x1 <= x2, y1 <= y2"),
     ],
@@ -83,6 +89,33 @@ def test_bad_lines_are_named(tmp_path, line, words):
     path = write(tmp_path, CAR, line, CAR)
     with pytest.raises(ValueError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(words)):
         read_labels(path)
+
+
+def test_results_may_hold_what_the_official_evaluator_takes(tmp_path):
+    """No 3D box in two ways, an empty 2D box, and numbers beyond any label's."""
+    lines = ["Car -1 -1 -10 1 2 30 40 -1 -1 -1 -1000 -1000 -1000 -10 0.9", "Car -1 -1 1.2 9 9 5 5 0 0 0 -1 -1 -1 -1 -30"]
+    lines.append("Car -1 -1 1.2 0 0 2e6 9 900 1 1e-9 2e4 2 3 90 2e6")
+    labels = read_labels(write(tmp_path, *lines), scores=True)
+    assert labels.score.tolist() == [0.9, -30, 2e6]
+    assert labels.is_3d.tolist() == [False, False, True]
+
+
+def test_byte_order_marks_are_no_part_of_a_file(tmp_path):
+    mark = "\ufeff"
+    assert read_labels(write(tmp_path, mark + CAR)).name.tolist() == ["Car"]
+    assert read_labels(write(tmp_path, f"{mark}{CAR} 0.5"), scores=True).name.tolist() == ["Car"]
+    P2 = "P2: 700 0 600 45 0 700 180 0 0 0 1 0"
+    assert read_calib(write(tmp_path, mark + P2))[0, 0] == 700
+    (tmp_path / "ImageSets").mkdir()
+    write(tmp_path, mark + "000003").rename(tmp_path / "ImageSets/train.txt")
+    assert read_split(tmp_path, "train") == ["000003"]
+
+
+def test_names_of_several_words_are_written_as_one(tmp_path):
+    names = ["traffic cone", "地\u3000铁 车", "Ümläut"]
+    labels = make_labels(names, np.tile([1, 2, 30, 40], (3, 1)), np.ones((3, 3)), np.tile([1, 1, 10], (3, 1)), np.zeros(3))
+    write_labels(tmp_path / "a.txt", labels)
+    assert read_labels(tmp_path / "a.txt").name.tolist() == ["traffic_cone", "地_铁_车", "Ümläut"]
 
 
 def test_other_files_are_named(tmp_path):
@@ -102,6 +135,7 @@ def test_other_files_are_named(tmp_path):
         ("P0: 1\nP2: 1 2 3\n", r"calib\.txt:2: P2 has 3 values, expected 12 finite numbers"),
         ("P2: 700 0 600 0 0 700 180 0 0 0 1 nan\n", r"calib\.txt:1: .*expected 12 finite numbers"),
         ("P2: 700 0 600 0 0 700 180 0 0 0 1 x\n", r"calib\.txt:1: expected numbers after P2: .*'x'"),
+        ("P2: 1 0 600 9e7 0 700 180 0 0 0 1 0\n", r"calib\.txt:1: P2 puts the camera 9e\+07 m from camera 0"),
         ("P2: 0 0 600 0 0 700 180 0 0 0 1 0\n", r"calib\.txt:1: P2 is not a pinhole camera: focal lengths 0, 700"),
     ],
 )
