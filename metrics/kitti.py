@@ -39,7 +39,7 @@ POSITIONS = 41  # recall 0, 1/40, ... 1
 LOWEST_SCORE = -1e7  # the official "no detection": a score must be above it to set a threshold
 NO_ALPHA = -10.0  # "unknown": a single detection with this alpha makes the official evaluator leave AOS out
 MATCH_OVERLAP = 0.5  # 2D overlap above which `object_errors` compares a detection with a ground truth, any class
-PAIRS_AT_ONCE = 100_000  # ground truth x detection pairs looked at together: about 50 MB
+PAIRS_AT_ONCE = 100_000  # pairs whose intervals meet, looked at together: about 50 MB
 BANDS = (0, 10, 20, 30, 40, 50)  # metres of depth; the last band is open
 
 
@@ -148,16 +148,35 @@ class _Pairs:
         relevant = np.array([name in wanted for name in self.gt_name], dtype=bool)
         short = self.height < tallest_limit
         gt_box, det_box = _boxes(self.gt), _boxes(self.det)
-        found = [[], [], []]
-        for g, d in _same_frame(np.flatnonzero(relevant), self.gt_frame, self.det_frame):
-            fits = short[d] | (gt_code[g] == det_code[d]) | (gt_serves[g] == det_code[d])
-            g, d = g[fits], d[fits]
-            for metric, overlap in enumerate((box_iou(self.gt.box[g], self.det.box[d]), *bev_and_box3d_iou(gt_box[g], det_box[d]))):
-                rows = np.flatnonzero(overlap > least)
-                found[metric].append((g[rows], d[rows], overlap[rows]))
-        none = (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
-        self.pairs = [tuple(np.concatenate(parts) for parts in zip(none, *chunks, strict=True)) for chunks in found]
+        overlaps = (
+            (_flat(self.gt), _flat(self.det), lambda g, d: (box_iou(self.gt.box[g], self.det.box[d]),)),
+            (_ground(gt_box), _ground(det_box), lambda g, d: bev_and_box3d_iou(gt_box[g], det_box[d])),  # 3D is never more than BEV
+        )
+        self.pairs = []
+        for gt_extent, det_extent, measure in overlaps:
+            chunks = []
+            for g, d in self._meeting(np.flatnonzero(relevant), gt_extent, det_extent, least):
+                fits = short[d] | (gt_code[g] == det_code[d]) | (gt_serves[g] == det_code[d])
+                g, d = g[fits], d[fits]
+                chunks.append([(g[rows], d[rows], iou[rows]) for iou in measure(g, d) for rows in [np.flatnonzero(iou > least)]])
+            self.pairs += [_join_pairs(parts) for parts in zip(*chunks, strict=True)]
         self.cover = self._cover(np.flatnonzero(self.gt_name == "dontcare"))
+
+    def _meeting(self, rows, gt, det, least):
+        """Yield (gt rows, det rows), in slices and any order, of the pairs in a frame whose overlap may exceed `least`; rows: of gt.
+
+        gt (5, G), det (5, D): extents x1, y1, x2, y2 and the box's own area. What two boxes have in common is at most what their
+        extents have, which is far cheaper than the overlap of turned boxes. Always at least one slice.
+        """
+        for g, d in _crossing(gt[0:3:2, rows].T, det[0:3:2].T, self.gt_frame[rows], self.det_frame):
+            g = rows[g]
+            meet = np.flatnonzero((gt[1, g] < det[3, d]) & (det[1, d] < gt[3, g]))
+            g, d = g[meet], d[meet]
+            a, b = gt[:, g], det[:, d]
+            width, height = np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2])
+            needed = least / (1 + least) * (a[4] + b[4]) * (1 - 1e-6)  # rounding may not lose a pair
+            meet = (width > 0) & (height > 0) & (width * height >= needed)
+            yield g[meet], d[meet]
 
     def _cover(self, regions):
         """(D, 3): how much of each detection's own area lies in the DontCare region that covers it most.
@@ -167,14 +186,11 @@ class _Pairs:
         """
         cover = np.zeros((len(self.det), 3))
         unplaced = ~self.det.is_3d & (self.det.center[:, 0] == -1000) & (self.det.center[:, 2] == -1000)
-        for g, d in _same_frame(regions, self.gt_frame, self.det_frame):
+        cover[unplaced & np.isin(self.det_frame, self.gt_frame[regions]), 1] = 1.0
+        for g, d in self._meeting(regions, _flat(self.gt), _flat(self.det), 0.0):
             a, b = self.gt.box[g], self.det.box[d]
-            width = np.clip(np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0]), 0, None)
-            height = np.clip(np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1]), 0, None)
-            both = width * height
-            own = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
-            np.maximum.at(cover[:, 0], d, np.divide(both, own, out=np.zeros(len(d)), where=both > 0))
-            cover[d[unplaced[d]], 1] = 1.0
+            both = np.prod(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 1)
+            np.maximum.at(cover[:, 0], d, both / np.prod(b[:, 2:] - b[:, :2], 1))
         return cover
 
     def roles(self, name, level, min_height):
@@ -206,15 +222,49 @@ def _boxes(labels):
     return np.concatenate([labels.center, size, labels.yaw[:, None]], 1)
 
 
-def _same_frame(rows, gt_frame, det_frame):
-    """Yield (gt rows, det rows) of all pairs of the given ground truths (ascending) with detections of their frame, in slices."""
-    first = np.searchsorted(det_frame, gt_frame[rows], "left")
-    count = np.searchsorted(det_frame, gt_frame[rows], "right") - first
+def _flat(labels):
+    """2D boxes as rows x1, y1, x2, y2, area (5, n)."""
+    return np.stack([*labels.box.T, np.prod(labels.box[:, 2:] - labels.box[:, :2], 1)])
+
+
+def _ground(boxes):
+    """Boxes (n, 7) seen from above as rows z1, x1, z2, x2, area (5, n): first the axis along which objects lie farther apart."""
+    x, _, z, length, _, width, yaw = boxes.T
+    cosine, sine = np.abs(np.cos(yaw)) / 2, np.abs(np.sin(yaw)) / 2
+    along, across = sine * length + cosine * width, cosine * length + sine * width
+    return np.stack([z - along, x - across, z + along, x + across, length * width])
+
+
+def _crossing(a, b, a_frame, b_frame):
+    """Yield (rows of a, rows of b), in slices, of all pairs in one frame whose intervals a (n, 2), b (m, 2) overlap.
+
+    Of two intervals that overlap, one begins within the other: two binary searches find no pair twice and, however long some
+    intervals are, hardly a pair in vain. Ranks in place of values let one search serve all frames.
+    """
+    values, rank = np.unique(np.concatenate([a.ravel(), b.ravel()]), return_inverse=True)
+    a = rank[: a.size].reshape(-1, 2) + a_frame[:, None] * len(values)
+    b = rank[a.size :].reshape(-1, 2) + b_frame[:, None] * len(values)
+    yield from _beginning(a, b[:, 0])
+    yield from ((i, j) for j, i in _beginning(b + np.array([1, 0]), a[:, 0]))  # those that begin together were in the first
+
+
+def _beginning(intervals, starts):
+    """Yield (rows of intervals, rows of starts), in slices, where a start lies in an interval [low, high). Integers (n, 2), (m,)."""
+    order = np.argsort(starts)
+    first, last = np.searchsorted(starts[order], intervals).T
+    count = np.maximum(last - first, 0)
     slices = np.searchsorted(np.cumsum(count), np.arange(PAIRS_AT_ONCE, count.sum(), PAIRS_AT_ONCE), "left")
-    for part in np.split(np.arange(len(rows)), slices):
+    for part in np.split(np.arange(len(intervals)), slices):
         number = count[part]
         offset = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
-        yield np.repeat(rows[part], number), np.repeat(first[part], number) + offset
+        yield np.repeat(part, number), order[np.repeat(first[part], number) + offset]
+
+
+def _join_pairs(parts):
+    """Lists of (gt rows, det rows, overlaps) -> one of each, by gt row, then det row."""
+    gt, det, overlap = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.lexsort((det, gt))
+    return gt[order], det[order], overlap[order]
 
 
 def _match(gt, det, frame, preference, usable):

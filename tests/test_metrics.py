@@ -12,7 +12,8 @@ import pytest
 
 from formats.kitti import read_labels
 from frames import make_labels
-from geometry import bev_intersection, bev_iou, box3d_iou
+from geometry import bev_and_box3d_iou, bev_intersection, bev_iou, box3d_iou, box_iou
+from metrics import kitti
 from metrics.kitti import DIFFICULTIES, MIN_OVERLAP, format_table, highest_possible, kitti_ap, object_errors
 
 INVENTED = Path(__file__).parent / "data" / "kitti_invented"
@@ -400,6 +401,45 @@ def test_wrong_arguments_are_named():
         kitti_ap({}, {}, overlap="tight")
     with pytest.raises(ValueError, match="repeat is 0"):
         kitti_ap({}, {}, repeat=0)
+
+
+# ---- which pairs are looked at
+
+
+def crowd(rng, n):
+    """Rows of any kind: cars in view, one that fills it, empty and inverted boxes, boxes without a 3D box, equal edges."""
+    x, z = rng.uniform(-8, 8, n), rng.uniform(5, 30, n)
+    center = np.stack([x, np.ones(n), z], 1)
+    size, yaw = rng.uniform(1, 5, (n, 3)), rng.uniform(-4, 4, n)
+    low = rng.integers(0, [300, 60], (n, 2)).astype(float)
+    box = np.concatenate([low, low + rng.integers(-3, 60, (n, 2))], 1)
+    box[:1], size[:1] = (0, 0, 1242, 375), (40, 2, 40)
+    size[1:2], center[1:2] = -1, -1000
+    return make_labels(rng.choice(["Car", "Van", "Pedestrian", "DontCare"], n), box, size, center, yaw, score=rng.random(n))
+
+
+def test_no_pair_is_lost_and_few_are_measured(monkeypatch):
+    rng = np.random.default_rng(0)
+    truth, results = ({str(i): crowd(rng, int(rng.integers(0, most))) for i in range(5)} for most in (60, 200))
+    for least in (0.0, 0.05, 0.3):
+        pairs = kitti._Pairs(truth, results, ("Car", "Pedestrian"), least, 25)
+        gt, det = pairs.gt, pairs.det
+        g, d = np.nonzero(pairs.gt_frame[:, None] == pairs.det_frame)
+        name, other = gt.name[g], det.name[d]
+        fits = (name != "DontCare") & ((name == other) | (pairs.height[d] < 25) | ((name == "Van") & (other == "Car")))
+        g, d = g[fits], d[fits]
+        boxes = kitti._boxes(gt)[g], kitti._boxes(det)[d]
+        for found, overlap in zip(pairs.pairs, (box_iou(gt.box[g], det.box[d]), *bev_and_box3d_iou(*boxes)), strict=True):
+            rows = np.flatnonzero(overlap > least)
+            assert len(rows) > 3
+            for ours, expected in zip(found, (g[rows], d[rows], overlap[rows]), strict=True):
+                np.testing.assert_array_equal(ours, expected)
+
+    measured = []
+    count = lambda a, b: measured.append(len(a)) or bev_and_box3d_iou(a, b)  # noqa: E731
+    monkeypatch.setattr(kitti, "bev_and_box3d_iou", count)
+    kitti_ap({"0": crowd(rng, 400)}, {"0": crowd(rng, 4000)})
+    assert 100 < sum(measured) < 0.04 * 400 * 4000
 
 
 # ---- beside AP
