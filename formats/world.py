@@ -726,14 +726,18 @@ def build_world(root, split, frames, seed=0, size=(640, 192), workers=1):
         return folder
     remove_leftovers(folder.parent)
     unfinished = folder.with_name(f"{folder.name}.partial-{os.getpid()}-{time.time_ns()}")
-    for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
-        (unfinished / name).mkdir(parents=True)
-    indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
-    (unfinished / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
+    unfinished.mkdir(parents=True)
     try:
-        with lock(unfinished):
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # some file systems have no locks, and then nothing is removed there either
+                held.enter_context(lock(unfinished))
+            for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
+                (unfinished / name).mkdir(parents=True)
+            indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
+            (unfinished / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
             render_all([(unfinished, seed, index, tuple(size)) for index in indices], workers, f"rendering {split}")
-        os.rename(unfinished, folder)
+            os.rename(unfinished, folder)
+            (folder / ".lock").unlink(missing_ok=True)
     except OSError:
         if not folder.is_dir():  # else another process was faster, and its frames are the same
             raise
@@ -742,12 +746,15 @@ def build_world(root, split, frames, seed=0, size=(640, 192), workers=1):
     return folder
 
 
+@contextlib.contextmanager
 def lock(folder):
-    """An open file in a folder, locked until it is closed or its process dies. Raises OSError when another process has it."""
-    file = open(folder / ".lock", "w")  # noqa: SIM115  closing it releases the lock
-    if fcntl:
+    """Hold a folder until the block ends or the process dies; nothing on Windows. Raises OSError when another process holds it."""
+    if not fcntl:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
+        yield
 
 
 def remove_leftovers(root):
@@ -759,8 +766,10 @@ def remove_leftovers(root):
 
 
 def follow_parent():
-    """For the processes of a pool: end with the parent, however it ends, and of SIGTERM, whatever the parent does on it."""
+    """For the processes of a pool: end with the parent, however it ends, and of SIGTERM; other signals are the parent's to handle."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in {"SIGINT", "SIGUSR1"} & set(dir(signal)):  # Windows has one of them
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -768,5 +777,8 @@ def render_all(jobs, workers, title):
     """Render with processes that import nothing again where they can be forked."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, context, follow_parent) as pool:
-        for _ in tqdm(pool.map(write_frame, jobs, chunksize=4), title, len(jobs), unit=" frames", disable=None):
-            pass
+        try:
+            for _ in tqdm(pool.map(write_frame, jobs), title, len(jobs), unit=" frames", disable=None):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # else an exception, such as a signal's, would wait for every frame

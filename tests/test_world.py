@@ -1,7 +1,13 @@
 """The built-in world: labels agree with the picture, frames are reproducible, the folder is complete or absent."""
 
+import contextlib
 import hashlib
 import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,3 +227,106 @@ def test_build_world_failure_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build_world(tmp_path, "train", 1, size=(160, 48))
     assert list(tmp_path.iterdir()) == []
+
+
+def render_slowly(folder):
+    """The body of a process that renders with three workers; each leaves a file with its number, and errors go to a file."""
+    os.setsid()
+    sys.stderr = open(folder / "errors", "w", buffering=1)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    real = world.render_frame
+
+    def slow(*arguments):
+        (folder / f"worker{os.getpid()}").touch()
+        time.sleep(0.3)
+        return real(*arguments)
+
+    world.render_frame = slow
+    build_world(folder, "train", 400, size=(160, 48), workers=3)
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"{condition.__name__} has not come true in {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+def alive(path):
+    """Whether the process that a worker's file names runs; one that waits for its parent, which is gone, does not."""
+    try:
+        return Path(f"/proc/{path.name.removeprefix('worker')}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def renderer(tmp_path):
+    """A process that runs `render_slowly`, and the files of its workers."""
+    if sys.platform != "linux":
+        pytest.skip("looks for processes in /proc")
+    process = multiprocessing.get_context("fork").Process(target=render_slowly, args=(tmp_path,))
+    process.start()
+    yield process, until(lambda: len(found := list(tmp_path.glob("worker*"))) == 3 and found)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # and workers that outlived it, else a failing test leaves them behind
+    process.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_a_killed_renderer_leaves_no_process_and_the_next_one_no_folder(tmp_path, renderer, number):
+    process, workers = renderer
+    assert all(map(alive, workers))
+    [unfinished] = tmp_path.glob("*.partial-*")
+    world.remove_leftovers(tmp_path)
+    assert (unfinished / "ImageSets/train.txt").is_file()  # another renderer leaves it alone
+    os.kill(process.pid, number)
+    process.join(10)
+    assert process.exitcode == -number
+    until(lambda: not any(map(alive, workers)), 5)
+    assert unfinished.is_dir()
+    root = build_world(tmp_path, "train", 1, size=(160, 48))
+    assert list(tmp_path.glob("world*")) == [root]
+
+
+def test_a_signal_to_the_whole_group_is_the_parents(tmp_path, renderer):
+    """Workers inherit its handlers: one traceback says what happened, not four."""
+    process, workers = renderer
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 1
+    errors = (tmp_path / "errors").read_text()
+    assert errors.count("Traceback") == 1, errors
+    assert errors.endswith("KeyboardInterrupt\n")
+    assert not any(map(alive, workers))
+    assert not list(tmp_path.glob("world*"))
+
+
+def test_an_exception_while_rendering_need_not_wait_for_the_other_frames(tmp_path, monkeypatch):
+    """As a signal's handler raises it, at any place: here in the progress bar. All 60 frames would take 6 s."""
+    real = world.render_frame
+    monkeypatch.setattr(world, "render_frame", lambda *arguments: time.sleep(0.2) or real(*arguments))  # the processes are forked
+
+    def stopped(frames, *_, **__):
+        next(frames)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world, "tqdm", stopped)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        build_world(tmp_path, "train", 60, size=(160, 48), workers=2)
+    assert time.monotonic() - start < 4.5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_world_is_rendered_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(world.fcntl, "lockf", refuse)
+    other = tmp_path / "world1-seed0-160x48-train9.partial-1-2"
+    other.mkdir()
+    root = build_world(tmp_path, "train", 1, size=(160, 48))
+    assert sorted(tmp_path.iterdir()) == sorted([root, other])  # which may be alive
+    assert not (root / ".lock").exists()
