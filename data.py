@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from formats import jsonl, kitti, world
-from frames import decode, opened, place_image, place_labels, random_view, reduction_of, whole_view
+from frames import decode, join, opened, place_image, place_labels, random_view, reduction_of, whole_view
 from geometry import camera_problem, project_boxes
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
@@ -150,6 +150,10 @@ def build_dataset(config, sources, classes, size, training, seed=0):
         raise ValueError(
             f"frame {twice[0]} is listed {ids[twice[0]]} times in data.{'train' if training else 'val'}; use repeat= to repeat"
         )
+    names = {name for frame in frames for name in frame.labels.name}
+    if training and (missing := [name for name in classes if name not in names]):
+        there = ", ".join(sorted(names - {"DontCare"})) or "none"
+        raise ValueError(f"no frame of data.train holds an object of class {missing[0]!r} of model.classes; the classes there are: {there}")
     return Detection3D(frames, classes, size, config, training, seed)
 
 
@@ -256,11 +260,7 @@ class Detection3D(Dataset):
         labels = place_labels(frame.labels, view)
         seen = ((labels.box[:, 2:] - labels.box[:, :2]) >= 1).all(1)  # what the crop leaves out is out of view
         labels = labels[seen]
-        index = {name: i for i, name in enumerate(self.classes)}
-        label = np.array([index.get(name, -1) for name in labels.name], dtype=np.int64)
-        hard = (labels.box[:, 3] - labels.box[:, 1] < self.config.min_height) | (labels.occlusion > self.config.max_occlusion)
-        trained = (label >= 0) & labels.is_3d & ~(hard & self.training)
-        ignored = np.isin(labels.name.astype(str), ["DontCare", *self.config.neighbours]) | ((label >= 0) & ~trained)
+        label, trained, ignored = self.roles(labels)
         objects = labels[trained]
         full_box, crosses = project_boxes(objects.center, objects.size, objects.yaw, K)
         full_box[crosses] = 0
@@ -270,6 +270,14 @@ class Detection3D(Dataset):
         sample["crosses"] = torch.from_numpy(crosses)
         sample["ignore"] = torch.from_numpy(labels.box[ignored].astype(np.float32))
         return sample
+
+    def roles(self, labels):
+        """Class index (n,), -1 for none, and which of n boxes on the canvas are trained and which ignored: (n,) bool each."""
+        index = {name: i for i, name in enumerate(self.classes)}
+        label = np.array([index.get(name, -1) for name in labels.name], dtype=np.int64)
+        hard = (labels.box[:, 3] - labels.box[:, 1] < self.config.min_height) | (labels.occlusion > self.config.max_occlusion)
+        trained = (label >= 0) & labels.is_3d & ~(hard & self.training)
+        return label, trained, np.isin(labels.name.astype(str), ["DontCare", *self.config.neighbours]) | ((label >= 0) & ~trained)
 
     def view_of(self, index):
         """The `View` through which frame `index` is seen in evaluation. Opens the image's header only."""
@@ -291,15 +299,23 @@ class Detection3D(Dataset):
         return found.hexdigest()
 
     def summary(self):
-        """One line: frames, and how many labels of each name are trained, ignored or background."""
-        names = collections.Counter(name for frame in self.frames for name in frame.labels.name)
-        ignored = {*self.config.neighbours, "DontCare"}
-        groups = (
-            ("trained", {n: names.get(n, 0) for n in self.classes}),
-            ("ignored", {n: c for n, c in sorted(names.items()) if n in ignored}),
-            ("background", {n: c for n, c in sorted(names.items()) if n not in ignored and n not in self.classes}),
-        )
-        parts = [f"{title}: " + ", ".join(f"{n} {c}" for n, c in group.items()) for title, group in groups if group]
+        """One line: frames, and how many labels of each name are trained, ignored or background, in images shown whole.
+
+        Opens the images' headers where data.min_height needs their sizes.
+        """
+        labels, scale = join([frame.labels for frame in self.frames]), np.ones(len(self))
+        if self.training and self.config.min_height:
+            for index in range(len(self)):
+                with contextlib.suppress(OSError):  # reported or replaced when it is read
+                    view = self.view_of(index)
+                    scale[index] = view.height / view.image_size[1]
+        box = labels.box * np.repeat(scale, [len(frame.labels) for frame in self.frames])[:, None]
+        _, trained, ignored = self.roles(dataclasses.replace(labels, box=box))
+        parts = []
+        for title, rows in (("trained", trained), ("ignored", ignored), ("background", ~trained & ~ignored)):
+            count = collections.Counter(labels.name[rows])
+            if names := self.classes if title == "trained" else sorted(count):
+                parts.append(f"{title}: " + ", ".join(f"{name} {count[name]}" for name in names))
         return f"{len(self)} frames; " + "; ".join(parts)
 
 

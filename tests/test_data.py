@@ -177,7 +177,8 @@ def folder(tmp_path):
 
 def build(folder, *sources, training=False, **changes):
     config = DataConfig(**{"root": str(folder), "train": sources or (Source(),), "workers": 0, **changes})
-    return build_dataset(config, config.train, CLASSES, (96, 320), training, seed=5)
+    classes = CLASSES[: 2 if training else 3]  # there is no Cyclist, which training refuses
+    return build_dataset(config, config.train, classes, (96, 320), training, seed=5)
 
 
 def test_a_sample_holds_what_the_frame_holds(folder):
@@ -216,6 +217,32 @@ def test_trained_names_come_from_renaming(folder):
     assert dataset[1]["label"].tolist() == [2, 1, 0]
     assert "Cyclist 2" in dataset.summary()
     assert "ignored: DontCare 2, Van 2" in dataset.summary()
+
+
+def test_the_summary_counts_what_training_ignores(folder):
+    """Six frames: a Car in each, a Pedestrian in five; images of 300 px width grow by 320 / 300 at most, those of 320 stay."""
+    sources = Source(split=("train", "val"))
+    plain = "6 frames; trained: Car 6, Pedestrian 5; ignored: DontCare 2, Van 4; background: Tram 3"
+    assert build(folder, sources, training=True).summary() == plain
+    hidden = build(folder, sources, training=True, max_occlusion=-1).summary()
+    assert hidden == "6 frames; trained: Car 0, Pedestrian 0; ignored: Car 6, DontCare 2, Pedestrian 5, Van 4; background: Tram 3"
+    Image.new("RGB", (640, 192)).save(folder / "training/image_2/000002.png")  # shown at half its size
+    height = 0.75 * np.diff(build(folder, sources).frames[2].labels.box[0, 1::2]).item()
+    some = build(folder, sources, training=True, min_height=height)
+    trained = sum(len(some[(0, i)]["label"]) for i in range(6))
+    assert "trained: Car 5, Pedestrian 4; ignored: Car 1, DontCare 2, Pedestrian 1, Van 4; background: Tram 3" in some.summary()
+    assert trained == 9
+    assert build(folder, sources, max_occlusion=-1).summary().startswith("6 frames; trained: Car 6, Pedestrian 5, Cyclist 0;")
+    (folder / "training/image_2/000001.png").write_bytes(b"no picture")
+    assert some.summary()
+
+
+def test_a_class_without_objects_is_named_before_training(folder):
+    config = DataConfig(root=str(folder), train=(Source(),))
+    words = r"no frame of data\.train holds an object of class 'Cyclist' of model\.classes; the .* are: Car, Pedestrian, Tram, Van"
+    with pytest.raises(ValueError, match=words):
+        build_dataset(config, config.train, CLASSES, (96, 320), True)
+    assert len(build_dataset(config, config.train, CLASSES, (96, 320), False)) == 4
 
 
 def test_sources_are_concatenated_repeated_and_limited(folder):
