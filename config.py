@@ -215,10 +215,25 @@ def to_dict(config):
 
 # Keys that may change when a run is resumed: they do not shape the training, or, like the global batch, are compared by themselves.
 FREE_TOP = ("out", "resume", "allow_changes", "load_from", "log_with", "best")
-FREE_DATA = ("root", "val", "workers", "cache", "skip_bad")
+FREE_DATA = ("root", "val", "workers", "cache", "skip_bad", "overlap")
 FREE_TRAIN = ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every", "max_bad_steps", "timeout")
 FREE_SPEED = ("compile", "checkpoint_backbone")
-FREE_KEYS = {*FREE_TOP, *(f"data.{name}" for name in FREE_DATA), *(f"train.{name}" for name in FREE_TRAIN + FREE_SPEED)}
+FREE_MODEL = (
+    "pretrained",
+    "score_threshold",
+    "nms_iou",
+    "candidates",
+    "max_detections",
+    "fuse_duplicates",
+    "centerness_share",
+    "depth_tolerance",
+)
+FREE_KEYS = {
+    *FREE_TOP,
+    *(f"data.{name}" for name in FREE_DATA),
+    *(f"train.{name}" for name in FREE_TRAIN + FREE_SPEED),
+    *(f"model.{name}" for name in FREE_MODEL),
+}
 
 
 def changed_keys(old, new, prefix=""):

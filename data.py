@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import signal
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from formats import jsonl, kitti, world
-from frames import decode, join, opened, place_image, place_labels, random_view, reduction_of, whole_view
+from frames import decode, join, opened, place_image, place_labels, random_view, reduction_of, upright, whole_view
 from geometry import camera_problem, project_boxes
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
@@ -191,7 +192,7 @@ class FrameCache:
     def write(self, path, pixels, reduction):
         """Keep the pixels of a file. Raises UserError when the folder cannot be written."""
         entry, digest = self.entry(path, reduction)
-        aside = entry.with_suffix(f".{os.getpid()}")
+        aside = entry.with_suffix(f".{uuid.uuid4().hex}")  # containers that share the folder may have equal process ids
         try:
             aside.write_bytes(digest + pixels.tobytes())
             os.replace(aside, entry)
@@ -232,7 +233,8 @@ class Detection3D(Dataset):
     def load(self, epoch, index, skipped=0):
         """The sample of frame `index`: the tensors of `sample_from`, image (H, W, 3) uint8, and for `change_colours` colour and covered."""
         frame = self.frames[index]
-        with opened(frame.image) as image:
+        with opened(frame.image) as file:
+            image = upright(file)
             size, reduction = image.size, reduction_of(image, self.size, max(1.0, self.config.scale[1]) if self.training else 1.0)
             kept = self.cache.read(frame.image, (size[0] // reduction, size[1] // reduction), reduction) if self.cache else None
             pixels = np.array(decode(image, reduction)) if kept is None else kept
@@ -282,7 +284,7 @@ class Detection3D(Dataset):
     def view_of(self, index):
         """The `View` through which frame `index` is seen in evaluation. Opens the image's header only."""
         with opened(self.frames[index].image) as image:
-            return whole_view(*image.size, self.size)
+            return whole_view(*upright(image).size, self.size)
 
     def truth(self, index):
         """All labels of a frame in its source's own frame and pixels, as evaluation wants them."""
@@ -357,12 +359,16 @@ def seed_of(*numbers):
 def start_worker(_):
     """For loader workers: one thread each, and deaf to the signals that ask the whole job to stop after the step."""
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+            signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(dataset, order, workers, device):
-    """Batches of a `StepBatches` order: workers live as long as the run; pinned for a GPU."""
+def make_loader(dataset, order, workers, device, timeout=0.0):
+    """Batches of a `StepBatches` order: workers live as long as the run; pinned for a GPU.
+
+    A worker that gives nothing for `timeout` minutes (0: for ever) ends in a RuntimeError.
+    """
     return DataLoader(
         dataset,
         batch_sampler=order,
@@ -370,6 +376,7 @@ def make_loader(dataset, order, workers, device):
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
+        timeout=60 * timeout if workers else 0,
         generator=torch.Generator().manual_seed(0),  # else making the iterator draws from the global generator
     )
 
@@ -383,6 +390,8 @@ def loading(loader):
     finally:
         if loader.num_workers:
             batches._shutdown_workers()
+            for worker in batches._workers:
+                worker.kill()  # one that hangs would hold up the exit for ever
 
 
 class StepBatches:

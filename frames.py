@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from geometry import box_corners, clip_boxes, flip_boxes, project, ray_angle, wrap_angle
 
@@ -129,6 +129,12 @@ def opened(path):
         raise OSError(f"{path}: cannot read the image: {error}") from None
 
 
+def upright(image):
+    """An `opened` image as viewers show it, turned as its EXIF orientation says; itself where that says nothing."""
+    told = "exif" in image.info or image.format == "TIFF"  # asking a PNG that says nothing would decode it
+    return ImageOps.exif_transpose(image) if told and image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9) else image
+
+
 def decode(image, reduction=1):
     """Pixels of an `opened` image as an RGB PIL image on the grid as stored, from 8 or 16 bits, a JPEG's reduced by 1, 2, 4 or 8."""
     if reduction > 1:
@@ -140,9 +146,9 @@ def decode(image, reduction=1):
 
 
 def load_image(path):
-    """RGB PIL image of a file, whole. Raises FileNotFoundError or OSError, naming the file."""
+    """RGB PIL image of a file, whole and upright. Raises FileNotFoundError or OSError, naming the file."""
     with opened(path) as image:
-        return decode(image).copy()
+        return decode(upright(image)).copy()
 
 
 def reduction_of(image, canvas, scale=1.0):

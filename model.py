@@ -5,6 +5,8 @@ FCOS (Tian et al., ICCV 2019) lifted to 3D as in FCOS3D (arXiv:2104.10956), with
 inverse variance (MonoFlex, arXiv:2104.02323).
 """
 
+import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -18,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou
 
-from frames import decode, make_labels, opened, place_image, reduction_of, whole_view
+from frames import decode, make_labels, opened, place_image, reduction_of, upright, whole_view
 from geometry import LIMITS, MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject
 
 
@@ -67,8 +69,8 @@ class ModelConfig:
             raise ValueError(f"model.drop_path is {self.drop_path}, expected 0 <= drop_path < 1")
         if not 0 <= self.centerness_share < 1:
             raise ValueError(f"model.centerness_share is {self.centerness_share}, expected 0 <= centerness_share < 1")
-        if not self.classes:
-            raise ValueError("model.classes is empty, expected at least one class name")
+        if not self.classes or len({*self.classes}) < len(self.classes):
+            raise ValueError(f"model.classes is {self.classes}, expected class names, each once")
         for name, expected in (("size_prior", len(self.classes)), ("depth_mean", len(self.strides)), ("depth_std", len(self.strides))):
             if len(getattr(self, name)) not in (0, expected):
                 raise ValueError(f"model.{name} has {len(getattr(self, name))} entries, expected {expected} or none")
@@ -353,17 +355,15 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
     def predict(self, image, K, min_score=None):
         """Detections of one image in its own pixels and its own camera.
 
-        image: a path, PIL image or (H, W, 3) uint8 RGB array of any size; K (3, 3) in pixels of that image. Returns `Labels`
-        with sigma, best score first, scores at least min_score (default: the configured threshold).
+        image: a path, PIL image or (H, W, 3) uint8 RGB array of any size; K (3, 3) in its pixels, upright where EXIF turns it.
+        Returns `Labels` with sigma, best score first, scores at least min_score (default: the configured threshold).
         Raises ValueError for an implausible K, OSError naming the file for an unreadable image.
         """
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
-        if isinstance(image, Image.Image):
-            picture, size = decode(image), image.size
-        else:  # as evaluation reads it
-            with opened(image) as file:
-                size, picture = file.size, decode(file, reduction_of(file, self.config.size))
+        with contextlib.nullcontext(image) if isinstance(image, Image.Image) else opened(image) as file:
+            file = upright(file)
+            size, picture = file.size, decode(file, reduction_of(file, self.config.size))
         K = np.asarray(K, dtype=np.float64)
         problem = camera_problem(K, *size)
         if problem:
@@ -449,18 +449,17 @@ def _build_backbone(config):
         raise ValueError(
             f"model.backbone {config.backbone!r} has no pretrained weights in timm; set model.pretrained=false or choose another"
         )
-    options = {"img_size": config.size} if "swin" in config.backbone else {}
-    if config.drop_path:
-        options["drop_path_rate"] = config.drop_path
+    options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     try:
-        probe = timm.create_model(config.backbone, features_only=True, pretrained=False, **options)
-        strides = probe.feature_info.reduction()
-    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        raise ValueError(f"model.backbone {config.backbone!r} gives no feature pyramid in timm: {error}") from None
+        strides, numbers, options = _probe(config, options)
+    except (RuntimeError, AttributeError, TypeError, AssertionError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        if "drop_path_rate" in first:
+            first = "it has no stochastic depth: model.drop_path=0"
+        raise ValueError(f"model.backbone {config.backbone!r} gives no features of {config.size} images in timm: {first}") from None
     missing = [s for s in config.strides if s not in strides]
     if missing:
         raise ValueError(f"model.backbone {config.backbone!r} has features at strides {strides}, none at {missing} of model.strides")
-    numbers = probe.feature_info.out_indices  # timm's own numbering: DLA's begins at 1
     indices = tuple(max(i for i, s in zip(numbers, strides, strict=True) if s == stride) for stride in config.strides)
     try:
         backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, pretrained=config.pretrained, **options)
@@ -469,11 +468,34 @@ def _build_backbone(config):
             f"model.backbone {config.backbone!r}: its pretrained weights are out of reach; model.pretrained=false starts from scratch, "
             f"or from weights that you have with load_from=FILE ({str(error).splitlines()[0]})"
         ) from None
+    for parameter, used in zip(backbone.parameters(), _dry_step(backbone, config.size), strict=True):
+        if not used:
+            parameter.requires_grad_(False)  # a stage that nobody looks at: DDP would wait for its gradient
     if config.norm == "frozen":
         backbone = freeze_batch_norm_2d(backbone)
     elif config.norm == "sync":
-        backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+        backbone = convert_sync_batchnorm(backbone)  # timm's: torch's own drops the activation inside BatchNormAct2d
     return backbone
+
+
+def _probe(config, options):
+    """Strides, timm's numbers of them (DLA's begin at 1), and the options with which the backbone takes images of the configured size."""
+    failures = []
+    for more in ({}, {"img_size": config.size}):  # those with windows or positions are built for a size
+        try:
+            probe = timm.create_model(config.backbone, features_only=True, pretrained=False, **options, **more)
+            _dry_step(probe, config.size)
+            return probe.feature_info.reduction(), probe.feature_info.out_indices, {**options, **more}
+        except (RuntimeError, AttributeError, TypeError, AssertionError, ValueError) as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _dry_step(backbone, size):
+    """Forward and backward of a copy without numbers. Returns for each parameter whether it has a gradient; raises what timm raises."""
+    dry = copy.deepcopy(backbone).to("meta")
+    sum(feature.sum() for feature in dry(torch.empty(1, 3, *size, device="meta"))).backward()
+    return [p.grad is not None for p in dry.parameters()]
 
 
 def checkpoint_backbone(net):

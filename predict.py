@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
 from checkpoint import find_checkpoint
 from draw import draw_frame
 from formats.jsonl import write_jsonl
 from formats.kitti import read_calib, split_projection, write_labels
-from frames import Frame, load_image
+from frames import Frame, decode, opened, upright
 from geometry import camera_problem
 from model import Detector
 
@@ -52,24 +52,14 @@ def load_detector(run: str, device: str = "cpu") -> Detector:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """RGB image on the pixel grid as stored, from 8 or 16 bits, grey, palette or with alpha (dropped).
+    """RGB image, upright where EXIF says that viewers turn it, from 8 or 16 bits, grey, palette or with alpha (dropped).
 
-    Raises FileNotFoundError, OSError when it cannot be decoded, or ValueError when its EXIF orientation asks viewers to turn
-    it: K belongs to the stored pixels, and a detector needs them upright.
+    Raises FileNotFoundError, OSError when it cannot be decoded, or ValueError when its pixels have no known range.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such image file")
-    image = load_image(path)
-    with Image.open(path) as header:
-        turn, mode = header.getexif().get(ExifTags.Base.Orientation, 1), header.mode
-    if turn in range(2, 9):
-        raise ValueError(
-            f"{path}: stored turned or mirrored (EXIF orientation {turn}), while camera numbers belong to the stored pixels; "
-            "save it upright without that tag, then give the camera of the upright image"
-        )
-    if mode == "F":
-        raise ValueError(f"{path}: pixels are floating-point numbers of unknown range, expected 8 or 16 bits")
-    return image
+    with opened(path) as file:
+        if file.mode == "F":
+            raise ValueError(f"{path}: pixels are floating-point numbers of unknown range, expected 8 or 16 bits")
+        return decode(upright(file)).copy()
 
 
 def camera_of(options: argparse.Namespace, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -89,20 +79,20 @@ def camera_of(options: argparse.Namespace, size: tuple[int, int]) -> tuple[np.nd
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), np.zeros(3)
 
 
-def open_frame(path: Path, options: argparse.Namespace) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """An image with K and offset as `camera_of` gives them. Raises ValueError when the camera does not suit the image."""
-    image = open_image(path)
-    K, offset = camera_of(options, image.size)
-    problem = camera_problem(K, *image.size)
-    if problem:
+def checked_camera(path: Path, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """K and offset of an image, of which only the header is read. Raises ValueError when the camera does not suit it."""
+    with opened(path) as file:
+        size = upright(file).size
+    K, offset = camera_of(options, size)
+    if problem := camera_problem(K, *size):
         raise ValueError(f"{path}: the camera given does not suit it: {problem}")
-    return image, K, offset
+    return K, offset
 
 
 def predict_file(detector: Detector, path: Path, name: str, options: argparse.Namespace) -> Frame:
     """Predict one image; writes its result file and picture as `name` and returns its JSON line."""
-    image, K, offset = open_frame(path, options)
-    found = detector.predict(path, K, min_score=options.min_score)
+    image, (K, offset) = open_image(path), checked_camera(path, options)
+    found = detector.predict(image, K, min_score=options.min_score)
     write_labels(options.out / "results" / f"{name}.txt", found.moved(-offset), scores=True, digits=4)
     draw_frame(image, K, found, None, min_score=options.draw_score).save(options.out / "pictures" / f"{name}.png")
     best = "" if not len(found) else f", best {found.name[0]} {found.score[0]:.2f} at {found.center[0, 2]:.1f} m"
@@ -161,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.calib and not Path(options.calib).is_file():
             raise FileNotFoundError(f"--calib {options.calib}: no such file")
         for path in options.images:
-            open_frame(path, options)  # a wrong image or camera is told before anything is loaded or written
+            checked_camera(path, options)  # a wrong image or camera is told before anything is loaded or written
         detector = load_detector(options.run, options.device)
         for folder in ("results", "pictures"):
             (options.out / folder).mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,8 @@ def train(config, accelerator):
                 train_digest=train_set.digest(),
                 val_digest=val_set.digest(),
             )
+            if config.model.norm == "sync" and now.processes > 1 and device.type == "cpu":
+                raise ValueError("model.norm=sync needs GPUs: torch synchronises no statistics between processes on CPUs")
             folder, progress, config = find_start(config, accelerator, now)
             options = config.train
             config = dataclasses.replace(config, model=measure_priors(train_set, config.model))
@@ -100,6 +102,8 @@ def train(config, accelerator):
         start, global_batch, frames = progress.step, progress.global_batch, len(train_set)
         steps_per_epoch = frames / global_batch
         total = options.steps or math.ceil(options.epochs * steps_per_epoch)
+        if options.warmup > total / 2:
+            log.warning(f"train.warmup={options.warmup} is more than half of the {total} steps: the learning rate hardly reaches train.lr")
         period, evaluation, reports, unreadable = options.eval_every * steps_per_epoch, None, [], []
         log.info(
             f"{config.model.backbone}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters; {now.processes} process(es) on "
@@ -113,7 +117,7 @@ def train(config, accelerator):
         window = Window()
         guard = Guard(accelerator, net, optimizer, window, signals, options.max_bad_steps)
         stop = lambda: bool(signals.received)  # noqa: E731
-        with loading(make_loader(train_set, order, config.data.workers, device)) as batches:
+        with loading(make_loader(train_set, order, config.data.workers, device, options.timeout)) as batches:
             signals.saving = True
             if folder and not progress.evaluated and (crosses(start, period) or start == total):  # it was stopped while it evaluated
                 evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)

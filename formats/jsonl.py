@@ -25,7 +25,7 @@ from textwrap import shorten
 
 import numpy as np
 
-from frames import LARGEST, PLAUSIBLE, Frame, make_labels, opened
+from frames import LARGEST, PLAUSIBLE, Frame, make_labels, opened, upright
 from geometry import box_iou, camera_problem, clip_boxes, project_boxes, wrap_angle
 
 FRAME_KEYS = {"image": True, "K": True, "objects": True, "id": False, "ignore": False}  # key: required
@@ -284,7 +284,7 @@ def _image_size(path, name):
     """(width, height) from the image's header."""
     try:
         with opened(path) as image:
-            size = image.size
+            size = upright(image).size
     except OSError as error:
         raise ValueError(f"image is {name[:80]!r}, expected an image file: {shorten(str(error), 200)}") from None
     if min(size) < IMAGE_SIDES[0] or max(size) > IMAGE_SIDES[1]:

@@ -26,13 +26,10 @@ KITTI_CAMERAS = {
 KITTI_SIZES = {camera[0]: size for camera, size in KITTI_CAMERAS.items()}  # by focal length
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny tensors gain nothing from more, and several test runs on one machine then do not wait for each other."""
-    threads = torch.get_num_threads()
+    """Tiny tensors gain nothing from more, and a process forked by a test would wait for ever for threads that it has not."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -123,14 +123,20 @@ def test_any_image_becomes_rgb(tmp_path, kind):
         assert np.array_equal(np.asarray(image), np.stack([ramp] * 3, -1))
 
 
-def test_a_turned_photograph_is_refused(run, tmp_path, capsys):
+def test_a_turned_photograph_is_seen_upright(run, tmp_path):
+    """By predict.py, and by Detector.predict from a path or an image: K is that of the picture as viewers show it."""
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (320, 96)).save(tmp_path / "phone.jpg", exif=exif)
-    assert "phone.jpg: stored turned or mirrored (EXIF orientation 6)" in fails(capsys, run, tmp_path / "phone.jpg", "--hfov", 80)
-    exif[0x0112] = 1
-    Image.new("RGB", (320, 96)).save(tmp_path / "phone.jpg", exif=exif)
-    assert open_image(tmp_path / "phone.jpg").size == (320, 96)
+    exif[0x0112] = 6  # stored on its side
+    pixels = np.random.default_rng(0).integers(0, 255, (96, 320, 3), np.uint8)
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "phone.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "phone.png")), pixels)
+    K = np.array([[140.0, 0, 160], [0, 140, 48], [0, 0, 1]])
+    detector = load_detector(str(run))
+    expected = detector.predict(pixels, K)
+    for image in (tmp_path / "phone.png", Image.open(tmp_path / "phone.png")):
+        np.testing.assert_array_equal(detector.predict(image, K).box, expected.box)
+    assert main([str(run), str(tmp_path / "phone.png"), "--intrinsics", "140", "140", "160", "48", "--out", str(tmp_path / "o")]) == 0
+    np.testing.assert_allclose(read_frames(tmp_path / "o/predictions.jsonl")[0].labels.box, expected.box, atol=1e-4)
 
 
 def test_errors_about_the_camera(run, image, tmp_path, capsys):
@@ -150,11 +156,11 @@ def test_errors_about_images_come_before_anything_is_written(run, image, tmp_pat
     out = tmp_path / "out"
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "short.png").write_bytes(image.read_bytes()[:5000])
-    assert "none.png: no such image file" in fails(capsys, run, image, tmp_path / "none.png", "--hfov", 80, "--out", out)
+    assert "none.png: no such image" in fails(capsys, run, image, tmp_path / "none.png", "--hfov", 80, "--out", out)
     assert "text.png: cannot read the image" in fails(capsys, run, image, tmp_path / "text.png", "--hfov", 80, "--out", out)
-    assert "short.png: cannot read the image" in fails(capsys, run, image, tmp_path / "short.png", "--hfov", 80, "--out", out)
     assert "2 images would be written as" in fails(capsys, run, image, image, "--hfov", 80, "--out", out)
     assert not out.exists()
+    assert "short.png: cannot read the image" in fails(capsys, run, tmp_path / "short.png", "--hfov", 80, "--out", out)
 
 
 def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -12,23 +13,29 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import tracking
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, launch, tiny
 from safetensors.torch import load_file
 from timm.optim import muon
 
+import logbook
 import train
-from config import TrainConfig, read_config
-from data import StepBatches, UserError, seed_of
+from checkpoint import amend_checkpoint
+from config import Config, TrainConfig, read_config
+from data import DataConfig, Source, StepBatches, UserError, loading, make_loader, seed_of
 from formats.kitti import read_split
-from logbook import Window
-from model import Detector, checkpoint_backbone
+from logbook import Window, crosses, place_in_epoch
+from losses import LossConfig
+from model import Detector, ModelConfig, checkpoint_backbone, read_meta
 from optimizer import Muon, lr_at, make_optimizer, orthogonalise
 
 LINE = re.compile(
@@ -228,6 +235,27 @@ def test_accumulated_parts_are_one_batch(tiny_run, tmp_path, here):
             assert theirs == pytest.approx(ours, rel=2e-4), name
 
 
+def test_every_key_is_read(tiny_run, tmp_path, here, monkeypatch):
+    """By code that is neither config.py nor a check of values, in two runs: attributes are watched, since names alone prove nothing."""
+    sections, read = (Config, TrainConfig, DataConfig, ModelConfig, LossConfig, Source), set()
+    fields = {(kind, field.name) for kind in sections for field in dataclasses.fields(kind)}
+    normal = object.__getattribute__
+
+    def watch(self, name):
+        caller = sys._getframe(1).f_code
+        if Path(caller.co_filename).name not in ("config.py", "dataclasses.py", "copy.py") and caller.co_name != "__post_init__":
+            read.add((type(self), name))
+        return normal(self, name)
+
+    for kind in sections:
+        monkeypatch.setattr(kind, "__getattribute__", watch, raising=False)
+    arguments = [a for a in tiny(tiny_run[0], tmp_path / "a") if not a.startswith("train.steps")]
+    assert here(*arguments, "train.steps=0", "train.epochs=0.5")[0] == 0
+    assert here(*arguments, "train.steps=0", "train.epochs=0.5", "train.clip=3")[0] == 2
+    unread = fields - read
+    assert not unread, sorted((kind.__name__, name) for kind, name in unread)
+
+
 def test_weights_can_be_loaded_from_another_run(tiny_run, tmp_path, here):
     world, whole, _ = tiny_run
     quick = ("train.steps=1", "train.warmup=0", "train.ema=0")
@@ -299,6 +327,95 @@ def test_a_mistake_in_a_real_process(tmp_path):
     assert re.fullmatch(
         rf"error: {re.escape(str(tmp_path))}: expected a KITTI folder with .* \(--traceback shows where\)\n", finished.stderr
     )
+
+
+def test_what_may_change_when_a_run_goes_on(tiny_run, tmp_path, here):
+    """Keys of decoding and another metric, whose best value begins anew; not classes, labels, the optimizer, or an end before the start."""
+    world, whole, _ = tiny_run
+    out = tmp_path / "out"
+    shutil.copytree(whole / "checkpoints/step_00000004", out / "checkpoints/step_00000004")
+    amend_checkpoint(out / "checkpoints/step_00000004", {}, best_metric="Car/bbox/easy/AP_R40", best=99.0)
+    refused = {
+        ("model.classes=Car,Cyclist",): r'model\.classes: \["Car", "Pedestrian", "Cyclist"\] -> \["Car", "Cyclist"\]',
+        ("train.optimizer=sgd", "allow_changes=true"): r"moments of muon do not fit sgd",
+        ("train.steps=3", "allow_changes=true"): r"it has 4 steps, and train\.steps=3 ends before it",
+    }
+    for overrides, words in refused.items():
+        code, _, err = here(*tiny(world, out), *overrides)
+        assert code == 2
+        assert re.search(words, err), err
+    code, text, err = here(*tiny(world, out), "model.score_threshold=0.2", "model.nms_iou=0.5", "best=-errors/Car/all/depth_bias")
+    assert code == 0, err
+    assert "the next evaluation begins anew" in text
+    [val] = records(out, "val")
+    meta = read_meta(out / "best")
+    assert (meta["metric"], meta["value"]) == ("-errors/Car/all/depth_bias", val["-errors/Car/all/depth_bias"])
+
+
+def test_labels_that_changed_are_noticed_when_a_run_goes_on(tiny_run, tmp_path, here):
+    root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
+    arguments = (ROOT / "configs/kitti.py", "model.pretrained=false", *tiny(root, tmp_path / "run", kitti=True))
+    assert here(*arguments, "train.steps=2", "train.schedule=constant")[0] == 0
+    split = root / "ImageSets/train.txt"
+    ids, label, calib = split.read_text(), root / f"training/label_2/{id}.txt", root / f"training/calib/{id}.txt"
+    first, others = label.read_text(), calib.read_text()
+    changes = {
+        split: "\n".join(ids.split()[::-1]),
+        label: re.sub(r"(\d)\n", r"\g<1>1\n", first, count=1),
+        calib: re.sub(r"P2: (\S+)", lambda m: f"P2: {float(m[1]) + 1}", others),
+    }
+    for path, text in changes.items():
+        before = path.read_text()
+        assert text != before
+        path.write_text(text)
+        code, _, err = here(*arguments, "train.steps=4", "train.schedule=constant", "train.lr=0.001")
+        assert (code, "labels, cameras or the order of the frames of data.train" in err) == (2, True), err
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_trackers_get_the_config_every_metric_and_the_picture(tiny_run, tmp_path, here, monkeypatch, tracker):
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    told = {"config": [], "log": [], "picture": []}
+    kind = tracking.LOGGER_TYPE_TO_CLASS[tracker]
+    for name, method in (("config", "store_init_configuration"), ("log", "log"), ("picture", "log_images")):
+        if hasattr(kind, method):
+            normal = getattr(kind, method)
+            spy = lambda self, values, *a, normal=normal, name=name, **k: told[name].append(values) or normal(self, values, *a, **k)  # noqa: E731
+            monkeypatch.setattr(kind, method, spy)
+    code, _, err = here(*tiny(tiny_run[0], tmp_path / "my run"), f"log_with={tracker}")
+    assert code == 0, err
+    assert told["config"][0]["train.batch_size"] == 2
+    assert told["config"][0]["model.classes"] == '["Car", "Pedestrian", "Cyclist"]'
+    assert [row["step"] for row in told["log"]] == [1, 2, 3, 4, 5, 6, 6]
+    assert {"Pedestrian/aos/hard/AP_R11", "errors/Cyclist/all/objects", "counted/Car/easy"} <= set(told["log"][-1])
+    assert len(told["picture"]) == (tracker == "tensorboard")
+    if tracker == "tensorboard":
+        assert list((tmp_path / "my run" / "my run").rglob("events.*"))
+
+
+def test_a_tracker_that_is_not_there_is_said_before_training(tiny_run, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(logbook, "get_available_trackers", lambda: [])
+    code, _, err = here(*tiny(tiny_run[0], tmp_path / "out"), "log_with=wandb")
+    assert code == 2
+    assert "log_with=wandb: not installed; pip install wandb" in err
+    assert not (tmp_path / "out/log.jsonl").exists()
+
+
+@pytest.mark.parametrize(("more", "close"), [("train.mixed_precision=bf16", 0.02), ("model.norm=sync", 1e-6)])
+def test_other_ways_to_train(tiny_run, tmp_path, here, more, close):
+    """bf16 trains alike up to its precision, synchronised norms in one process exactly alike."""
+    code, _, err = here(*tiny(tiny_run[0], tmp_path / "out"), more)
+    assert code == 0, err
+    ours, theirs = losses_of(tmp_path / "out"), losses_of(tiny_run[1])
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=close)
+    assert (ours[0]["loss"] != theirs[0]["loss"]) == (close > 1e-3)
+
+
+def test_fp16_without_a_gpu_is_refused(tiny_run, tmp_path, here):
+    code, _, err = here(*tiny(tiny_run[0], tmp_path / "out"), "train.mixed_precision=fp16")
+    assert (code, "train.mixed_precision=fp16 needs a GPU" in err) == (2, True)
 
 
 def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, here):
@@ -407,6 +524,54 @@ def test_muon_updates_are_orthogonal_and_its_state_survives_saving():
     learn_noise(optimizer, model, 2, seed=1)
     learn_noise(restored, again, 2, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_epochs_are_images_seen_over_frames():
+    """100 frames in batches of 64: 94 steps are 60 epochs, and each is entered once, in order."""
+    places = [place_in_epoch(step, 100 / 64) for step in range(1, 95)]
+    assert places[0] == (1, 1, 2)
+    assert places[-1][0] == 60
+    for (epoch, place, count), (after, following, _) in itertools.pairwise(places):
+        assert (after, following) == ((epoch, place + 1) if place < count else (epoch + 1, 1))
+    assert [step for step in range(1, 95) if crosses(step, 100 / 64 * 20)] == [32, 63, 94]
+    assert [step for step in range(1, 10) if crosses(step, 0.1 * 30)] == [3, 6, 9]
+    assert not any(crosses(step, 0) for step in range(9))
+
+
+def test_the_clock_includes_every_wait(monkeypatch):
+    """Of a step, but not an evaluation; the end is foreseen from all steps but the first, evaluations among them."""
+    now = [0.0]
+    monkeypatch.setattr(logbook.time, "perf_counter", lambda: now[0])
+    window = Window()
+    for seconds in (50.0, 1.0, 1.0, 1.0):
+        now[0] += seconds
+        window.tick()
+    assert window.time == 53
+    now[0] += 7  # an evaluation
+    window.rest()
+    now[0] += 1
+    window.tick()
+    assert window.time == 54
+    assert window.seconds_left(10) == pytest.approx(10 * 11 / 4)
+
+
+def test_a_loader_worker_that_hangs_is_noticed():
+    class Hung(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, key):
+            time.sleep(60)
+
+    loader = make_loader(Hung(), StepBatches(4, 2, 0, 1, 0, 0, 2), 1, torch.device("cpu"), timeout=0.02)
+    with loading(loader) as batches, pytest.raises(RuntimeError, match="timed out"):
+        next(batches)
+
+
+def test_a_warm_up_of_most_of_the_run_is_said(tiny_run, tmp_path, here):
+    code, out, _ = here(*tiny(tiny_run[0], tmp_path / "out"), "train.warmup=4", "train.steps=2")
+    assert code == 0
+    assert "train.warmup=4 is more than half of the 2 steps" in out
 
 
 def test_seeds_are_a_function_of_all_numbers():
