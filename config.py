@@ -111,40 +111,23 @@ def load_config(path, overrides=()):
 
 def override(config, overrides):
     """Config with `key=value` strings applied; values are parsed by the type of the field."""
-    changes = {}
+    sections = {"": config} | {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.type)}
+    changed = {section: {} for section in sections}
     for text in overrides:
         key, equals, value = text.partition("=")
+        section, _, name = (key := key.strip()).rpartition(".")
+        kinds = typing.get_type_hints(type(sections[section])) if section in sections else {}
         if not equals:
             raise ValueError(f"{text!r}: expected key=value, such as train.lr=1e-4")
-        changes[key.strip()] = value
-    nested = {}
-    for key, text in changes.items():
-        section, _, name = key.rpartition(".")
-        owner = _section(config, section, key)
-        types_ = typing.get_type_hints(type(owner))
-        if name not in types_:
+        if key in sections:
+            raise ValueError(f"{key!r} is a section, expected one of its keys, such as {key}.{dataclasses.fields(sections[key])[0].name}")
+        if name not in kinds:
             near = difflib.get_close_matches(key, list(describe(config)), n=3, cutoff=0.4)
             raise ValueError(f"unknown key {key!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} (--help lists all)")
-        if dataclasses.is_dataclass(types_[name]):
-            raise ValueError(f"{key!r} is a section, expected one of its keys, such as {key}.{dataclasses.fields(types_[name])[0].name}")
-        nested.setdefault(section, {})[name] = parse(text, types_[name], key)
-    for section, values in nested.items():
-        if section:
-            nested[section] = dataclasses.replace(getattr(config, section), **values)
-    top = nested.pop("", {})
-    return dataclasses.replace(config, **nested, **top)
-
-
-def _section(config, section, key):
-    if not section:
-        return config
-    if "." in section or not dataclasses.is_dataclass(getattr(config, section, None)):
-        names = [f.name for f in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, f.name))]
-        near = difflib.get_close_matches(key, list(describe(config)), n=3, cutoff=0.4)
-        raise ValueError(
-            f"unknown key {key!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; sections are {', '.join(names)}"
-        )
-    return getattr(config, section)
+        changed[section][name] = parse(value, kinds[name], key)
+    top = changed.pop("")
+    changed = {section: dataclasses.replace(sections[section], **values) for section, values in changed.items() if values}
+    return dataclasses.replace(config, **changed, **top)
 
 
 def parse(text, kind, key):
@@ -213,26 +196,13 @@ def to_dict(config):
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-# Keys that may change when a run is resumed: they do not shape the training, or, like the global batch, are compared by themselves.
-FREE_TOP = ("out", "resume", "allow_changes", "load_from", "log_with", "best")
-FREE_DATA = ("root", "val", "workers", "cache", "skip_bad", "overlap")
-FREE_TRAIN = ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every", "max_bad_steps", "timeout")
-FREE_SPEED = ("compile", "checkpoint_backbone")
-FREE_MODEL = (
-    "pretrained",
-    "score_threshold",
-    "nms_iou",
-    "candidates",
-    "max_detections",
-    "fuse_duplicates",
-    "centerness_share",
-    "depth_tolerance",
-)
-FREE_KEYS = {
-    *FREE_TOP,
-    *(f"data.{name}" for name in FREE_DATA),
-    *(f"train.{name}" for name in FREE_TRAIN + FREE_SPEED),
-    *(f"model.{name}" for name in FREE_MODEL),
+FREE_KEYS = {  # may change when a run goes on: they do not shape the training, or, like the global batch, are compared by themselves
+    *("out", "resume", "allow_changes", "load_from", "log_with", "best"),
+    *("data." + name for name in ("root", "val", "workers", "cache", "skip_bad", "overlap")),
+    *("model." + name for name in ("pretrained", "score_threshold", "nms_iou", "candidates", "max_detections", "fuse_duplicates")),
+    *("model." + name for name in ("centerness_share", "depth_tolerance")),
+    *("train." + name for name in ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every")),
+    *("train." + name for name in ("max_bad_steps", "timeout", "compile", "checkpoint_backbone")),
 }
 
 
