@@ -12,6 +12,8 @@ import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
+from config import dataclasses_to_json, describe
+
 try:
     import resource
 except ImportError:  # Windows
@@ -116,14 +118,9 @@ class Window:
 
 
 def start_trackers(accelerator, out, config):
-    """Tell the trackers of `log_with` the run's name, which is its folder's, and its config (a dict)."""
-    flat, rest = {}, list(config.items())
-    while rest:
-        key, value = rest.pop()
-        if isinstance(value, dict):
-            rest += [(f"{key}.{name}", inner) for name, inner in value.items()]
-        else:
-            flat[key] = value if isinstance(value, int | float | str) else json.dumps(value)
+    """Tell the trackers of `log_with` the run's name, which is its folder's, and its config."""
+    plain = {key: dataclasses_to_json(value) for key, (value, _) in describe(config).items()}
+    flat = {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in plain.items()}
     accelerator.init_trackers(out.resolve().name, config=flat)
 
 
@@ -165,7 +162,7 @@ def place_in_epoch(step, steps_per_epoch):
     return epoch + 1, step - first, following - first
 
 
-def log_window(accelerator, out, values, step, total, steps_per_epoch, lr, seconds_left):
+def log_window(accelerator, out, values, step, steps_per_epoch, lr, seconds_left):
     """The line of a window's values, in mmdetection's form and keys."""
     epoch, place, count = place_in_epoch(step, steps_per_epoch)
     memory = memory_mb(accelerator.device)

@@ -154,7 +154,7 @@ def train(config, accelerator):
                     reports += report_broken(broken, order, train_set.ids, options.accumulate, now.processes)
                     if values:
                         left = window.seconds_left(total - done)
-                        log_window(accelerator, out, values, done, total, steps_per_epoch, lr, left)
+                        log_window(accelerator, out, values, done, steps_per_epoch, lr, left)
                         window.warn_of_waiting(config.data.workers)
                 if failed:
                     fail(out, to_dict(config), accelerator, net, reports, done - guard.lag)
@@ -175,7 +175,7 @@ def train(config, accelerator):
                     window.rest()
             if evaluation is None:  # started again after the last step
                 evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)
-        finish(config, accelerator, val_set, *evaluation, nothing_to_do=start == total)
+        finish(config, accelerator, val_set, progress, *evaluation, nothing_to_do=start == total)
         return evaluation[0]
 
 
@@ -188,7 +188,7 @@ def open_folder(accelerator, config, unfinished):
         if unfinished:
             (out / "DONE").unlink(missing_ok=True)
     if config.log_with:
-        start_trackers(accelerator, out, to_dict(config))
+        start_trackers(accelerator, out, config)
 
 
 def save(config, accelerator, progress, net, published):
@@ -222,13 +222,13 @@ def validate(config, accelerator, model, val_set, progress, stop):
     return (metrics, predictions), progress
 
 
-def finish(config, accelerator, val_set, metrics, predictions, nothing_to_do):
+def finish(config, accelerator, val_set, progress, metrics, predictions, nothing_to_do):
     """The last words of a run: the picture, the table, and what to do next."""
     out = Path(config.out)
     if accelerator.is_main_process:
         picture = draw_frames(val_set.frames, predictions, metrics, val_set.classes)
         picture.save(out / "predictions.png")
-        show_picture(accelerator, picture, metrics["settings"].get("step", 0))
+        show_picture(accelerator, picture, progress.step)
         frame = val_set.frames[0]
         camera = " ".join(f"{frame.K[i]:.6g}" for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
         print(

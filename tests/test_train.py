@@ -387,6 +387,7 @@ def test_trackers_get_the_config_every_metric_and_the_picture(tiny_run, tmp_path
     code, _, err = here(*tiny(tiny_run[0], tmp_path / "my run"), f"log_with={tracker}")
     assert code == 0, err
     assert told["config"][0]["train.batch_size"] == 2
+    assert json.loads(told["config"][0]["data.train"])[0]["world_frames"] == 8
     assert told["config"][0]["model.classes"] == '["Car", "Pedestrian", "Cyclist"]'
     assert [row["step"] for row in told["log"]] == [1, 2, 3, 4, 5, 6, 6]
     assert {"Pedestrian/aos/hard/AP_R11", "errors/Cyclist/all/objects", "counted/Car/easy"} <= set(told["log"][-1])
