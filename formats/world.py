@@ -5,7 +5,7 @@ raised at random, so the ground is the plane normal . X = height; boxes stand on
 """
 
 import contextlib
-import dataclasses
+import itertools
 import math
 import multiprocessing
 import os
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -41,8 +42,7 @@ FOCAL_LENGTHS = (0.578, 0.734)  # of the image width: 370 and 470 px at 640
 CROSSING_WIDTH = 7.5  # m, of side streets
 CAMERA_SHIFT = np.array([0.06, -0.0003, 0.0027])  # m from camera 0 to this camera, about KITTI's: gives P2 its fourth column
 
-
-SIZES = {  # mean l, h, w in metres; see draw_sizes for the spread
+SIZES = {  # mean l, h, w in metres; see draw_objects for the spread
     "sedan": (4.45, 1.45, 1.76), "hatchback": (3.75, 1.5, 1.66), "suv": (4.4, 1.7, 1.82), "van": (4.9, 2.1, 1.92),
     "truck": (8.2, 3.2, 2.5), "pedestrian": (0.75, 1.75, 0.62), "cyclist": (1.76, 1.74, 0.6),
     "pole": (0.16, 5.5, 0.16), "tree": (2.6, 5.5, 2.6), "bin": (0.6, 1.1, 0.6),
@@ -64,8 +64,7 @@ def prism(profile, half, material, z=0.0):
     x, y = np.array(profile, float).T
     width = np.interp(y, (y.min(), y.max()), half)
     left, right = np.stack([x, y, z + width], 1), np.stack([x, y, z - width], 1)
-    after = np.roll(np.arange(len(x)), -1)
-    rings = [left, right] + [np.stack([left[i], left[j], right[j], right[i]]) for i, j in enumerate(after)]
+    rings = [left, right, *np.stack([left, np.roll(left, -1, 0), np.roll(right, -1, 0), right], 1)]
     inside = np.array([x.mean(), y.mean(), z])
     return [(ring, inside, material, 0) for ring in rings]
 
@@ -84,23 +83,19 @@ def disc(x, y, rx, ry, sides=10):
 def patches(face, u, spans, material):
     """Rectangles drawn on a four-cornered face: the range u in [0, 1] along its first edge, each range of spans along its second."""
     (a, b, c, d), inside, _, layer = face
-    parts = []
-    for v in spans:
-        at = [(u[0], v[0]), (u[1], v[0]), (u[1], v[1]), (u[0], v[1])]
-        ring = np.stack([(1 - s) * ((1 - t) * a + t * d) + s * ((1 - t) * b + t * c) for s, t in at])
-        parts.append((ring, inside, material, layer + 1))
-    return parts
+    at = lambda s, t: (1 - s) * ((1 - t) * a + t * d) + s * ((1 - t) * b + t * c)  # noqa: E731
+    rings = [np.stack([at(u[0], v[0]), at(u[1], v[0]), at(u[1], v[1]), at(u[0], v[1])]) for v in spans]
+    return [(ring, inside, material, layer + 1) for ring in rings]
 
 
 def wheels(x, radius, ratio, half=0.07):
     """Wheels at +-x standing on the box's floor; radius: of the height; ratio: height / length, so that they look round."""
     parts = []
-    for cx in (-x, x):
-        for z in (half - 0.5, 0.5 - half):
-            tyre = prism(disc(cx, 0.5 - radius, radius * ratio, radius), (half, half), RUBBER, z)
-            hub = disc(cx, 0.5 - radius, 0.6 * radius * ratio, 0.6 * radius)
-            outer = np.column_stack([hub, np.full(len(hub), np.sign(z) * 0.5)])
-            parts += [*tyre, (outer, tyre[0][1], METAL, 1)]
+    for cx, z in itertools.product((-x, x), (half - 0.5, 0.5 - half)):
+        tyre = prism(disc(cx, 0.5 - radius, radius * ratio, radius), (half, half), RUBBER, z)
+        hub = disc(cx, 0.5 - radius, 0.6 * radius * ratio, 0.6 * radius)
+        outer = np.column_stack([hub, np.full(len(hub), np.sign(z) * 0.5)])
+        parts += [*tyre, (outer, tyre[0][1], METAL, 1)]
     return parts
 
 
@@ -137,13 +132,11 @@ def truck_parts():
     cab = prism([(0.29, 0.4), (0.29, -0.4), (0.46, -0.4), (0.5, -0.02), (0.5, 0.4)], (0.44, 0.46), PAINT)
     cargo = prism([(-0.5, 0.28), (-0.5, -0.5), (0.27, -0.5), (0.27, 0.28)], (0.5, 0.5), PLATE)
     chassis = prism([(-0.48, 0.4), (-0.48, 0.28), (0.3, 0.28), (0.3, 0.4)], (0.36, 0.36), DARK)
-    window = prism(
-        [(0.33, -0.02), (0.33, -0.34), (0.44, -0.34), (0.47, -0.02)], np.interp((-0.34, -0.02), (-0.4, 0.4), (0.44, 0.46)), GLASS
-    )
+    width = np.interp((-0.34, -0.02), (-0.4, 0.4), (0.44, 0.46))
+    window = prism([(0.33, -0.02), (0.33, -0.34), (0.44, -0.34), (0.47, -0.02)], width, GLASS)
     parts = cab + cargo + chassis + wheels(0.36, 0.15, 0.39, 0.08) + [(ring, inside, GLASS, 1) for ring, inside, _, _ in window[:2]]
-    parts += (
-        patches(cab[4], (0.1, 0.95), WHOLE, GLASS) + patches(cab[5], (0.55, 0.75), OUTER, LAMP) + patches(cab[5], (0.1, 0.5), PAIR, DARK)
-    )
+    parts += patches(cab[4], (0.1, 0.95), WHOLE, GLASS) + patches(cab[5], (0.55, 0.75), OUTER, LAMP)
+    parts += patches(cab[5], (0.1, 0.5), PAIR, DARK)
     parts += patches(cargo[2], (0.0, 0.08), OUTER, TAIL) + patches(cargo[2], (0.05, 0.97), ((0.49, 0.51),), DARK)
     return parts + [part for face in cargo[:2] for part in patches(face, (0.3, 0.75), ((0.12, 0.85),), PAINT)]
 
@@ -191,16 +184,13 @@ def tree_parts():
     return parts + prism([(-0.05, 0.5), (-0.04, 0), (0.04, 0), (0.05, 0.5)], (0.05, 0.05), WOOD)
 
 
-def post_parts(material):
-    return prism([(-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5), (0.5, 0.5)], (0.5, 0.5), material)
-
-
+POST = partial(prism, [(-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5), (0.5, 0.5)], (0.5, 0.5))
 SHAPES = {
     "sedan": partial(car_parts, -0.42, -0.25, 0.05, 0.26, -0.11, 0.33),
     "hatchback": partial(car_parts, -0.49, -0.39, 0.08, 0.29, -0.1, 0.4),
     "suv": partial(car_parts, -0.49, -0.43, 0.1, 0.28, -0.08, 0.38),
     "van": van_parts, "truck": truck_parts, "pedestrian": pedestrian_parts, "cyclist": cyclist_parts, "tree": tree_parts,
-    "pole": partial(post_parts, METAL), "bin": partial(post_parts, PAINT),
+    "pole": partial(POST, METAL), "bin": partial(POST, PAINT),
 }  # fmt: skip
 
 
@@ -230,7 +220,7 @@ def rasterise(rings, bias, K, size):
     offset = (normal * rings[:, 0]).sum(0)
     seen = np.flatnonzero((offset < -1e-9) & (rings[2].max(0) > NEAR))
     rings, normal, offset = rings[..., seen], normal[:, seen], offset[seen]
-    edges = cross(rings, np.roll(rings, -1, 1))  # (3, V, P): planes through the camera and one edge each
+    edges = np.cross(rings, np.roll(rings, -1, 1), axis=0)  # (3, V, P): planes through the camera and one edge each
     inverse = np.linalg.inv(K)
     plane = np.einsum("ij,ip->jp", inverse, normal / offset)  # inverse depth of (u, v, 1); not by BLAS, which may round by thread count
     edge_u, edge_v, edge_1 = np.einsum("ij,ivp->jvp", inverse, edges)  # inside where their sum is <= 0
@@ -250,14 +240,9 @@ def rasterise(rings, bias, K, size):
     return seen.take(face).take(row), (v * width).take(row) + u, a.take(row) * u + (b * v + c).take(row)
 
 
-def cross(a, b):
-    """Cross product of (3, ...) with (3, ...)."""
-    return np.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
-
-
 def face_normals(rings):
     """Outward normals (3, P), not of unit length, of rings (3, V, P)."""
-    return cross(rings[:, 1] - rings[:, 0], rings[:, 2] - rings[:, 0])
+    return np.cross(rings[:, 1] - rings[:, 0], rings[:, 2] - rings[:, 0], axis=0)
 
 
 def spans(first, last):
@@ -276,13 +261,9 @@ def resolve(fragments, owner_object, objects, size):
     owner = np.full(len(depth), -1)
     owner[pixel.take(front)] = face.take(front)
     visible = np.bincount(owner_object.take(owner[owner >= 0]), minlength=objects)
-    own = np.zeros(objects)
-    start = np.searchsorted(owner_object[face], np.arange(objects + 1))
-    for i in range(objects):
-        mask = np.zeros(len(depth), bool)
-        mask[pixel[start[i] : start[i + 1]]] = True
-        own[i] = np.count_nonzero(mask)
-    return owner, depth, visible / np.maximum(own, 1), visible
+    covers = np.zeros((objects, len(depth)), bool)
+    covers[owner_object.take(face), pixel] = True
+    return owner, depth, visible / np.maximum(np.count_nonzero(covers, 1), 1), visible
 
 
 @cache
@@ -305,42 +286,19 @@ def texture(octave, s, t):
 # A scene and its picture
 
 
-@dataclasses.dataclass(frozen=True)
-class Objects:
+class Objects(namedtuple("Objects", "kind size center yaw colour")):
     """n objects in the camera frame: kind (n,), keys of SIZES; size (n, 3) l, h, w; center (n, 3); yaw (n,); colour (n, 14, 3), 0-1."""
 
-    kind: np.ndarray
-    size: np.ndarray
-    center: np.ndarray
-    yaw: np.ndarray
-    colour: np.ndarray
 
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """Camera, road and light of one frame.
+class View(
+    namedtuple("View", "K size normal height heading offset half_road lane pavement wall crossing sunlight haze_range sun ambient haze")
+):
+    """Camera, road and light of one frame; all but arrays and size (width, height) are plain floats.
 
     Ground: normal . X = height in the camera frame. Road frame: s metres along the road, t to the right of its middle; the camera is at
     s = 0, t = offset; heading: of the road, radians from z towards x. Half road, pavement and wall end at these |t|; a side street
     starts at s = crossing. sun: unit vector towards it, sunlight its strength; ambient, haze: (3, 1, 1) colours; haze_range: metres.
     """
-
-    K: np.ndarray
-    size: tuple[int, int]
-    normal: np.ndarray
-    height: float
-    heading: float
-    offset: float
-    half_road: float
-    lane: float
-    pavement: float
-    wall: float
-    crossing: float
-    sunlight: float
-    haze_range: float
-    sun: np.ndarray
-    ambient: np.ndarray
-    haze: np.ndarray
 
 
 def draw_view(rng, size):
@@ -365,13 +323,6 @@ def draw_view(rng, size):
     ambient = np.float32(exposure * (0.8 - 0.4 * sunlight)) * tint
     haze = np.float32(min(exposure, 1.1) * rng.uniform(0.75, 0.95)) * tint
     return View(K, size, normal, *map(float, scalars), sun, ambient, haze)  # plain floats keep single precision arrays single
-
-
-def on_ground(view, s, t):
-    """Camera coordinates (n, 3) of ground points at road coordinates s, t."""
-    sin, cos = np.sin(view.heading), np.cos(view.heading)
-    x, z = s * sin + (t - view.offset) * cos, s * cos - (t - view.offset) * sin
-    return np.stack([x, (view.height - view.normal[0] * x - view.normal[2] * z) / view.normal[1], z], -1)
 
 
 def footprint(center, size, yaw):
@@ -403,52 +354,31 @@ def draw_candidates(rng, view):
 
     vehicles = ["sedan", "hatchback", "suv", "van", "truck", "cyclist"]
     lanes = int(view.half_road // view.lane)
+    ways = ((-1, np.pi), (1, 0))  # side of the road, direction of its traffic
     for i in range(lanes):
-        for side in (-1, 1):
-            line(vehicles, [0.3, 0.26, 0.2, 0.09, 0.06, 0.09], side * (i + 0.5) * view.lane, 0.25, 11, 0 if side > 0 else np.pi)
-    for side in (-1, 1):
-        ahead = 0 if side > 0 else np.pi
+        for side, ahead in ways:
+            line(vehicles, [0.3, 0.26, 0.2, 0.09, 0.06, 0.09], side * (i + 0.5) * view.lane, 0.25, 11, ahead)
+    for side, ahead in ways:
         if view.half_road - lanes * view.lane > 2 and rng.random() < 0.8:
             turn = rng.choice([0, 0, 0, np.pi / 2])
             line(vehicles[:4], [0.35, 0.32, 0.23, 0.1], side * (view.half_road - 1.1 + 1.2 * (turn > 0)), 0.12, 6, ahead + turn)
         line(["cyclist", "pedestrian"], [0.85, 0.15], side * (lanes * view.lane - 0.5), 0.4, 30, ahead, 0.15)
-        line(
-            ["pedestrian", "cyclist", "bin"],
-            [0.82, 0.12, 0.06],
-            side * (view.half_road + view.pavement) / 2,
-            0.5,
-            12,
-            rng.choice([0, np.pi]),
-            0.7,
-        )
+        walk = side * (view.half_road + view.pavement) / 2
+        line(["pedestrian", "cyclist", "bin"], [0.82, 0.12, 0.06], walk, 0.5, 12, rng.choice([0, np.pi]), 0.7)
         line(["pole", "tree"], [0.7, 0.3], side * (view.half_road + 0.4 if rng.random() < 0.4 else view.wall - 0.3), 0.1, 14, 0)
     for _ in range(rng.poisson(2.5 * crowd)):
         kind = rng.choice(["pedestrian", "cyclist", *vehicles[:4]], p=[0.45, 0.25, 0.1, 0.08, 0.08, 0.04])
         found.append((kind, 4 + rng.gamma(2, 8), rng.uniform(-1, 1) * view.half_road, rng.uniform(-np.pi, np.pi)))
-    if view.crossing < 50:
-        for _ in range(rng.poisson(2.5 * crowd)):
-            kind = rng.choice(vehicles, p=[0.25, 0.22, 0.18, 0.08, 0.05, 0.22])
-            side = rng.choice([-1, 1])
-            found.append(
-                (kind, view.crossing + CROSSING_WIDTH / 2 + 1.7 * side, rng.uniform(-20, 20), -side * np.pi / 2 + rng.normal(0, 0.06))
-            )
+    for _ in range(rng.poisson(2.5 * crowd) if view.crossing < 50 else 0):
+        kind, side = rng.choice(vehicles, p=[0.25, 0.22, 0.18, 0.08, 0.05, 0.22]), rng.choice([-1, 1])
+        s, t = view.crossing + CROSSING_WIDTH / 2 + 1.7 * side, rng.uniform(-20, 20)
+        found.append((kind, s, t, -side * np.pi / 2 + rng.normal(0, 0.06)))
     return found
-
-
-def draw_sizes(rng, kind):
-    """(n, 3) l, h, w: the mean times a common factor (5 %) and one for each side (4 %), within 14 %; one pedestrian in eight is a child."""
-    n = len(kind)
-    factor = np.clip(rng.normal(1, 0.05, (n, 1)) * rng.normal(1, 0.04, (n, 3)), 0.86, 1.14)
-    child = (kind == "pedestrian") & (rng.random(n) < 0.12)
-    return np.array([SIZES[k] for k in kind]) * factor * np.where(child, rng.uniform(0.65, 0.85, n), 1)[:, None]
 
 
 def draw_colours(rng, n):
     """(n, 14, 3) colour of each material, 0-1."""
-
-    def grey(low, high):
-        return np.repeat(rng.uniform(low, high, (n, 1)), 3, 1)
-
+    grey = lambda low, high: np.repeat(rng.uniform(low, high, (n, 1)), 3, 1)  # noqa: E731
     vivid = rng.uniform(0.05, 0.7, (n, 3)) * grey(0.3, 1)
     colours = np.zeros((n, 14, 3))
     colours[:, PAINT] = np.where(rng.random((n, 1)) < 0.6, grey(0.04, 0.85), vivid)
@@ -465,8 +395,13 @@ def draw_objects(rng, view):
     candidates = [("sedan", -1.0, view.offset, 0.0), *draw_candidates(rng, view)]  # the first is the camera's own car
     candidates = [candidates[i] for i in (0, *rng.permutation(len(candidates) - 1) + 1)]
     kind, s, t, direction = (np.array(column) for column in zip(*candidates, strict=True))
-    size, center = draw_sizes(rng, kind), on_ground(view, s, t)
-    center[:, 1] -= size[:, 1] / 2
+    n, sin, cos = len(kind), np.sin(view.heading), np.cos(view.heading)
+    factor = np.clip(rng.normal(1, 0.05, (n, 1)) * rng.normal(1, 0.04, (n, 3)), 0.86, 1.14)  # of the whole object, and of each side
+    child = (kind == "pedestrian") & (rng.random(n) < 0.12)
+    size = np.array([SIZES[k] for k in kind]) * factor * np.where(child, rng.uniform(0.65, 0.85, n), 1)[:, None]
+    x, z = s * sin + (t - view.offset) * cos, s * cos - (t - view.offset) * sin
+    ground = (view.height - view.normal[0] * x - view.normal[2] * z) / view.normal[1]
+    center = np.stack([x, ground - size[:, 1] / 2, z], -1)
     yaw = wrap_angle(view.heading + direction - np.pi / 2)
     corners = footprint(center, size + 0.2, yaw)
     farthest = corners[..., 1].max(1)
@@ -574,14 +509,12 @@ def paint_walls(rng, view, across, along, down, image):
     lot = (np.clip(s / length + 4, 0, count - 1)).astype(int) + count * right
     kind = rng.choice(3, 2 * count, p=rng.dirichlet([2, 2, 1]))  # house, hedge, open
     tall = np.where(kind == 0, rng.uniform(4, 13, 2 * count), rng.uniform(0.8, 6, 2 * count)) * (kind < 2)
-    tall = tall.astype(np.float32)
-    colours = np.where(
-        (kind == 0)[:, None],
-        rng.uniform(0.2, 0.75, (2 * count, 1)) * rng.uniform(0.75, 1.1, (2 * count, 3)),
-        rng.uniform((0.1, 0.17, 0.04), (0.25, 0.34, 0.13), (2 * count, 3)),
-    ).astype(np.float32)
+    plaster = rng.uniform(0.2, 0.75, (2 * count, 1)) * rng.uniform(0.75, 1.1, (2 * count, 3))
+    green = rng.uniform((0.1, 0.17, 0.04), (0.25, 0.34, 0.13), (2 * count, 3))
+    colours = np.where((kind == 0)[:, None], plaster, green).astype(np.float32)
     hedge = kind[lot] == 1
-    limit = tall[lot] * np.where(hedge, 1 + 0.35 * texture(4, s * 14, 3) + 0.15 * texture(1, s * 9, 50), np.float32(1))
+    rough = np.where(hedge, 1 + 0.35 * texture(4, s * 14, 3) + 0.15 * texture(1, s * 9, 50), np.float32(1))
+    limit = tall.astype(np.float32)[lot] * rough
     limit[(s > view.crossing) & (s < view.crossing + CROSSING_WIDTH) | (z > 250) | (s < -50)] = 0
     up = view.height - down * z  # (H, W): metres above the ground where the ray meets the wall
     rows, columns = np.nonzero((up > 0) & (up < limit))
@@ -647,15 +580,13 @@ def render_objects(view, objects):
     if not shapes:
         blank = np.zeros(view.size[0] * view.size[1])
         return None, blank.astype(int) - 1, blank, np.zeros(0), np.zeros(0, int)
-    count = [len(material) for _, material, _ in shapes]
-    thing = np.repeat(np.arange(len(shapes)), count)
-    x, y, z = np.concatenate([rings for rings, _, _ in shapes], 2) * objects.size.T[:, None, thing]
+    thing = np.repeat(np.arange(len(shapes)), [len(material) for _, material, _ in shapes])
+    rings, material, layer = (np.concatenate(parts, -1) for parts in zip(*shapes, strict=True))
+    x, y, z = rings * objects.size.T[:, None, thing]
     cos, sin = np.cos(objects.yaw)[thing], np.sin(objects.yaw)[thing]
     rings = np.stack([x * cos + z * sin, y, z * cos - x * sin]) + objects.center.T[:, None, thing]
-    bias = 1 + 1e-4 * np.concatenate([layer for _, _, layer in shapes])
-    fragments = rasterise(rings, bias, view.K, view.size)
-    owner, inverse_depth, share, pixels = resolve(fragments, thing, len(shapes), view.size)
-    return (rings, np.concatenate([material for _, material, _ in shapes]), thing), owner, inverse_depth, share, pixels
+    fragments = rasterise(rings, 1 + 1e-4 * layer, view.K, view.size)
+    return (rings, material, thing), *resolve(fragments, thing, len(shapes), view.size)
 
 
 def label_objects(view, objects, share, pixels):
@@ -666,15 +597,14 @@ def label_objects(view, objects, share, pixels):
     name = np.array([CLASSES.get(kind, "") for kind in objects.kind], dtype="U16")
     keep = (name != "") & (pixels > 0) & (area > 0)
     care = (box[:, 3] - box[:, 1] >= MIN_HEIGHT) & (share >= MIN_VISIBLE) & (pixels >= 20) & (objects.center[:, 2] <= MAX_DEPTH)
-    keep = np.concatenate([np.flatnonzero(keep & care), np.flatnonzero(keep & ~care)])
-    care = care[keep]
-    center = objects.center[keep] - CAMERA_SHIFT
-    occlusion = (share[keep, None] < VISIBLE_LEVELS).sum(1)
-    known = make_labels(name[keep], box[keep], objects.size[keep], center, objects.yaw[keep], 1 - area[keep] / full_area[keep], occlusion)
-    missing = {"name": "DontCare", "truncation": -1.0, "occlusion": -1, "alpha": -10.0, "size": -1.0, "center": -1000.0, "yaw": -10.0}
-    columns = {key: (getattr(known, key), fill) for key, fill in missing.items()}
-    replaced = {key: np.where(care.reshape(-1, *[1] * (value.ndim - 1)), value, fill) for key, (value, fill) in columns.items()}
-    return dataclasses.replace(known, **replaced)
+    rows = np.concatenate([np.flatnonzero(keep & care), np.flatnonzero(keep & ~care)])
+    name, box, share, truncation = name[rows], box[rows], share[rows], 1 - area[rows] / full_area[rows]
+    center, occlusion = objects.center[rows] - CAMERA_SHIFT, (share[:, None] < VISIBLE_LEVELS).sum(1)
+    labels = make_labels(name, box, objects.size[rows], center, objects.yaw[rows], truncation, occlusion)
+    fill = {"name": "DontCare", "truncation": -1.0, "occlusion": -1, "alpha": -10.0, "size": -1.0, "center": -1000.0, "yaw": -10.0}
+    for column, value in fill.items():
+        getattr(labels, column)[(keep & care).sum() :] = value
+    return labels
 
 
 def develop(rng, image):
@@ -707,8 +637,8 @@ def write_frame(job):
     """Render one frame into a folder; job: (folder, seed, index, size)."""
     folder, seed, index, size = job
     image, P2, labels = render_frame(seed, index, size)
-    picture = Image.fromarray(image)
-    picture.save(folder / f"training/image_2/{index:06d}.png", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)  # of noise: fast
+    path = folder / f"training/image_2/{index:06d}.png"
+    Image.fromarray(image).save(path, compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)  # of noise: fast
     write_calib(folder / f"training/calib/{index:06d}.txt", P2)
     write_labels(folder / f"training/label_2/{index:06d}.txt", labels)
 
