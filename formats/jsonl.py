@@ -14,24 +14,37 @@ in [0, 1], `occlusion` 0-3, `ignore` (true: only its box is kept, as a region), 
 
 import argparse
 import codecs
+import contextlib
 import difflib
 import json
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from textwrap import shorten
 
 import numpy as np
 
-from frames import LARGEST, PLAUSIBLE, Frame, make_labels, opened, upright
+from frames import LARGEST, PLAUSIBLE, Frame, join, make_labels, opened, upright
 from geometry import box_iou, camera_problem, clip_boxes, project_boxes, wrap_angle
 
 FRAME_KEYS = {"image": True, "K": True, "objects": True, "id": False, "ignore": False}  # key: required
 OBJECT_KEYS = {"class": True, "center": True, "size": True, "yaw": True, "box": False, "truncation": False, "occlusion": False,
                "ignore": False, "velocity": False, "attribute": False, "score": False, "depth_sigma": False}  # fmt: skip
-COLUMNS = ("name", "box", "size", "center", "yaw", "truncation", "occlusion", "score", "sigma", "velocity", "attribute")
+NUMBERS = {  # key of an object: shape, what is expected, and what else holds for a number that is
+    "center": ((3,), "3 numbers x, y, z in metres", None),
+    "size": ((3,), "3 numbers l, h, w in metres", None),
+    "yaw": ((), "radians", None),
+    "truncation": ((), "a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "occlusion": ((), "0, 1, 2 or 3", lambda v: v in (0, 1, 2, 3)),
+    "score": ((), "a finite number", None),
+    "velocity": ((3,), "3 finite numbers x, y, z in m/s", None),
+    "depth_sigma": ((), "metres > 0", lambda v: v > 0),
+}
+ABSENT = {"truncation": -1.0, "occlusion": -1.0, "score": 1.0, "velocity": np.full(3, np.nan), "attribute": "", "sigma": np.nan}
+REGION = {"name": "DontCare", "center": np.full(3, -1000.0), "size": np.full(3, -1.0), "yaw": -10.0, **ABSENT}  # KITTI's fill values
 IMAGE_SIDES = 16, 32768  # pixels, smallest and largest believable side
 LONGEST_NAME = 200  # bytes of a part of an id: file systems take 255
 
@@ -42,14 +55,30 @@ def read_frames(path: str | Path, problems: list[str] | None = None, images: boo
     Raises FileNotFoundError, or ValueError naming file, line, key, value and what was expected, for the first bad line; with a list
     `problems`, every bad line adds a sentence to it, and is left out. With images, each image's header is opened too.
     """
-    frames = []
-    for frame, wrong in _scan(path, images):
-        if wrong and problems is None:
-            raise ValueError(f"{wrong[0]} (python -m formats.jsonl {path} lists every bad line)")
-        if wrong:
-            problems += wrong
-        else:
-            frames.append(frame)
+    path, frames, seen, count = Path(path), [], {}, 0  # seen: id -> number of its line
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such JSON-lines file")
+
+    def report(sentences):
+        if problems is None:
+            raise ValueError(f"{sentences[0]} (python -m formats.jsonl {path} lists every bad line)")
+        problems.extend(sentences)
+
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            count += 1
+            frame, wrong = _parse_line(raw.removeprefix(codecs.BOM_UTF8), path.parent, images)
+            if frame is not None and frame.id in seen:
+                wrong = [f"id is {frame.id!r}, as on line {seen[frame.id]}, expected each id once"]
+            if wrong:
+                report([f"{path}:{number}: {problem}" for problem in wrong])
+            else:
+                seen[frame.id] = number
+                frames.append(frame)
+    if not count:
+        report([f"{path}: the file holds no frames, expected one JSON object a line"])
     return frames
 
 
@@ -73,23 +102,19 @@ def to_json(frame: Frame, folder: str | Path | None = None) -> dict:
         if not labels.is_3d[i]:
             line.setdefault("ignore", []).append(_rounded(labels.box[i]))
             continue
-        entry = {"class": str(labels.name[i]), "center": _rounded(labels.center[i]), "size": _rounded(labels.size[i])}
-        entry["yaw"] = _rounded(labels.yaw[i])
-        if (labels.box[i, 2:] > labels.box[i, :2]).all():
-            entry["box"] = _rounded(labels.box[i])
-        if labels.truncation[i] >= 0:
-            entry["truncation"] = _rounded(labels.truncation[i])
-        if labels.occlusion[i] >= 0:
-            entry["occlusion"] = int(labels.occlusion[i])
-        if labels.velocity is not None and np.isfinite(labels.velocity[i]).all():
-            entry["velocity"] = _rounded(labels.velocity[i])
-        if labels.attribute is not None and labels.attribute[i]:
-            entry["attribute"] = str(labels.attribute[i])
-        sigma = labels.sigma is not None and np.isfinite(labels.sigma[i])
-        if sigma or labels.score[i] != 1:
-            entry["score"] = _rounded(labels.score[i])
-        if sigma:
-            entry["depth_sigma"] = _rounded(labels.sigma[i])
+        entry = {"class": str(labels.name[i])} | {key: _rounded(getattr(labels, key)[i]) for key in ("center", "size", "yaw")}
+        columns = ((labels.velocity, np.nan), (labels.attribute, ""), (labels.sigma, np.nan))
+        velocity, attribute, sigma = (blank if column is None else column[i] for column, blank in columns)
+        optional = (  # key, value, whether it is written
+            ("box", _rounded(labels.box[i]), (labels.box[i, 2:] > labels.box[i, :2]).all()),
+            ("truncation", _rounded(labels.truncation[i]), labels.truncation[i] >= 0),
+            ("occlusion", int(labels.occlusion[i]), labels.occlusion[i] >= 0),
+            ("velocity", _rounded(velocity), np.isfinite(velocity).all()),
+            ("attribute", str(attribute), attribute),
+            ("score", _rounded(labels.score[i]), labels.score[i] != 1 or np.isfinite(sigma)),
+            ("depth_sigma", _rounded(sigma), np.isfinite(sigma)),
+        )
+        entry |= {key: value for key, value, written in optional if written}
         line["objects"].append(entry)
     return line
 
@@ -99,46 +124,24 @@ def summarise(frames: Iterable[Frame]) -> list[str]:
 
     The fit is a median IoU over whole boxes; far below 0.9 it tells of a wrong K, size order, angle or height of the centre.
     """
-    labels, fits = {}, {}
+    frames, fits, lines = list(frames), [np.zeros(0)], []
     for frame in frames:
         own = frame.labels
         full_box, crosses = project_boxes(own.center, np.maximum(own.size, 1e-3), own.yaw, frame.K)
         inside = (own.truncation <= 0) & (own.occlusion <= 0) & own.is_3d & ~crosses
-        fit = np.where(inside, box_iou(own.box, full_box), np.nan)
-        for i, name in enumerate(own.name):
-            labels.setdefault(name, []).append(own[i])
-            fits.setdefault(name, []).append(fit[i])
-    lines = []
-    for name, rows in sorted(labels.items(), key=lambda item: -len(item[1])):
-        line = f"{name}: {len(rows)}"
-        if rows[0].is_3d[0]:
-            size = np.mean([row.size[0] for row in rows], 0)
-            depth = [row.center[0, 2] for row in rows]
-            line += f", mean l h w {size[0]:.2f} {size[1]:.2f} {size[2]:.2f} m, depth {min(depth):.1f} to {max(depth):.1f} m"
-        if np.isfinite(fits[name]).any():
-            line += f", 2D box fits 3D box at median IoU {np.nanmedian(fits[name]):.2f}"
+        fits.append(np.where(inside, box_iou(own.box, full_box), np.nan))
+    labels, fits = join([frame.labels for frame in frames]), np.concatenate(fits)
+    for name, count in Counter(labels.name).most_common():
+        rows = labels.name == name
+        own, fit, line = labels[rows], fits[rows], f"{name}: {count}"
+        if own.is_3d[0]:
+            l, h, w = own.size.mean(0)
+            depth = own.center[:, 2]
+            line += f", mean l h w {l:.2f} {h:.2f} {w:.2f} m, depth {depth.min():.1f} to {depth.max():.1f} m"
+        if np.isfinite(fit).any():
+            line += f", 2D box fits 3D box at median IoU {np.nanmedian(fit):.2f}"
         lines.append(line)
     return lines
-
-
-def _scan(path: str | Path, images: bool) -> Iterator[tuple[Frame | None, list[str]]]:
-    """(frame, problems) of each line, frame None when there are problems; blank lines are passed over."""
-    path, seen, count = Path(path), {}, 0
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such JSON-lines file")
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            count += 1
-            frame, problems = _parse_line(raw.removeprefix(codecs.BOM_UTF8), path.parent, images)
-            if frame is not None and frame.id in seen:
-                problems = [f"id is {frame.id!r}, as on line {seen[frame.id]}, expected each id once"]
-            elif frame is not None:
-                seen[frame.id] = number
-            yield (None if problems else frame), [f"{path}:{number}: {problem}" for problem in problems]
-    if not count:
-        yield None, [f"{path}: the file holds no frames, expected one JSON object a line"]
 
 
 def _parse_line(raw: bytes, folder: Path, images: bool) -> tuple[Frame | None, list[str]]:
@@ -161,26 +164,24 @@ def _parse_line(raw: bytes, folder: Path, images: bool) -> tuple[Frame | None, l
     attempt(_check_keys, frame, FRAME_KEYS, "the line")
     if not {"image", "K", "objects"} <= frame.keys():
         return None, problems
-    image = attempt(_parse_image, frame["image"], folder, images)
+    image, size = attempt(_parse_image, frame["image"], folder, images) or (None, None)
     id = attempt(_parse_id, frame)
-    size = attempt(_image_size, image, frame["image"]) if image is not None and images else None
     K = attempt(_parse_camera, frame["K"], size)
     for key in ("objects", "ignore"):
         if not isinstance(frame.get(key, []), list):
             problems.append(f"{key} is {_short(frame[key])}, expected a list")
             frame[key] = []
     rows = [attempt(_parse_object, entry, f"objects[{i}]", K, size) for i, entry in enumerate(frame["objects"])]
-    rows += [
-        attempt(lambda box, place: _region(_parse_box(box, place, size)), box, f"ignore[{i}]")
-        for i, box in enumerate(frame.get("ignore", []))
-    ]
-    return (None, problems) if problems else (Frame(id, image, K, _make_labels(rows)), [])
+    boxes = [attempt(_parse_box, box, f"ignore[{i}]", size) for i, box in enumerate(frame.get("ignore", []))]
+    if problems:
+        return None, problems
+    return Frame(id, image, K, _make_labels(rows + [{**REGION, "box": box} for box in boxes])), []
 
 
 def _make_labels(rows):
-    """Rows as `_parse_object` and `_region` return them, objects first, then regions (stable). Returns Labels."""
+    """Labels of rows as `_parse_object` returns them: objects first, then regions, each in the order given."""
     rows = sorted(rows, key=lambda row: row["name"] == "DontCare")
-    columns = {key: [row[key] for row in rows] for key in COLUMNS}
+    columns = {key: [row[key] for row in rows] for key in ("box", *REGION)}
     sigma, velocity = np.array(columns["sigma"], float), np.array(columns["velocity"], float).reshape(-1, 3)
     columns["sigma"] = sigma if np.isfinite(sigma).any() else None
     columns["velocity"] = velocity if np.isfinite(velocity).any() else None
@@ -191,7 +192,7 @@ def _make_labels(rows):
 
 
 def _parse_object(entry, place, K, size):
-    """One object as a dict of COLUMNS; a region if it is to be ignored. K and size may be None: then no box is derived."""
+    """One object as a dict of the columns of Labels; a region if it is to be ignored. K and size may be None: then no box is derived."""
     if not isinstance(entry, dict):
         raise ValueError(f"{place} is {_short(entry)}, expected an object with {', '.join(OBJECT_KEYS)}")
     _check_keys(entry, OBJECT_KEYS, place)
@@ -200,10 +201,8 @@ def _parse_object(entry, place, K, size):
         raise ValueError(f"{place}.class is {_short(name)}, expected a name")
     if name == "DontCare":
         raise ValueError(f"{place}.class is 'DontCare', expected a class; regions belong into the line's \"ignore\": [[x1, y1, x2, y2]]")
-    get = lambda key, shape, expected: _numbers(entry[key], shape, f"{place}.{key}", expected, PLAUSIBLE.get(key))  # noqa: E731
-    center = get("center", (3,), "3 numbers x, y, z in metres")
-    extent = get("size", (3,), "3 numbers l, h, w in metres")
-    yaw = get("yaw", (), "radians")
+    number = lambda key: _numbers(entry[key], f"{place}.{key}", *NUMBERS[key], PLAUSIBLE.get(key))  # noqa: E731
+    center, extent, yaw = number("center"), number("size"), number("yaw")
     box = np.zeros(4)
     if "box" in entry:
         box = _parse_box(entry["box"], f"{place}.box", size)
@@ -213,31 +212,17 @@ def _parse_object(entry, place, K, size):
     if not isinstance(ignore, bool):
         raise ValueError(f"{place}.ignore is {_short(ignore)}, expected true or false")
     if ignore:
-        return _region(box)
-    return {
-        "name": name,
-        "box": box,
-        "center": center,
-        "size": extent,
-        "yaw": float(yaw if -np.pi <= yaw < np.pi else wrap_angle(yaw)),
-        "truncation": _optional(entry, "truncation", place, "a number from 0 to 1", -1.0, lambda v: 0 <= v <= 1),
-        "occlusion": _optional(entry, "occlusion", place, "0, 1, 2 or 3", -1.0, lambda v: v in (0, 1, 2, 3)),
-        "score": _optional(entry, "score", place, "a finite number", 1.0),
-        "velocity": get("velocity", (3,), "3 finite numbers x, y, z in m/s") if "velocity" in entry else np.full(3, np.nan),
-        "attribute": _optional_text(entry, "attribute", place),
-        "sigma": _optional(entry, "depth_sigma", place, "metres > 0", np.nan, lambda v: v > 0),
-    }
-
-
-def _region(box):
-    """The columns of a DontCare row, with KITTI's fill values."""
-    absent = {"truncation": -1.0, "occlusion": -1.0, "score": 1.0, "velocity": np.full(3, np.nan), "attribute": "", "sigma": np.nan}
-    return {"name": "DontCare", "box": box, "center": np.full(3, -1000.0), "size": np.full(3, -1.0), "yaw": -10.0, **absent}
+        return {**REGION, "box": box}
+    if not _is_text(entry.get("attribute", "")):
+        raise ValueError(f"{place}.attribute is {_short(entry['attribute'])}, expected text")
+    given = {"name": name, "box": box, "center": center, "size": extent, "yaw": yaw if -np.pi <= yaw < np.pi else wrap_angle(yaw)}
+    optional = {"sigma" if key == "depth_sigma" else key: number(key) for key in NUMBERS if key in entry}
+    return ABSENT | {"attribute": entry.get("attribute", "")} | optional | given
 
 
 def _parse_box(value, place, size):
     """A 2D box (4,), clipped to the image when its (width, height) is known."""
-    box = _numbers(value, (4,), place, "4 numbers x1, y1, x2, y2 in pixels", PLAUSIBLE["box"])
+    box = _numbers(value, place, (4,), "4 numbers x1, y1, x2, y2 in pixels", limits=PLAUSIBLE["box"])
     if box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(f"{place} is {_short(value)}, expected x1 < x2 and y1 < y2")
     if size is None:
@@ -260,36 +245,32 @@ def _derive_box(center, extent, yaw, K, size, place):
 
 def _parse_camera(value, size):
     """K (3, 3), plausible for an image of that (width, height); size None: not compared with an image."""
-    K = _numbers(value, (3, 3), "K", "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels")
+    K = _numbers(value, "K", (3, 3), "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels")
     if problem := camera_problem(K, *(size or (None, None))):
         raise ValueError(f"K: {problem}")
     return K
 
 
 def _parse_image(value, folder, images):
-    """Path of an image that is there (with images)."""
+    """Path of an image and, with images, for which it must be there, (width, height) from its header; else None."""
     if not _is_text(value) or not value:
         raise ValueError(f"image is {_short(value)}, expected a path relative to {folder}")
-    path = folder / value
+    path, size = folder / value, None
     try:
         there = path.is_file()
     except OSError as error:  # a name that no file system takes
         raise ValueError(f"image is {value[:80]!r}, expected a file: {error.strerror}") from None
     if images and not there:
         raise ValueError(f"image is {value[:80]!r}, expected a file: there is none of that name in {folder}")
-    return path
-
-
-def _image_size(path, name):
-    """(width, height) from the image's header."""
-    try:
-        with opened(path) as image:
-            size = upright(image).size
-    except OSError as error:
-        raise ValueError(f"image is {name[:80]!r}, expected an image file: {shorten(str(error), 200)}") from None
-    if min(size) < IMAGE_SIDES[0] or max(size) > IMAGE_SIDES[1]:
-        raise ValueError(f"image {name!r} is {size[0]}x{size[1]}, expected sides from {IMAGE_SIDES[0]} to {IMAGE_SIDES[1]} pixels")
-    return size
+    if images:
+        try:
+            with opened(path) as image:
+                size = upright(image).size
+        except OSError as error:
+            raise ValueError(f"image is {value[:80]!r}, expected an image file: {shorten(str(error), 200)}") from None
+        if min(size) < IMAGE_SIDES[0] or max(size) > IMAGE_SIDES[1]:
+            raise ValueError(f"image {value!r} is {size[0]}x{size[1]}, expected sides from {IMAGE_SIDES[0]} to {IMAGE_SIDES[1]} pixels")
+    return path, size
 
 
 def _parse_id(frame):
@@ -306,35 +287,19 @@ def _parse_id(frame):
     return id
 
 
-def _numbers(value, shape, place, expected, limits=None):
-    """JSON value -> float array of that shape; ValueError unless it is nested lists of numbers within limits (true is no number)."""
+def _numbers(value, place, shape, expected, allowed=None, limits=None):
+    """JSON value -> float array of that shape; ValueError unless it is nested lists of numbers within limits (true is no number).
+
+    limits: lowest and highest, told in the sentence; allowed: a further condition, which `expected` states.
+    """
     low, high = limits or (-LARGEST, LARGEST)
-    try:
+    with contextlib.suppress(ValueError, OverflowError):  # ragged lists, integers beyond floats
         array = np.asarray(value, dtype=object)
         if array.shape == shape and all(type(v) in (int, float) for v in array.flat):
             array = array.astype(float)
-            if ((low <= array) & (array <= high)).all():  # nor are infinity and NaN
+            if ((low <= array) & (array <= high)).all() and (allowed is None or allowed(array)):  # nor are infinity and NaN
                 return array
-    except (ValueError, OverflowError):  # ragged lists, integers beyond floats
-        pass
     raise ValueError(f"{place} is {_short(value)}, expected {expected}{f' from {low:g} to {high:g}' if limits else ''}")
-
-
-def _optional(entry, key, place, expected, default, allowed=lambda value: True):
-    """A number that may be left out; ValueError unless `allowed` holds for it."""
-    if key not in entry:
-        return default
-    value = float(_numbers(entry[key], (), f"{place}.{key}", expected))
-    if not allowed(value):
-        raise ValueError(f"{place}.{key} is {_short(entry[key])}, expected {expected}")
-    return value
-
-
-def _optional_text(entry, key, place):
-    value = entry.get(key, "")
-    if not _is_text(value):
-        raise ValueError(f"{place}.{key} is {_short(value)}, expected text")
-    return value
 
 
 def _is_text(value):
@@ -344,11 +309,11 @@ def _is_text(value):
 
 def _check_keys(entry, keys, place):
     """ValueError for keys that are missing or unknown, with the nearest valid one."""
-    for key in entry:
-        if key not in keys:
-            near = difflib.get_close_matches(key.lower(), [k.lower() for k in keys], 1, 0.6)
-            hint = f"did you mean {next(k for k in keys if k.lower() == near[0])!r}?" if near else f"expected {', '.join(keys)}"
-            raise ValueError(f"{place} has an unknown key {key[:80]!r}; {hint}")
+    for key in (key for key in entry if key not in keys):
+        lower = {known.lower(): known for known in keys}
+        near = difflib.get_close_matches(key.lower(), lower, 1)
+        hint = f"did you mean {lower[near[0]]!r}?" if near else f"expected {', '.join(keys)}"
+        raise ValueError(f"{place} has an unknown key {key[:80]!r}; {hint}")
     missing = [key for key, required in keys.items() if required and key not in entry]
     if missing:
         raise ValueError(f"{place} lacks {', '.join(repr(key) for key in missing)}; it has {', '.join(entry)[:200] or 'no keys'}")
