@@ -14,7 +14,6 @@ positions KITTI uses since 2019 (Simonelli et al., Disentangling monocular 3D ob
 """
 
 import bisect
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -30,8 +29,7 @@ MAX_OCCLUSION = (0, 1, 2)
 MAX_TRUNCATION = (0.15, 0.3, 0.5)
 METRICS = ("bbox", "bev", "3d")  # AOS comes with bbox
 NEIGHBOURS = {"car": "van", "pedestrian": "person_sitting"}
-# Overlap thresholds for bbox, bev, 3d; any class not named takes the last.
-MIN_OVERLAP = {
+MIN_OVERLAP = {  # of bbox, bev, 3d; "": any class not named
     "strict": {"car": (0.7, 0.7, 0.7), "": (0.5, 0.5, 0.5)},
     "loose": {"car": (0.7, 0.5, 0.5), "": (0.5, 0.25, 0.25)},
 }
@@ -41,13 +39,6 @@ NO_ALPHA = -10.0  # "unknown": a single detection with this alpha makes the offi
 MATCH_OVERLAP = 0.5  # 2D overlap above which `object_errors` compares a detection with a ground truth, any class
 PAIRS_AT_ONCE = 100_000  # pairs whose intervals meet, looked at together: about 50 MB
 BANDS = (0, 10, 20, 30, 40, 50)  # metres of depth; the last band is open
-
-
-def min_overlap(name: str, overlap: str = "strict") -> tuple[float, float, float]:
-    """Overlap thresholds of a class: (bbox, bev, 3d). overlap is 'strict' or 'loose'; unknown classes take Pedestrian's."""
-    if overlap not in MIN_OVERLAP:
-        raise ValueError(f"overlap is {overlap!r}, expected one of {', '.join(MIN_OVERLAP)}")
-    return MIN_OVERLAP[overlap].get(name.lower(), MIN_OVERLAP[overlap][""])
 
 
 def kitti_ap(
@@ -75,59 +66,38 @@ def kitti_ap(
     """
     if repeat < 1:
         raise ValueError(f"repeat is {repeat}, expected 1 or more")
-    extra = [frame for frame in results if frame not in truth]
-    if extra:
+    if overlap not in MIN_OVERLAP:
+        raise ValueError(f"overlap is {overlap!r}, expected one of {', '.join(MIN_OVERLAP)}")
+    if extra := [frame for frame in results if frame not in truth]:
         raise ValueError(f"{len(extra)} result frames have no ground truth, the first is {extra[0]!r}")
-    thresholds = {name: tuple((own_overlap or {}).get(name, min_overlap(name, overlap))) for name in classes}
-    data = _Pairs(truth, results, classes, min(min(t) for t in thresholds.values()), max(min_height))
-    metrics = {}
-    counted, curves = {}, {}
+    usual = MIN_OVERLAP[overlap]
+    thresholds = {name: list((own_overlap or {}).get(name, usual.get(name.lower(), usual[""]))) for name in classes}
+    data = _Pairs(truth, results, classes, min(map(min, thresholds.values())), max(min_height))
+    metrics, counted, curves = {}, {name: {} for name in classes}, {}
     for name in classes:
-        cells = {metric: {} for metric in ("bbox", "aos", "bev", "3d")}
-        curves[name] = {metric: {} for metric in cells}
-        counted[name] = {}
+        metrics[name], curves[name] = ({metric: {} for metric in ("bbox", "aos", "bev", "3d")} for _ in range(2))
         for level, difficulty in enumerate(DIFFICULTIES):
-            role = data.roles(name, level, min_height)
-            counted[name][difficulty] = int(role.counted.sum())
+            roles = data.roles(name, level, min_height)
+            counted[name][difficulty] = int((roles[0] == 1).sum())
             for column, metric in enumerate(METRICS):
-                curve = _curve(data, role, column, thresholds[name][column], repeat)
-                cells[metric][difficulty] = _average(curve["precision"])
-                curves[name][metric][difficulty] = {key: curve[key].tolist() for key in ("score", "recall", "precision")}
+                score, recall, precision, similarity = _curve(data, *roles, column, thresholds[name][column], repeat)
+                shown = {metric: precision}
                 if metric == "bbox":
-                    known = data.has_alpha
-                    cells["aos"][difficulty] = _average(curve["similarity"]) if known else {"AP_R40": None, "AP_R11": None}
-                    aos = curve["similarity"] if known else np.zeros(0)
-                    shown = {"score": curve["score"], "recall": curve["recall"], "precision": aos}
-                    curves[name]["aos"][difficulty] = {key: value.tolist() for key, value in shown.items()}
-        metrics[name] = cells
-    settings = {
-        "classes": list(classes),
-        "overlap": overlap,
-        "min_overlap": {name: list(values) for name, values in thresholds.items()},
-        "min_height": list(min_height),
-        "repeat": repeat,
-        "frames": len(truth),
-        "detections": len(data.det),
-    }
+                    shown["aos"] = similarity if data.has_alpha else None
+                for key, values in shown.items():
+                    line = [] if values is None else values.tolist()
+                    curves[name][key][difficulty] = {"score": score.tolist(), "recall": recall.tolist(), "precision": line}
+                    metrics[name][key][difficulty] = _average(values)
+    settings = {"classes": list(classes), "overlap": overlap, "min_overlap": thresholds, "min_height": list(min_height)}
+    settings |= {"repeat": repeat, "frames": len(truth), "detections": len(data.det)}
     return {**metrics, "counted": counted, "curves": curves, "settings": settings}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Roles:
-    """What each row is for one class and difficulty. gt (G,): 1 counted, 0 ignored, -1 not looked at; det (D,) alike."""
-
-    gt: np.ndarray
-    det: np.ndarray
-
-    @property
-    def counted(self):
-        return self.gt == 1
 
 
 class _Pairs:
     """All frames as flat arrays, and the ground truth x detection pairs of one frame that overlap by more than `least`.
 
-    gt, det: Labels of all frames in order; gt_frame (G,), det_frame (D,) frame numbers. pairs[m] = (gt row, det row, overlap) for
+    gt, det: Labels of all frames in order; gt_frame (G,), det_frame (D,) frame numbers; gt_code, det_code: numbers of their names in
+    lower case, as in `codes`; -1 stands for a name that no row has. pairs[m] = (gt row, det row, overlap) for
     the three METRICS, rows ascending. cover (D, 3): largest share of a detection inside one DontCare region.
     """
 
@@ -135,17 +105,15 @@ class _Pairs:
         frames = list(truth)
         self.gt, self.gt_frame = _flatten(truth, frames)
         self.det, self.det_frame = _flatten(results, frames)
-        self.gt_name, self.det_name = _lower(self.gt.name), _lower(self.det.name)
         self.height = np.abs(self.det.box[:, 1] - self.det.box[:, 3])
-        self.gt_height = self.gt.box[:, 3] - self.gt.box[:, 1]
-        self.has_alpha = not ((self.det.alpha == NO_ALPHA) & (self.det_name != "dontcare")).any()
-        codes = {name: code for code, name in enumerate(dict.fromkeys([*self.gt_name, *self.det_name]))}
-        gt_code = np.array([codes[name] for name in self.gt_name], dtype=int)
-        det_code = np.array([codes[name] for name in self.det_name], dtype=int)
-        served = {NEIGHBOURS[c]: codes.get(c, -1) for c in NEIGHBOURS if c in {name.lower() for name in classes}}
-        gt_serves = np.array([served.get(name, -1) for name in self.gt_name], dtype=int)
-        wanted = {name.lower() for name in classes} | set(served)
-        relevant = np.array([name in wanted for name in self.gt_name], dtype=bool)
+        names = [name.lower() for name in (*self.gt.name, *self.det.name)]
+        self.codes = codes = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        self.gt_code, self.det_code = np.split(np.array([codes[name] for name in names], int), [len(self.gt)])
+        self.has_alpha = not ((self.det.alpha == NO_ALPHA) & (self.det_code != codes.get("dontcare", -1))).any()
+        wanted = {name.lower() for name in classes}
+        served = {neighbour: name for name, neighbour in NEIGHBOURS.items() if name in wanted}
+        serves = np.array([codes.get(served.get(name), -1) for name in names[: len(self.gt)]], int)
+        relevant = np.flatnonzero(np.isin(self.gt_code, [codes.get(name, -1) for name in (*wanted, *served)]))
         short = self.height < tallest_limit
         gt_box, det_box = _boxes(self.gt), _boxes(self.det)
         overlaps = (
@@ -155,12 +123,15 @@ class _Pairs:
         self.pairs = []
         for gt_extent, det_extent, measure in overlaps:
             chunks = []
-            for g, d in self._meeting(np.flatnonzero(relevant), gt_extent, det_extent, least):
-                fits = short[d] | (gt_code[g] == det_code[d]) | (gt_serves[g] == det_code[d])
+            for g, d in self._meeting(relevant, gt_extent, det_extent, least):
+                fits = short[d] | (self.gt_code[g] == self.det_code[d]) | (serves[g] == self.det_code[d])
                 g, d = g[fits], d[fits]
                 chunks.append([(g[rows], d[rows], iou[rows]) for iou in measure(g, d) for rows in [np.flatnonzero(iou > least)]])
-            self.pairs += [_join_pairs(parts) for parts in zip(*chunks, strict=True)]
-        self.cover = self._cover(np.flatnonzero(self.gt_name == "dontcare"))
+            for parts in zip(*chunks, strict=True):
+                gt, det, overlap = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+                order = np.lexsort((det, gt))
+                self.pairs.append((gt[order], det[order], overlap[order]))
+        self.cover = self._cover(np.flatnonzero(self.gt_code == codes.get("dontcare", -1)))
 
     def _meeting(self, rows, gt, det, least):
         """Yield (gt rows, det rows), in slices and any order, of the pairs in a frame whose overlap may exceed `least`; rows: of gt.
@@ -194,26 +165,19 @@ class _Pairs:
         return cover
 
     def roles(self, name, level, min_height):
-        """Roles of all rows for a class and a difficulty by number."""
-        name = name.lower()
-        outside = (self.gt.occlusion > MAX_OCCLUSION[level]) | (self.gt.truncation > MAX_TRUNCATION[level])
-        outside |= self.gt_height <= min_height[level]
-        same = self.gt_name == name
-        gt = np.where(same & ~outside, 1, np.where(same | (self.gt_name == NEIGHBOURS.get(name)), 0, -1))
-        det = np.where(self.height < min_height[level], 0, np.where(self.det_name == name, 1, -1))
-        return _Roles(gt, det)
+        """What each row is for a class and a difficulty by number: gt (G,), det (D,), 1 counted, 0 ignored, -1 not looked at."""
+        code, neighbour = (self.codes.get(key, -1) for key in (name.lower(), NEIGHBOURS.get(name.lower())))
+        height = self.gt.box[:, 3] - self.gt.box[:, 1]
+        outside = (self.gt.occlusion > MAX_OCCLUSION[level]) | (self.gt.truncation > MAX_TRUNCATION[level]) | (height <= min_height[level])
+        counts = (self.gt_code == code) & ~outside
+        gt = np.where(counts, 1, np.where((self.gt_code == code) | (self.gt_code == neighbour), 0, -1))
+        return gt, np.where(self.height < min_height[level], 0, np.where(self.det_code == code, 1, -1))
 
 
 def _flatten(labels, frames):
     """All rows of labels (id -> Labels) in the order of frames, and the number of the frame of each row."""
-    present = [i for i, frame in enumerate(frames) if len(labels.get(frame, ()))]
-    parts = [labels[frames[i]] for i in present]
-    frame = np.repeat(np.array(present, dtype=int), [len(part) for part in parts])
-    return join(parts), frame
-
-
-def _lower(names):
-    return np.array([name.lower() for name in names], dtype=object)
+    parts = [(i, labels[frame]) for i, frame in enumerate(frames) if len(labels.get(frame, ()))]
+    return join([part for _, part in parts]), np.repeat(np.array([i for i, _ in parts], int), [len(part) for _, part in parts])
 
 
 def _boxes(labels):
@@ -258,13 +222,6 @@ def _beginning(intervals, starts):
         number = count[part]
         offset = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
         yield np.repeat(part, number), order[np.repeat(first[part], number) + offset]
-
-
-def _join_pairs(parts):
-    """Lists of (gt rows, det rows, overlaps) -> one of each, by gt row, then det row."""
-    gt, det, overlap = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    order = np.lexsort((det, gt))
-    return gt[order], det[order], overlap[order]
 
 
 def _match(gt, det, frame, preference, usable):
@@ -317,58 +274,44 @@ def _score_thresholds(scores, count):
     return np.array(kept)
 
 
-def _curve(data, role, metric, least, repeat):
-    """Precision and orientation similarity over the score thresholds of one class, difficulty and metric.
+def _curve(data, gt_role, det_role, metric, least, repeat):
+    """Precision and orientation similarity over the score thresholds of one class, difficulty (see `_Pairs.roles`) and metric.
 
     Returns score (T,), recall (T,), precision (T,), similarity (T,), T <= 41; the last two made non-increasing.
     """
     gt, det, overlap = data.pairs[metric]
-    rows = np.flatnonzero((overlap > least) & (role.gt[gt] >= 0) & (role.det[det] >= 0))
+    rows = np.flatnonzero((overlap > least) & (gt_role[gt] >= 0) & (det_role[det] >= 0))
     gt, det, overlap = gt[rows], det[rows], overlap[rows]
-    frame, score = data.gt_frame[gt], data.det.score[det]
-    full = (role.gt[gt] == 1) & (role.det[det] == 1)
+    frame, score, counts = data.gt_frame[gt], data.det.score[det], gt_role[gt] == 1
+    full, count = counts & (det_role[det] == 1), (gt_role == 1).sum()
     by_score = _match(gt, det, frame, (-score, det), (score > LOWEST_SCORE)[None])[0]
-    total = int(role.counted.sum()) * repeat
-    thresholds = _score_thresholds(np.repeat(score[by_score & full], repeat), total)
+    thresholds = _score_thresholds(np.repeat(score[by_score & full], repeat), int(count) * repeat)
 
-    ignored = role.det[det] == 0
+    ignored = det_role[det] == 0
     taken = _match(gt, det, frame, (ignored, np.where(ignored, 0.0, -overlap), det), score >= thresholds[:, None])
     similarity = (1.0 + np.cos(data.gt.alpha[gt] - data.det.alpha[det])) / 2.0
     true = (taken & full).sum(1)
-    missed = role.counted.sum() - (taken & (role.gt[gt] == 1)).sum(1)
+    missed = count - (taken & counts).sum(1)
     open_ground = data.cover[:, metric] <= least  # detections that no DontCare region excuses
-    alone = np.sort(data.det.score[(role.det == 1) & open_ground])
+    alone = np.sort(data.det.score[(det_role == 1) & open_ground])
     false = len(alone) - np.searchsorted(alone, thresholds, "left") - (taken & ~ignored & open_ground[det]).sum(1)
-    return {
-        "score": thresholds,
-        "recall": _divide(true, true + missed),
-        "precision": _non_increasing(_divide(true, true + false)),
-        "similarity": _non_increasing(_divide((taken & full) @ similarity, true + false)),
-    }
-
-
-def _divide(a, b):
-    """a / b, and 0 where b is 0 (the official evaluator gets NaN there and stops making sense)."""
-    return np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
-
-
-def _non_increasing(values):
-    """Each entry replaced by the largest at or after it."""
-    return np.maximum.accumulate(values[::-1])[::-1]
+    # a share of nothing is 0: the official evaluator gets NaN there and stops making sense
+    share = lambda a, b: np.divide(a, b, out=np.zeros(len(a)), where=b > 0)  # noqa: E731
+    precision, similarity = share(true, true + false), share((taken & full) @ similarity, true + false)
+    return thresholds, share(true, true + missed), *(np.maximum.accumulate(x[::-1])[::-1] for x in (precision, similarity))
 
 
 def _average(values):
-    """AP in per cent from values at the first len(values) of 41 recall positions, 0 at the others."""
+    """AP in per cent from values at the first len(values) of 41 recall positions, 0 at the others; None of None."""
+    if values is None:
+        return {"AP_R40": None, "AP_R11": None}
     full = np.zeros(POSITIONS)
     full[: len(values)] = values
     return {"AP_R40": float(full[1:].mean() * 100), "AP_R11": float(full[::4].mean() * 100)}
 
 
 def object_errors(
-    truth: dict[str, Labels],
-    results: dict[str, Labels],
-    classes: Sequence[str] = CLASSES,
-    min_height: Sequence[float] = MIN_HEIGHT,
+    truth: dict[str, Labels], results: dict[str, Labels], classes: Sequence[str] = CLASSES
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """How far off matched objects are, by distance: depth, heading, size, recall and calibration of the predicted depth sigma.
 
@@ -381,23 +324,21 @@ def object_errors(
     heading_error (mean absolute, degrees), heading_flipped (share above 90 degrees), length_error, height_error, width_error
     (mean absolute, m), within_1_sigma, within_2_sigma (share)}; None where nothing can be averaged.
     """
-    data = _Pairs(truth, results, classes, MATCH_OVERLAP, max(min_height))
+    data = _Pairs(truth, results, classes, MATCH_OVERLAP, max(MIN_HEIGHT))
     names = [f"{near}-{far}" for near, far in itertools.pairwise(BANDS)] + [f"{BANDS[-1]}+"]
+    band = np.clip(np.searchsorted(BANDS, data.gt.center[:, 2], "right") - 1, 0, None)
     errors = {}
     for name in classes:
-        objects = data.roles(name, len(DIFFICULTIES) - 1, min_height).counted & data.gt.is_3d
+        objects = (data.roles(name, len(DIFFICULTIES) - 1, MIN_HEIGHT)[0] == 1) & data.gt.is_3d
         gt, det, _ = data.pairs[0]
-        rows = np.flatnonzero(objects[gt] & (data.det_name[det] == name.lower()) & data.det.is_3d[det])
+        rows = np.flatnonzero(objects[gt] & (data.det_code[det] == data.codes.get(name.lower(), -1)) & data.det.is_3d[det])
         gt, det = gt[rows], det[rows]
-        score = data.det.score[det]
-        taken = _match(gt, det, data.gt_frame[gt], (-score, det), np.ones((1, len(gt)), dtype=bool))[0]
+        taken = _match(gt, det, data.gt_frame[gt], (-data.det.score[det], det), np.ones((1, len(gt)), dtype=bool))[0]
         gt, det = gt[taken], det[taken]
-        band = np.clip(np.searchsorted(BANDS, data.gt.center[:, 2], "right") - 1, 0, None)
-        errors[name] = {}
-        for number, label in enumerate([*names, "all"]):
-            inside = objects if label == "all" else objects & (band == number)
-            here = inside[gt]
-            errors[name][label] = _band_errors(int(inside.sum()), data.gt[gt[here]], data.det[det[here]])
+        inside = {label: objects & (band == number) for number, label in enumerate(names)} | {"all": objects}
+        errors[name] = {
+            label: _band_errors(int(rows.sum()), data.gt[gt[rows[gt]]], data.det[det[rows[gt]]]) for label, rows in inside.items()
+        }
     return errors
 
 
@@ -406,23 +347,21 @@ def _band_errors(objects, truth, found):
     matched, sigma = len(truth), found.sigma
     depth = found.center[:, 2] - truth.center[:, 2]
     heading = np.degrees(np.abs(wrap_angle(found.yaw - truth.yaw)))
-    size = np.abs(found.size - truth.size)
-    mean = lambda values: float(np.mean(values)) if matched else None  # noqa: E731
-    return {
-        "objects": objects,
-        "matched": matched,
-        "recall": matched / objects if objects else None,
-        "depth_error": mean(np.abs(depth)),
-        "depth_bias": mean(depth),
-        "depth_percent": mean(np.abs(depth) / np.maximum(np.abs(truth.center[:, 2]), 1e-6) * 100),
-        "heading_error": mean(heading),
-        "heading_flipped": mean(heading > 90),
-        "length_error": mean(size[:, 0]),
-        "height_error": mean(size[:, 1]),
-        "width_error": mean(size[:, 2]),
-        "within_1_sigma": None if sigma is None else mean(np.abs(depth) <= sigma),
-        "within_2_sigma": None if sigma is None else mean(np.abs(depth) <= 2 * sigma),
+    length, height, width = np.abs(found.size - truth.size).T
+    means = {
+        "depth_error": np.abs(depth),
+        "depth_bias": depth,
+        "depth_percent": np.abs(depth) / np.maximum(np.abs(truth.center[:, 2]), 1e-6) * 100,
+        "heading_error": heading,
+        "heading_flipped": heading > 90,
+        "length_error": length,
+        "height_error": height,
+        "width_error": width,
+        "within_1_sigma": None if sigma is None else np.abs(depth) <= sigma,
+        "within_2_sigma": None if sigma is None else np.abs(depth) <= 2 * sigma,
     }
+    counts = {"objects": objects, "matched": matched, "recall": matched / objects if objects else None}
+    return counts | {key: float(np.mean(values)) if matched and values is not None else None for key, values in means.items()}
 
 
 def highest_possible(count: int, key: str) -> float:
@@ -439,25 +378,24 @@ def format_table(metrics: dict, metric: str = "R40", errors: dict | None = None)
     key, settings = f"AP_{metric}", metrics["settings"]
     classes, repeat = settings["classes"], settings["repeat"]
     wide = max(10, *(len(name) for name in classes))
-    shown = (("bbox", "2D"), ("aos", "AOS"), ("bev", "BEV"), ("3d", "3D"))
     times = f", each frame counted {repeat} times" if repeat > 1 else ""
     lines = [
         f"{key}, per cent: {settings['frames']} frames{times}, {settings['detections']} detections",
-        " " * wide + "".join(f"{title:^26}" for _, title in shown) + "  counted objects n",
+        " " * wide + "".join(f"{title:^26}" for title in ("2D", "AOS", "BEV", "3D")) + "  counted objects n",
         f"{'class':{wide}}" + "    easy    mod.    hard  " * 4 + "   easy   mod.   hard",
     ]
-    capped = []
+    capped = set()
     for name in classes:
-        counts = [metrics["counted"][name][difficulty] for difficulty in DIFFICULTIES]
-        row = f"{name:{wide}}"
-        for cell, _ in shown:
-            for count, difficulty in zip(counts, DIFFICULTIES, strict=True):
-                value = metrics[name][cell][difficulty][key]
-                text = "-" if value is None or not count else f"{value:.2f}"
-                row += f"{text:>7}" + ("*" if 0 < count * repeat < POSITIONS else " ")
+        row, counts = f"{name:{wide}}", metrics["counted"][name]
+        few = {difficulty: 0 < count * repeat < POSITIONS for difficulty, count in counts.items()}
+        capped |= {counts[difficulty] for difficulty in few if few[difficulty]}
+        for cells in metrics[name].values():  # 2D, AOS, BEV, 3D
+            for difficulty, averages in cells.items():
+                value = averages[key]
+                text = "-" if value is None or not counts[difficulty] else f"{value:.2f}"
+                row += f"{text:>7}{'*' if few[difficulty] else ' '}"
             row += "  "
-        lines.append(row + "".join(f"{count:7d}" for count in counts))
-        capped += [count for count in counts if 0 < count * repeat < POSITIONS]
+        lines.append(row + "".join(f"{count:7d}" for count in counts.values()))
     overlaps = "; ".join(f"{name} {' '.join(f'{v:g}' for v in values)}" for name, values in settings["min_overlap"].items())
     lines.append(f"Overlap must exceed, in 2D, BEV, 3D ({settings['overlap']}): {overlaps}")
     if capped:
@@ -473,19 +411,10 @@ def format_table(metrics: dict, metric: str = "R40", errors: dict | None = None)
 
 
 ERROR_COLUMNS = (  # key, title, digits
-    ("objects", "objects", 0),
-    ("recall", "recall", 2),
-    ("depth_error", "depth m", 2),
-    ("depth_percent", "depth %", 1),
-    ("depth_bias", "bias m", 2),
-    ("heading_error", "heading", 1),
-    ("heading_flipped", "flipped", 2),
-    ("length_error", "l m", 2),
-    ("height_error", "h m", 2),
-    ("width_error", "w m", 2),
-    ("within_1_sigma", "1 sigma", 2),
-    ("within_2_sigma", "2 sigma", 2),
-)
+    ("objects", "objects", 0), ("recall", "recall", 2), ("depth_error", "depth m", 2), ("depth_percent", "depth %", 1),
+    ("depth_bias", "bias m", 2), ("heading_error", "heading", 1), ("heading_flipped", "flipped", 2), ("length_error", "l m", 2),
+    ("height_error", "h m", 2), ("width_error", "w m", 2), ("within_1_sigma", "1 sigma", 2), ("within_2_sigma", "2 sigma", 2),
+)  # fmt: skip
 
 
 def _error_lines(errors):
