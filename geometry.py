@@ -73,31 +73,23 @@ def unproject(pixels, depth, K):
 
     Inverse of `project` for a K with zero skew; K's leading shape must broadcast with the pixels'.
     """
-    library = _library(pixels)
-    focal = library.stack([K[..., 0, 0], K[..., 1, 1]], -1)
-    flat = (pixels - K[..., :2, 2]) / focal * depth[..., None]
-    return library.concatenate([flat, depth[..., None]], -1)
+    lib = _library(pixels)
+    focal = lib.stack([K[..., 0, 0], K[..., 1, 1]], -1)
+    return lib.concatenate([(pixels - K[..., :2, 2]) / focal * depth[..., None], depth[..., None]], -1)
 
 
 def corners_from_axes(center, size, sine, cosine):
-    """Like `box_corners`, from the sine and cosine of the yaw (...): differentiable without an angle. Torch."""
-    signs = torch.as_tensor(CORNER_SIGNS, dtype=center.dtype, device=center.device)
-    local = size[..., None, :] * signs  # (..., 8, 3)
+    """Like `box_corners`, from the sine and cosine of the yaw (...): differentiable without an angle. Numpy or torch."""
+    lib = _library(center)
+    signs = CORNER_SIGNS if lib is np else torch.as_tensor(CORNER_SIGNS, dtype=center.dtype, device=center.device)
+    x, y, z = lib.moveaxis(size[..., None, :] * signs, -1, 0)  # (..., 8) each
     sine, cosine = sine[..., None], cosine[..., None]
-    x = cosine * local[..., 0] + sine * local[..., 2]
-    z = cosine * local[..., 2] - sine * local[..., 0]
-    return torch.stack([x, local[..., 1], z], -1) + center[..., None, :]
+    return lib.stack([cosine * x + sine * z, y, cosine * z - sine * x], -1) + center[..., None, :]
 
 
 def box_corners(center, size, yaw):
     """Centre (..., 3), size (..., 3) as l, h, w, yaw (...) -> corners (..., 8, 3), bottom four first. Numpy or torch."""
-    if isinstance(center, Tensor):
-        return corners_from_axes(center, size, torch.sin(yaw), torch.cos(yaw))
-    local = size[..., None, :] * CORNER_SIGNS
-    sine, cosine = np.sin(yaw)[..., None], np.cos(yaw)[..., None]
-    x = cosine * local[..., 0] + sine * local[..., 2]
-    z = cosine * local[..., 2] - sine * local[..., 0]
-    return np.stack([x, local[..., 1], z], -1) + center[..., None, :]
+    return corners_from_axes(center, size, _library(center).sin(yaw), _library(center).cos(yaw))
 
 
 def clip_edges(corners, near=NEAR):
@@ -124,8 +116,8 @@ def project_boxes(center, size, yaw, K):
     """
     corners = box_corners(np.asarray(center, float), np.asarray(size, float), np.asarray(yaw, float))
     edges, visible = clip_edges(corners)
-    pixels = project(np.where(visible[..., None, None], edges, [0.0, 0.0, 1.0]), np.asarray(K, float))
     shown = visible[..., None, None]
+    pixels = project(np.where(shown, edges, [0.0, 0.0, 1.0]), np.asarray(K, float))
     low = np.where(shown, pixels, np.inf).min((1, 2), initial=np.inf)
     high = np.where(shown, pixels, -np.inf).max((1, 2), initial=-np.inf)
     full_box = np.concatenate([low, high], -1)
@@ -144,11 +136,9 @@ def camera_problem(K, width=None, height=None):
         return f"expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], got {K.tolist()}"
     if not (fx > 0 and fy > 0):
         return f"focal lengths {fx:g}, {fy:g} px are not both > 0"
-    if width is None:
-        return None
-    if not (0.1 * width < fx < 50 * width and 0.1 * height < fy < 50 * max(width, height)):
+    if width and not (0.1 * width < fx < 50 * width and 0.1 * height < fy < 50 * max(width, height)):
         return f"focal lengths {fx:g}, {fy:g} px are implausible for an image of {width}x{height}"
-    if not (-width < cx < 2 * width and -height < cy < 2 * height):
+    if width and not (-width < cx < 2 * width and -height < cy < 2 * height):
         return f"principal point ({cx:g}, {cy:g}) px is far outside an image of {width}x{height}"
     return None
 
@@ -235,21 +225,16 @@ def _clip_polygons(polygon, inside):
 
     Returns (n, u, 2): u is the largest vertex count, shorter polygons repeat their last vertex, empty ones are all zero.
     """
-    if not polygon.shape[1]:
-        return polygon
     after, after_inside = np.roll(polygon, -1, 1), np.roll(inside, -1, 1)
     crosses = (inside >= 0) != (after_inside >= 0)
     t = inside / np.where(crosses, inside - after_inside, 1.0)
     cut = polygon + t[..., None] * (after - polygon)
     points = np.stack([polygon, cut], 2).reshape(len(polygon), -1, 2)  # (n, 2v, 2)
     kept = np.stack([inside >= 0, crosses], 2).reshape(len(polygon), -1)
-    place = np.cumsum(kept, 1) - 1
-    count = place[:, -1] + 1
-    clipped = np.zeros((len(polygon), int(count.max(initial=0)), 2))
+    count, place = kept.sum(1), np.cumsum(kept, 1) - 1
+    clipped = np.zeros((len(polygon), count.max(), 2))
     row, column = np.nonzero(kept)
     clipped[row, place[row, column]] = points[row, column]
-    if not clipped.shape[1]:
-        return clipped
     last = np.minimum(np.arange(clipped.shape[1]), np.maximum(count - 1, 0)[:, None])
     return np.take_along_axis(clipped, last[..., None], 1)
 
