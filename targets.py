@@ -82,8 +82,8 @@ def propose(point, level, strides, height, width):
 
     Returns location (B, M, 9) over all levels, inside (B, M, 9) and distance (B, M, 9) from cell to point in strides.
     """
-    counts = [(height // s) * (width // s) for s in strides]
-    stride, first = (per_level(level, values)[..., None] for values in (strides, [sum(counts[:i]) for i in range(len(strides))]))
+    first = [sum((height // s) * (width // s) for s in strides[:i]) for i in range(len(strides))]  # cells before each level
+    stride, first = (per_level(level, values)[..., None] for values in (strides, first))
     columns, rows = width / stride, height / stride
     edge = torch.cat([columns, rows], -1) - 1
     at = (point + 0.5) / stride  # cells (B, M, 2)
@@ -108,12 +108,10 @@ def assign(batch, config):
 
         images, objects = batch["valid"].shape
         owner = torch.arange(objects, device=location.device).repeat_interleave(CELLS).expand(images, -1)  # (B, S)
-
         alpha = yaw_to_alpha(batch["yaw"], batch["center"])
         told = [batch["center"], batch["size"], batch["box"], batch["full_box"], pixel, batch["yaw"][..., None], alpha[..., None]]
         told = torch.cat(told, -1).repeat_interleave(CELLS, 1)  # at once: each operator counts more than what it moves
         center, size, box, full_box, pixel, yaw, alpha = told.split([3, 3, 4, 4, 2, 1, 1], -1)
-
         return Targets(
             location=location,
             positive=positive,
@@ -145,9 +143,8 @@ def settle(location, proposed, distance, depth, count):
     least = cost.new_full((images, count), far).scatter_reduce(1, location, cost, "amin")
     best = (cost <= least.gather(1, location)) & proposed.flatten(1)
     slot = torch.arange(cost.shape[1], device=cost.device).expand(images, -1)
-    first = torch.full((images, count), cost.shape[1], device=cost.device).scatter_reduce(
-        1, location, torch.where(best, slot, cost.shape[1]), "amin"
-    )
+    claim = torch.where(best, slot, slot.shape[1])
+    first = torch.full((images, count), slot.shape[1], device=cost.device).scatter_reduce(1, location, claim, "amin")
     positive = best & (first.gather(1, location) == slot)
     return torch.where(positive, location, 0), positive
 
@@ -172,7 +169,7 @@ def measure_priors(dataset, config):
     """
     if config.size_prior and config.depth_mean and config.depth_std:
         return config
-    labels, sizes, levels, depths = [], [], [], []
+    found = []  # labels, sizes, levels and depths of each frame
     for index in sorted({id: i for i, id in enumerate(dataset.ids)}.values()):
         try:
             view = dataset.view_of(index)
@@ -181,18 +178,13 @@ def measure_priors(dataset, config):
                 raise
             continue  # the loader replaces, counts and reports it
         sample = dataset.sample_from(dataset.frames[index], view)
-        near = sample["center"][:, 2] > MIN_DEPTH
-        labels.append(sample["label"][near])
-        sizes.append(sample["size"][near])
-        levels.append(level_of(sample["box"], config.level_sizes)[near])
-        depths.append(sample["center"][near, 2] * config.virtual_focal / sample["K"][1, 1])
-    labels, sizes, levels, depths = (torch.cat(x) for x in (labels, sizes, levels, depths))
-    if not len(labels):
+        depth, level = sample["center"][:, 2], level_of(sample["box"], config.level_sizes)
+        columns = sample["label"], sample["size"], level, depth * config.virtual_focal / sample["K"][1, 1]
+        found.append([column[depth > MIN_DEPTH] for column in columns])
+    if not any(len(label) for label, *_ in found):
         raise ValueError(f"none of the {len(dataset)} training frames holds an object of {', '.join(config.classes)}")
-
-    def rows(mask, few):
-        return mask if mask.sum() >= few else torch.ones_like(mask)
-
+    labels, sizes, levels, depths = (torch.cat(column) for column in zip(*found, strict=True))
+    rows = lambda mask, few: mask if mask.sum() >= few else torch.ones_like(mask)  # noqa: E731
     size_prior = [sizes[rows(labels == c, 1)].mean(0).tolist() for c in range(len(config.classes))]
     by_level = [depths[rows(levels == level, 4)] for level in range(len(config.strides))]
     measured = {
@@ -213,9 +205,8 @@ def encode(targets, model, K):
     level = model.location_level[targets.location]
     focal = K.float()[:, None, 1, 1]
 
-    def unbound(value, name):
-        limit = LIMITS[name][0]
-        return limit * torch.atanh((value / limit).clamp(-1 + 1e-6, 1 - 1e-6))
+    def unbound(value, name):  # inverse of the bound that the head's outputs are kept in
+        return LIMITS[name][0] * torch.atanh((value / LIMITS[name][0]).clamp(-1 + 1e-6, 1 - 1e-6))
 
     reach = torch.cat([pixel - targets.box[..., :2], targets.box[..., 2:] - pixel], -1) / stride
     full = torch.cat([pixel - targets.full_box[..., :2], targets.full_box[..., 2:] - pixel], -1) / (4 * stride)
