@@ -29,9 +29,6 @@ PANELS = {"bbox": ("2D", 0), "aos": ("AOS", 0), "bev": ("BEV", 1), "3d": ("3D", 
 FONTS = ("DejaVuSans", "NotoSans-Regular", "Arial", "arial", "NotoSansCJK-Regular", "wqy-microhei", "Arial Unicode", "msyh")
 
 
-# ---- a frame
-
-
 def draw_frame(
     image: Image.Image | np.ndarray,
     K: np.ndarray,
@@ -92,9 +89,10 @@ def _draw_image(canvas, K, layers, size, letters):
             if (corners[i, FRONT, 2] >= NEAR).all():
                 draw.polygon([tuple(p) for p in enlarge(project(corners[i, FRONT], K))], fill=(*colour, 30 if dashed else 55))
             width = SUPERSAMPLE * float(np.clip(30 / max(boxes.center[i, 2], 1), 1.2, 2.4))
-            for a, b in pixels[i][visible[i]]:
+            lines = pixels[i][visible[i]]
+            for a, b in lines:
                 _line(draw, a, b, colour, width, dashed, canvas.size)
-            extents.append((*pixels[i][visible[i]].min((0, 1)), *pixels[i][visible[i]].max((0, 1))))
+            extents.append((*lines.min((0, 1)), *lines.max((0, 1))))
             if not dashed:
                 score = f"{boxes.score[i]:.2f}".lstrip("0")
                 captions.append((f"{boxes.name[i]} {boxes.center[i, 2]:.0f} m {score}", len(extents) - 1))
@@ -181,9 +179,6 @@ def _line(draw, a, b, colour, width, dashed, size, halo=True):
         draw.line([*ends[0], *ends[1]], fill=colour, width=round(width))
 
 
-# ---- a sheet of frames
-
-
 def draw_frames(frames: Sequence[Frame], predictions: dict[str, Labels], metrics: dict, classes: Sequence[str]) -> Image.Image:
     """A sheet of the best frames, then the worst, by `frame_quality`; detections above `best_score`. Returns an RGB image.
 
@@ -258,9 +253,6 @@ def frame_quality(truth: Labels, found: Labels, classes: Sequence[str]) -> float
     return float(overlap.reshape(len(truth), len(found)).max(1).mean())
 
 
-# ---- curves
-
-
 def draw_curves(metrics: dict) -> Image.Image:
     """Precision over recall of the result of `kitti_ap`: a row per class, a panel per metric, a line per difficulty. Returns a PIL image.
 
@@ -301,9 +293,6 @@ def _draw_panel(draw, corner, texts, curves, averages):
         average, x = averages[difficulty]["AP_R40"], left + number * PANEL[0] / 2.8
         draw.line([(x, top - 14), (x + 14, top - 14)], fill=colour, width=2)
         write((x + 19, top - 14), f"{difficulty} {'-' if average is None else f'{average:.1f}'}", colour, "lm")
-
-
-# ---- text
 
 
 def _write(draw, xy, text, size, fill, anchor):
