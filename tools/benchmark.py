@@ -62,11 +62,9 @@ def make_batch(config, images, objects, device):
     for _ in range(images):
         frame = Frame("", Path(), *scene(rng, objects, width, height, config.model.classes))
         sample = data.sample_from(frame, whole_view(width, height, (height, width)))
-        sample["image"] = torch.from_numpy(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
-        sample["index"] = sample["skipped"] = torch.tensor(0)
-        if config.data.colour:
-            sample.update(colour=torch.eye(3, 4), covered=torch.tensor([0, 0, width, height]))
-        samples.append(sample)
+        pixels, zero = torch.from_numpy(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)), torch.tensor(0)
+        colour = {"colour": torch.eye(3, 4), "covered": torch.tensor([0, 0, width, height])} if config.data.colour else {}
+        samples.append({**sample, "image": pixels, "index": zero, "skipped": zero, **colour})
     return send_to_device(collate(samples), device)
 
 
@@ -130,15 +128,15 @@ def backbone_pass(net, batch, accelerator):
 
 def interleave(tasks, rounds, device):
     """Seconds of each task {name: (rounds,)}, run in turn so that a busy machine slows all alike; the first round is dropped."""
-    seconds = {name: [] for name in tasks}
-    for _ in range(rounds + 1):
+    seconds = {name: np.zeros(rounds + 1) for name in tasks}
+    for turn in range(rounds + 1):
         for name, task in tasks.items():
             began = time.perf_counter()
             task()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(values[1:]) for name, values in seconds.items()}
+            seconds[name][turn] = time.perf_counter() - began
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 class Count(TorchDispatchMode):
@@ -173,23 +171,22 @@ def measure_steps(step, rounds):
     net.train()
     learned = seconds["forward"] + seconds["targets_losses"] + seconds["backward"]
     ratios = {"train_step": learned / seconds["backbone"], "whole_step": seconds["whole_step"] / seconds["backbone"]}
-    return {
-        "train_images_per_s": len(x) / float(np.median(seconds["whole_step"])),
-        **{f"{name}_s": float(np.median(values)) for name, values in seconds.items()},
-        **{f"{name}_over_backbone": float(np.median(values)) for name, values in ratios.items()},
-        **{f"{name}_over_backbone_spread": np.quantile(values, (0, 1)).round(3).tolist() for name, values in ratios.items()},
-        "predict_over_backbone_forward": float(np.median(predict["predict"] / predict["bare"])),
-        "host_syncs_per_step": sum(count.waits for count in counts.values()),
-        "optimizer_and_average_operator_calls": counts["optimizer_and_average"].calls.total(),
-    }
+    found = {"train_images_per_s": len(x) / float(np.median(seconds["whole_step"]))}
+    found |= {f"{name}_s": float(np.median(values)) for name, values in seconds.items()}
+    for name, values in ratios.items():
+        found[f"{name}_over_backbone"] = float(np.median(values))
+        found[f"{name}_over_backbone_spread"] = np.quantile(values, (0, 1)).round(3).tolist()
+    found["predict_over_backbone_forward"] = float(np.median(predict["predict"] / predict["bare"]))
+    found["host_syncs_per_step"] = sum(count.waits for count in counts.values())
+    return found | {"optimizer_and_average_operator_calls": counts["optimizer_and_average"].calls.total()}
 
 
 def measure_head(config, device, images, rounds):
     """Targets, all twelve losses and their backward to the head's outputs, and decoding, on one thread."""
-    weights = {field.name: getattr(config.loss, field.name) or 1.0 for field in dataclasses.fields(config.loss)}
-    model, loss = dataclasses.replace(config.model, predict_yaw=True), dataclasses.replace(config.loss, **weights)
-    config, threads = dataclasses.replace(config, model=model, loss=loss), torch.get_num_threads()
-    net, found = make_net(config, device), {"targets_losses_ms": {}, "operator_calls": {}, "decode_nms_ms": {}}
+    weights = {name: value or 1.0 for name, value in vars(config.loss).items()}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, predict_yaw=True))
+    loss, threads, net = dataclasses.replace(config.loss, **weights), torch.get_num_threads(), make_net(config, device)
+    found = {"targets_losses_ms": {}, "operator_calls": {}, "decode_nms_ms": {}}
     torch.set_num_threads(1)
     for objects in OBJECTS:
         batch = make_batch(config, images, objects, device)
@@ -247,18 +244,13 @@ def measure_loader(data, rounds):
         "bare": lambda: [load_image(data.frames[index].image).resize(size, Image.Resampling.BILINEAR) for index in chosen],
         "loader": lambda: [data[(0, index)] for index in chosen],
     }
-    rate = {name: len(chosen) / values.min() for name, values in interleave(tasks, rounds, cpu).items()}
+    bare, loader = (len(chosen) / values.min() for values in interleave(tasks, rounds, cpu).values())
     with tempfile.TemporaryDirectory() as folder:
         data.cache = FrameCache(folder)
         cached = len(chosen) / interleave({"cached": tasks["loader"]}, rounds, cpu)["cached"].min()  # the first round fills it
         mib = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20 / len(chosen)
-    return {
-        "loader_images_per_s_per_worker": rate["loader"],
-        "bare_decode_resize_images_per_s": rate["bare"],
-        "loader_over_bare_decode": rate["loader"] / rate["bare"],
-        "cached_loader_over_loader": cached / rate["loader"],
-        "cache_mib_per_frame": mib,
-    }
+    found = {"loader_images_per_s_per_worker": loader, "bare_decode_resize_images_per_s": bare, "loader_over_bare_decode": loader / bare}
+    return found | {"cached_loader_over_loader": cached / loader, "cache_mib_per_frame": mib}
 
 
 def measure_waiting(step, data, rounds):
