@@ -51,8 +51,8 @@ def tell(found, truth, K, known):
     rows = match(found, truth)
     told, true = rows >= 0, truth[np.maximum(rows, 0)] if len(truth) else found
     center, size, yaw = found.center.copy(), found.size.copy(), found.yaw.copy()
-    told &= (center[:, 2] > 0.1) & (true.center[:, 2] > 0.1) if len(truth) else False
-    if known in ("depth", "projected centre") and told.any():
+    told &= (center[:, 2] > 0.1) & (true.center[:, 2] > 0.1)
+    if known in ("depth", "projected centre"):
         pixel, depth = (found, true) if known == "depth" else (true, found)
         center[told] = unproject(project(pixel.center[told], K), depth.center[told, 2], K)
     if known in ("location", "all"):
@@ -70,11 +70,8 @@ def predict_run(run, overrides=()):
         config, model = load_run(find_checkpoint(run), overrides)
         dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
         accelerator = start_accelerator(config.train.mixed_precision)
-    return (
-        config,
-        dataset,
-        predict_dataset(model.to(accelerator.device), dataset, accelerator, config.train.batch_size, config.data.workers),
-    )
+    model = model.to(accelerator.device)
+    return config, dataset, predict_dataset(model, dataset, accelerator, config.train.batch_size, config.data.workers)
 
 
 def measure(dataset, predictions):
