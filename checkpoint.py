@@ -16,6 +16,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -125,10 +126,10 @@ def save_weights(folder, model, config, metrics, meta):
 
 
 def amend_checkpoint(folder, metrics, **changes):
-    """Note an evaluation in a checkpoint: its metrics.json, and entries of its meta, at once or not at all."""
+    """Note an evaluation in a checkpoint: its metrics.json, which is not digested, then entries of its meta, at once or not at all."""
     folder = Path(folder)
     meta = {**read_meta(folder), **changes}
-    names = [*meta.pop("sha256"), METRICS]
+    names = [*meta.pop("sha256")]
     (folder / METRICS).write_text(json.dumps(metrics, indent=1))
     _sync(folder / METRICS)
     write_meta(folder, meta, names, ".tmp_meta")
@@ -197,6 +198,12 @@ def load_checkpoint(accelerator, folder, optimizer, averaged):
         if before != averaged:
             raise ValueError(f"it was written {'with' if before else 'without'} averaged weights, and train.ema now says otherwise")
         accelerator.load_state(str(folder))
+        accelerator.step = 0  # a random_states file of a stranger could set it
+        for p, state in optimizer.state.items():  # fused kernels would write beyond moments of another shape
+            if wrong := [name for name, value in state.items() if torch.is_tensor(value) and value.shape not in (p.shape, ())]:
+                raise ValueError(f"{OPTIMIZER}: {wrong[0]} has another shape than its weights")
+            if any(name in state and state[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer")):
+                raise ValueError(f"{OPTIMIZER}: its moments have another shape than their weights")
     except FOREIGN as error:
         raise ValueError(f"{folder}: cannot resume from this checkpoint: {textwrap.shorten(str(error), 400)}") from error
     for group, values in zip(optimizer.param_groups, settings, strict=True):

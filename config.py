@@ -27,7 +27,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-steps per optimizer step
     epochs: float = 12  # passes over data.train; steps = epochs * frames / (batch_size * processes * accumulate), rounded up
     steps: int = 0  # optimizer steps; above 0 replaces epochs
-    optimizer: str = "adamw"  # any timm optimizer
+    optimizer: str = "adamw"  # 'muon', or any timm optimizer
     beta2: float = 0.999  # decay of the second moment, of optimizers that have one; short runs like 0.99
     lr: float = 1e-3  # peak learning rate, for the global batch as it is (not rescaled)
     weight_decay: float = 0.01  # not on norms and biases
@@ -69,6 +69,8 @@ class Config:
         for name, least in positive.items():
             if getattr(train, name) < least:
                 raise ValueError(f"train.{name} is {getattr(train, name)}, expected at least {least}")
+        if train.steps < 0 or self.data.workers < 0 or self.model.channels < 4:
+            raise ValueError("expected train.steps >= 0, data.workers >= 0 and model.channels >= 4")
         choices = {"schedule": ("cosine", "step", "constant"), "mixed_precision": ("no", "bf16", "fp16")}
         for name, allowed in choices.items():
             if getattr(train, name) not in allowed:

@@ -11,7 +11,7 @@ from __future__ import annotations  # Accelerator and Detection3D are named in s
 import argparse
 import dataclasses
 import json
-import math
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -141,6 +141,9 @@ def compute_metrics(
     return metrics
 
 
+WORST = 1e9  # of a metric of which less is better, where nothing can be averaged: JSON has no infinity
+
+
 def read_metric(metrics: dict, name: str) -> float:
     """The number under a path of keys, 'Car/3d/moderate/AP_R40'; higher is better, and for '-errors/Car/all/depth_error' lower.
 
@@ -159,7 +162,7 @@ def read_metric(metrics: dict, name: str) -> float:
         place = place[key]
     if isinstance(place, dict | list | str):
         raise ValueError(f"best={name} is not one number, expected more keys: {', '.join(place)}")
-    return (math.inf if name.startswith("-") else 0.0) if place is None else float(place)
+    return (WORST if name.startswith("-") else 0.0) if place is None else float(place)
 
 
 def flat_metrics(metrics: dict) -> dict[str, float]:
@@ -181,9 +184,11 @@ def flat_metrics(metrics: dict) -> dict[str, float]:
 def write_evaluation(folder: str | Path, dataset: Detection3D, metrics: dict, predictions: dict[str, Labels]) -> None:
     """results/<id>.txt (KITTI format, the source's own frame and pixels), predictions.jsonl, metrics.json and pictures, into a folder."""
     folder = Path(folder)
-    (folder / "results").mkdir(parents=True, exist_ok=True)
-    for old in (folder / "results").rglob("*.txt"):
-        old.unlink()
+    results = folder / "results"
+    if folder.is_symlink() or results.is_symlink() or (results.exists() and not (folder / "metrics.json").exists()):
+        raise UserError(f"{folder} holds results of something else; --out chooses another folder")
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
     frames = []
     for frame, (id, labels) in zip(dataset.frames, predictions.items(), strict=True):
         path = folder / "results" / f"{id}.txt"
@@ -250,7 +255,7 @@ def evaluate_files(options: argparse.Namespace) -> None:
     """The files mode: prints the table, and what is missing or extra; writes what was asked for."""
     with user_errors():
         truth, results, missing, extra = read_folder(options.labels, options.results, options.split)
-    metrics = compute_metrics(truth, results, options.classes or CLASSES, options.overlap, options.repeat)
+    metrics = compute_metrics(truth, results, options.classes or CLASSES, options.overlap, options.repeat or 1)
     metrics["files"] = {"missing_results": len(missing), "extra_results": len(extra)}
     print(format_table(metrics, options.metric, metrics["errors"] if options.errors else None))
     if missing:
@@ -302,7 +307,8 @@ def stay_at_home(config: Config, overrides: Sequence[str]) -> Config:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=""))
     for source in config.data.val if not asked & {"data.root", "data.val"} else ():
         root = Path(source.root or config.data.root)
-        if source.kind == "synthetic" and not root.is_dir() and not root.resolve().is_relative_to(Path.cwd()):
+        rendered = any(root.glob(f"world*-seed{source.world_seed}-*-val{source.world_frames}"))
+        if source.kind == "synthetic" and not rendered and not root.resolve().is_relative_to(Path.cwd()):
             raise ValueError(f"the run's config would render the built-in world into {root}; data.root=FOLDER says where it may")
     return config
 
@@ -318,7 +324,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--classes", nargs="+", help=f"class names of the files; default: {' '.join(CLASSES)}")
     parser.add_argument("--metric", choices=("R40", "R11"), default="R40", help="recall positions of the table; default: %(default)s")
     parser.add_argument("--overlap", choices=tuple(MIN_OVERLAP), default="strict", help="overlap thresholds; default: %(default)s")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="count every frame N times: lifts the cap on few objects")
+    parser.add_argument("--repeat", type=int, metavar="N", help="count every frame N times: lifts the cap on few objects")
     parser.add_argument("--errors", action="store_true", help="also print depth, heading and size errors by distance")
     parser.add_argument("--json", metavar="OUT", help="write every number here")
     parser.add_argument("--curves", metavar="OUT.png", help="draw the precision-recall curves here")
@@ -331,7 +337,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.exit(2, f"evaluate.py: {'--labels' if options.labels is None else '--results'} DIR is missing\n")
     if options.run and (options.classes or options.split):
         parser.exit(2, "evaluate.py: --classes and --split belong to --labels; of a run, data.val=... chooses the frames\n")
-    if options.repeat < 1:
+    if options.repeat is not None and options.repeat < 1:
         parser.exit(2, f"evaluate.py: --repeat is {options.repeat}, expected 1 or more\n")
     return options
 

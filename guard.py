@@ -1,7 +1,7 @@
 """What keeps a run from going on broken: launched processes that join, signals, steps that are not finite, a second run in a folder.
 
 Nothing here waits for the device in a step that goes well, except before an optimizer that cannot leave a step out by itself (all but
-timm's adam and adamw).
+muon and timm's adam and adamw).
 """
 
 import collections
@@ -66,7 +66,7 @@ def launched():
 
 
 class Stopped(Exception):
-    """All processes were asked to stop, and what was done is saved."""
+    """All processes were asked to stop, and what was done, if anything, is saved."""
 
 
 class Signals:
@@ -100,7 +100,7 @@ class Signals:
             signal.signal(number, handler)
         if kind is not Stopped:
             return False
-        log.info(f"stopped by {self.received or 'a signal to another process'}, saved; the same command goes on")
+        log.info(f"stopped by {self.received or 'a signal to another process'}{', saved' * self.saving}; the same command goes on")
         if self.main:
             (self.out / "STOPPED").write_text("")
         return True
@@ -148,16 +148,14 @@ class Guard:
 
     def step(self, step, norm):
         """Step the optimizer, unless the gradient's norm (equal on all processes) is not finite; BatchNorm's statistics stay then too."""
-        broken, weight = ~torch.isfinite(norm), 1.0
+        broken = ~torch.isfinite(norm)
         rows = [{**values, "gradient": sum(seen)} for values, seen in self.parts]
         if self.accelerator.scaler:  # fp16's scaler leaves such a step out itself, and must see it to lower its scale, at first often
-            fine = torch.stack([torch.isfinite(row["loss"]) for row in rows]).all()
-            weight = torch.where(fine, self.max_bad_steps / OVERFLOWS, 1.0)
             self.optimizer.step()
         else:
             step_unless(broken, self.optimizer.optimizer)
         self.statistics.settle(~broken)
-        self.bad_steps = torch.where(broken, self.bad_steps + weight, 0)
+        self.bad_steps = torch.where(broken, self.bad_steps + 1, 0)
         self.window.add(step, rows, norm)
         self.parts = []
 
@@ -173,7 +171,7 @@ class Guard:
         if event:
             event.synchronize()
         asked, bad_steps = numbers.tolist()
-        return asked > 0, bad_steps >= self.max_bad_steps
+        return asked > 0, bad_steps >= (max(self.max_bad_steps, OVERFLOWS) if self.accelerator.scaler else self.max_bad_steps)
 
 
 class Statistics:

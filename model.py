@@ -361,9 +361,10 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         """
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
-        with contextlib.nullcontext(image) if isinstance(image, Image.Image) else opened(image) as file:
+        own = not isinstance(image, Image.Image)  # decoding at a reduced size would change the caller's image
+        with opened(image) if own else contextlib.nullcontext(image) as file:
             file = upright(file)
-            size, picture = file.size, decode(file, reduction_of(file, self.config.size))
+            size, picture = file.size, decode(file, reduction_of(file, self.config.size) if own else 1)
         K = np.asarray(K, dtype=np.float64)
         problem = camera_problem(K, *size)
         if problem:
@@ -397,12 +398,12 @@ def read_meta(folder):
             raise ValueError
         meta = json.loads(path.read_bytes())
         recorded = meta.pop("meta_sha256", None)
-        if recorded != _meta_digest(meta) or not all(isinstance(name, str) for name in {**meta["sha256"]}):
+        if recorded != _meta_digest(meta) or any(Path(name).name != name for name in {**meta["sha256"]}):
             raise ValueError
     except FileNotFoundError:
-        raise FileNotFoundError(f"{META} is missing") from None
+        raise FileNotFoundError(f"{path} is missing") from None
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        raise ValueError(f"{META} is damaged") from None
+        raise ValueError(f"{path} is damaged") from None
     return meta
 
 
@@ -421,9 +422,9 @@ def verify_files(folder):
     for name, digest in meta["sha256"].items():
         path = Path(folder) / name
         if not path.exists():
-            raise FileNotFoundError(f"{name} is missing")
+            raise FileNotFoundError(f"{path} is missing")
         if not path.is_file() or _digest(path) != digest:
-            raise ValueError(f"{name} is damaged")
+            raise ValueError(f"{path} is damaged")
     return meta
 
 
@@ -494,7 +495,7 @@ def _probe(config, options):
 def _dry_step(backbone, size):
     """Forward and backward of a copy without numbers. Returns for each parameter whether it has a gradient; raises what timm raises."""
     dry = copy.deepcopy(backbone).to("meta")
-    sum(feature.sum() for feature in dry(torch.empty(1, 3, *size, device="meta"))).backward()
+    sum(feature.sum() for feature in dry(torch.empty(2, 3, *size, device="meta"))).backward()
     return [p.grad is not None for p in dry.parameters()]
 
 

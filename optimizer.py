@@ -21,6 +21,8 @@ def make_optimizer(model, options):
         raise ValueError(f"train.optimizer {options.optimizer!r} is unknown to timm{'; near it: ' + ', '.join(near) if near else ''}")
     info = get_optimizer_info(options.optimizer)
     chosen = {"betas": (0.9, options.beta2)} if info.num_betas == 2 else {}
+    if isinstance(info.opt_class, str):
+        raise ValueError(f"train.optimizer {options.optimizer!r} needs {info.opt_class.rpartition('.')[0]}, which is not installed")
     if issubclass(info.opt_class, torch.optim.Adam):
         chosen["fused"] = True  # can leave out a step without asking the host; SGD's would keep garbage from a first step left out
     return create_optimizer_v2(model, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, **chosen)
@@ -56,10 +58,10 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # found_inf is looked at, by this name of torch's own optimizers
 
     def __init__(self, params, lr, betas=(0.9, 0.999), momentum=0.9, eps=1e-7, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "momentum": momentum, "eps": eps, "weight_decay": weight_decay, "fused": True})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         """One step, or none where `found_inf` (a device scalar) is not 0."""
         for group in self.param_groups:
             by_shape, rest = {}, []

@@ -54,7 +54,8 @@ def train(config, accelerator):
     Returns the metrics of the last evaluation, or None when a signal stopped the run before its end.
     """
     out, options, device, rank = Path(config.out), config.train, accelerator.device, accelerator.process_index
-    out.mkdir(parents=True, exist_ok=True)
+    with user_errors():
+        out.mkdir(parents=True, exist_ok=True)
     with Signals(out, accelerator.is_main_process) as signals, lock_folder(out, accelerator.is_main_process):
         start_log(out, accelerator.is_main_process)
 

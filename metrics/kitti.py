@@ -405,7 +405,7 @@ def format_table(metrics: dict, metric: str = "R40", errors: dict | None = None)
         lines += [
             f"* With n <= 40 the official sampling stops at n score thresholds, so even perfect detections get at most {rule}: "
             f"{highest_possible(count * repeat, key):.1f} for n = {count * repeat}.",
-            f"  Counting every frame {enough} times (--repeat {enough}) lifts the cap to 100.",
+            f"  Counting every frame {enough} times (evaluate.py --repeat {enough}) lifts the cap to 100.",
         ]
     return "\n".join(lines + (_error_lines(errors) if errors else []))
 

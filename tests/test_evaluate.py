@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import socket
@@ -268,6 +267,13 @@ def test_changed_weights_are_refused_by_name(run, capsys, tmp_path):
         Detector.from_pretrained(tmp_path / "best")
 
 
+def test_an_evaluation_deletes_nobodys_files(run, capsys, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/notes.txt").write_text("mine")
+    assert "holds results of something else; --out chooses another folder" in fail(capsys, run, "--out", tmp_path)
+    assert (tmp_path / "results/notes.txt").read_text() == "mine"
+
+
 def test_flags_that_a_run_would_ignore_are_refused(run, capsys):
     assert "--classes and --split belong to --labels" in fail(capsys, run, "--classes", "Car")
 
@@ -278,7 +284,7 @@ def test_one_number_of_an_evaluation_by_its_path():
     car = evaluate.read_metric(metrics, "Car/3d/moderate/AP_R40")
     assert evaluate.read_metric(metrics, "Car/bbox/hard/AP_R11") > 0
     assert evaluate.read_metric(metrics, "-errors/Car/all/depth_error") == 0
-    assert evaluate.read_metric(metrics, "-errors/Tram/all/depth_error") == math.inf  # nothing to average: the worst
+    assert evaluate.read_metric(metrics, "-errors/Tram/all/depth_error") == evaluate.WORST  # nothing to average
     counted = [evaluate.read_metric(metrics, f"{c}/3d/moderate/AP_R40") for c in ("Car", "Pedestrian") if metrics["counted"][c]["hard"]]
     assert evaluate.read_metric(metrics, "mean/3d/moderate/AP_R40") == pytest.approx(np.mean(counted))
     assert evaluate.read_metric({**metrics, "mine": 1.5}, "mine") == 1.5

@@ -355,9 +355,26 @@ def test_an_evaluation_is_noted_at_once(tiny_run, tmp_path):
     progress, _ = verify_checkpoint(folder)
     assert (progress.step, progress.best, progress.evaluated) == (2, 4.5, True)
     assert json.loads((folder / "metrics.json").read_text()) == {"mine": 1.5}
-    (folder / "metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
-        verify_checkpoint(folder)
+    amend_checkpoint(folder, {"mine": 2.5}, evaluated=True)  # as when a finished run is started again
+    (folder / "metrics.json").write_text("{")  # and killed in the middle: metrics are told, not needed
+    assert verify_checkpoint(folder)[0].evaluated
+
+
+def test_moments_of_another_shape_are_refused(tiny_run, tmp_path):
+    """Fused kernels would read and write beyond them."""
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
+    content = torch.load(folder / "optimizer.bin", weights_only=True)
+    state = next(s for s in content["state"].values() if "exp_avg" in s)
+    state["exp_avg"] = torch.zeros(())
+    torch.save(content, folder / "optimizer.bin")
+    config = json.loads((folder / "config.json").read_text())
+    accelerator = start_accelerator(cpu=True)
+    net, average = Detector(ModelConfig(**config["model"])), Detector(ModelConfig(**config["model"]))
+    _, optimizer = accelerator.prepare(net, make_optimizer(net, override(Config(), ["train.optimizer=muon"]).train))
+    share_state(accelerator, net, average)
+    with pytest.raises(ValueError, match="another shape"):
+        load_checkpoint(accelerator, folder, optimizer, averaged=True)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_run, tmp_path, here):  # noqa: F811

@@ -463,6 +463,14 @@ def test_every_parameter_that_learns_gets_a_gradient(name):
     assert any(not p.requires_grad for p in net.parameters()) == name.startswith("hrnet")
 
 
+def test_predicting_leaves_the_callers_image_alone(detector, tmp_path):
+    """A JPEG that is decoded at a reduced size would be another image afterwards."""
+    Image.fromarray(np.zeros((384, 1280, 3), np.uint8)).save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        detector.predict(image, np.array([[800.0, 0, 640], [0, 800, 192], [0, 0, 1]]))
+        assert image.size == (1280, 384)
+
+
 def test_synchronised_norms_keep_their_activation():
     """timm's BatchNormAct2d holds one, which torch's converter drops."""
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ import pytest
 import timm
 import torch
 from accelerate import tracking
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, launch, tiny
 from safetensors.torch import load_file
@@ -507,6 +508,26 @@ def test_muon_is_timms_in_single_precision(monkeypatch):
     learn_noise(timm.optim.create_optimizer_v2(other, opt="muon", lr=0.01, weight_decay=0.1, betas=(0.9, 0.999)), other, 3)
     for (name, ours), theirs in zip(model.named_parameters(), other.named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs[1], rtol=0, atol=1e-6, msg=name)
+
+
+def test_muon_steps_behind_fp16s_scaler():
+    model = Mixed()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = AcceleratedOptimizer(make_optimizer(model, TrainConfig(optimizer="muon", lr=0.01)), scaler=scaler)
+    for overflow in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.scale(sum((p * p).sum() for p in model.parameters()) * (math.inf if overflow else 1.0)).backward()
+        scaler.unscale_(optimizer.optimizer)
+        optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == overflow
+        optimizer.zero_grad()
+
+
+def test_a_metric_that_has_no_value_yet_does_not_end_a_run(tiny_run, tmp_path, here):
+    arguments = [*tiny(tiny_run[0], tmp_path / "out"), "best=-errors/Car/all/depth_error", "model.score_threshold=0.99"]
+    assert here(*arguments)[0] == 0
+    code, _, err = here(*arguments)
+    assert code == 0, err
 
 
 def test_muon_updates_are_orthogonal_and_its_state_survives_saving():
