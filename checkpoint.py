@@ -359,8 +359,6 @@ def refuse_changes(config, before, then, now, folder):
         raise ValueError(
             f"{folder}: moments of {before['train']['optimizer']} do not fit {config.train.optimizer}; load_from= takes weights alone"
         )
-    if config.train.steps and config.train.steps < then.step:
-        raise ValueError(f"{folder}: it has {then.step} steps, and train.steps={config.train.steps} ends before it")
 
 
 def remove_leftovers(root, names="step_*"):

@@ -104,7 +104,7 @@ def load_config(path, overrides=()):
     except Exception as error:  # whatever a user's file does: one sentence with the line, as for every other mistake
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise ValueError(f"{path}:{lines[-1] if lines else 1}: {kind}{textwrap.shorten(str(error), 600)}") from None
+        raise ValueError(f"{path}:{lines[-1] if lines else 1}: {kind}{textwrap.shorten(str(error), 600)}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"{path}: expected a variable `config` holding a config.Config, got {type(config).__name__}")

@@ -365,7 +365,7 @@ def start_worker(_):
 
 
 def make_loader(dataset, order, workers, device, timeout=0.0):
-    """Batches of a `StepBatches` order: workers live as long as the run; pinned for a GPU.
+    """Batches of lists of indices, such as a `StepBatches` order: workers live as long as the run; pinned for a GPU.
 
     A worker that gives nothing for `timeout` minutes (0: for ever) ends in a RuntimeError.
     """

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import UserError, collate, loading, start_worker, user_errors
+from data import UserError, loading, make_loader, user_errors
 from draw import draw_curves, draw_frames
 from formats import jsonl
 from formats.kitti import read_labels, write_labels
@@ -46,6 +45,7 @@ def predict_dataset(
     workers: int = 0,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    timeout: float = 0.0,
 ) -> dict[str, Labels]:
     """Detections of every frame of a `Detection3D`, each exactly once, whatever the number of processes.
 
@@ -60,10 +60,7 @@ def predict_dataset(
 
     own = list(range(len(dataset)))[accelerator.process_index :: accelerator.num_processes]
     batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    generator = torch.Generator()  # else the loader draws from the global one
-    loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=start_worker, generator=generator
-    )
+    loader = make_loader(dataset, batches, workers, accelerator.device, timeout)
     detector = accelerator.unwrap_model(model)
     training = detector.training
     detector.eval()
@@ -81,9 +78,7 @@ def predict_dataset(
             with accelerator.autocast():
                 detections = detector.detect(batch["image"].to(accelerator.device), batch["K"].to(accelerator.device))
             for index, skipped, detection in zip(indices, batch["skipped"].tolist(), detections, strict=True):
-                if skipped:
-                    unread.append(dataset.ids[index])
-                    detection = {name: value[:0] for name, value in detection.items()}
+                unread += [dataset.ids[index]] * bool(skipped)
                 found.append((dataset.ids[index], to_source(detection, dataset, index, skipped)))
     detector.train(training)
     gathered = gather_object(found)
@@ -118,7 +113,9 @@ def evaluate(
 
     Returns the dict of `compute_metrics` and that of `predict_dataset`. Raises its `Stopped`.
     """
-    predictions = predict_dataset(model, dataset, accelerator, config.train.batch_size, config.data.workers, stop=stop)
+    predictions = predict_dataset(
+        model, dataset, accelerator, config.train.batch_size, config.data.workers, stop=stop, timeout=config.train.timeout
+    )
     truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
     repeat = config.train.eval_repeat if repeat is None else repeat
     return compute_metrics(truth, predictions, dataset.classes, overlap, repeat, config.data.overlap), predictions

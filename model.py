@@ -59,6 +59,9 @@ class ModelConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):  # JSON has lists
             object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
+        if not timm.is_model(self.backbone):
+            near = difflib.get_close_matches(self.backbone.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+            raise ValueError(f"model.backbone {self.backbone!r} is not a timm model{'; near it: ' + ', '.join(near) if near else ''}")
         if self.norm not in ("batch", "frozen", "sync"):
             raise ValueError(f"model.norm is {self.norm!r}, expected 'batch', 'frozen' or 'sync'")
         if len(self.level_sizes) != len(self.strides) - 1:
@@ -443,9 +446,6 @@ def _tuples(value):
 
 def _build_backbone(config):
     """timm features at the configured strides. Raises ValueError naming what there is instead, OSError when weights are out of reach."""
-    if not timm.is_model(config.backbone):
-        near = difflib.get_close_matches(config.backbone.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f"model.backbone {config.backbone!r} is not a timm model{'; near it: ' + ', '.join(near) if near else ''}")
     if config.pretrained and not timm.models.is_model_pretrained(config.backbone):
         raise ValueError(
             f"model.backbone {config.backbone!r} has no pretrained weights in timm; set model.pretrained=false or choose another"

@@ -57,9 +57,10 @@ def open_image(path: str | Path) -> Image.Image:
     Raises FileNotFoundError, OSError when it cannot be decoded, or ValueError when its pixels have no known range.
     """
     with opened(path) as file:
-        if file.mode == "F":
-            raise ValueError(f"{path}: pixels are floating-point numbers of unknown range, expected 8 or 16 bits")
-        return decode(upright(file)).copy()
+        mode, image = file.mode, decode(upright(file)).copy()
+    if mode == "F":
+        raise ValueError(f"{path}: pixels are floating-point numbers of unknown range, expected 8 or 16 bits")
+    return image
 
 
 def camera_of(options: argparse.Namespace, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

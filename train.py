@@ -80,9 +80,10 @@ def train(config, accelerator):
             log.info(f"train: {train_set.summary()}")
             log.info(f"val: {val_set.summary()}")
 
-            set_seed(config.seed)
-            pretrained = config.model.pretrained and not folder  # a checkpoint replaces every weight, and its node may not reach the hub
-            net = Detector(dataclasses.replace(config.model, pretrained=pretrained))
+        set_seed(config.seed)
+        pretrained = config.model.pretrained and not folder  # a checkpoint replaces every weight, and its node may not reach the hub
+        net = Detector(dataclasses.replace(config.model, pretrained=pretrained))
+        with user_errors():
             for line in load_weights(net, config.load_from) if config.load_from and not folder else ():
                 log.info(line)
             optimizer = make_optimizer(net, options)
@@ -103,6 +104,8 @@ def train(config, accelerator):
         start, global_batch, frames = progress.step, progress.global_batch, len(train_set)
         steps_per_epoch = frames / global_batch
         total = options.steps or math.ceil(options.epochs * steps_per_epoch)
+        if start > total:
+            raise UserError(f"{folder}: it has {start} steps, and this run would end after {total}")
         if options.warmup > total / 2:
             log.warning(f"train.warmup={options.warmup} is more than half of the {total} steps: the learning rate hardly reaches train.lr")
         period, evaluation, reports, unreadable = options.eval_every * steps_per_epoch, None, [], []

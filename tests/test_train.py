@@ -339,7 +339,7 @@ def test_what_may_change_when_a_run_goes_on(tiny_run, tmp_path, here):
     refused = {
         ("model.classes=Car,Cyclist",): r'model\.classes: \["Car", "Pedestrian", "Cyclist"\] -> \["Car", "Cyclist"\]',
         ("train.optimizer=sgd", "allow_changes=true"): r"moments of muon do not fit sgd",
-        ("train.steps=3", "allow_changes=true"): r"it has 4 steps, and train\.steps=3 ends before it",
+        ("train.steps=3", "allow_changes=true"): r"it has 4 steps, and this run would end after 3",
     }
     for overrides, words in refused.items():
         code, _, err = here(*tiny(world, out), *overrides)
@@ -444,6 +444,21 @@ def test_skipped_images_are_reported(tiny_run, tmp_path, here):
     arguments = [*tiny(root, tmp_path / "run", kitti=True), "data.skip_bad=true", "train.steps=4"]
     code, out, err = here(ROOT / "configs/kitti.py", "model.pretrained=false", *arguments)
     assert (code, f"1 unreadable images were replaced (data.skip_bad): {id}" in out + err) == (0, True), err
+
+
+def test_a_mistake_in_code_keeps_its_traceback(tiny_run, tmp_path, here, monkeypatch):
+    """Of somebody who changes the model, say; one in a config is a sentence, whose origin --traceback shows."""
+
+    def changed(*_):
+        raise ValueError("depth")
+
+    monkeypatch.setattr(train.Detector, "_initialise", changed)
+    with pytest.raises(ValueError, match=r"^depth$"):
+        here(*tiny(tiny_run[0], tmp_path / "out"))
+    (tmp_path / "mine.py").write_text("config = {}['depth']\n")
+    with pytest.raises(UserError) as caught:
+        here(tmp_path / "mine.py", "--traceback")
+    assert isinstance(caught.value.__cause__.__cause__, KeyError)
 
 
 def test_traceback_on_request(here, tmp_path):
