@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from test_train import losses_of, records
 
 VALIDATE = "                    evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)\n"
-DETECTOR = "            net = Detector(dataclasses.replace(config.model, pretrained=pretrained))\n"
+DETECTOR = "        net = Detector(dataclasses.replace(config.model, pretrained=pretrained))\n"
 LOSSES = "                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives)\n"
 ERRORS = '    metrics["errors"] = object_errors(truth, results, classes)\n'
 RNG = "        rng = np.random.default_rng((self.seed, epoch, index))\n"
 EDITS = {  # what README calls it: (file, the one place, what stands there then)
     "Optimizer": ("train.py", "optimizer = make_optimizer(net, options)\n",
                   "optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01, momentum=0.9)\n"),
-    "Freeze the backbone": ("train.py", DETECTOR, DETECTOR + "            net.backbone.requires_grad_(False)\n"),
+    "Freeze the backbone": ("train.py", DETECTOR, DETECTOR + "        net.backbone.requires_grad_(False)\n"),
     "A loss": ("train.py", LOSSES, LOSSES + '                        losses["loss_mine"] = 0.1 * raw.float().square().mean()\n'),
     "An augmentation": ("data.py", RNG, RNG + "        pixels = np.full_like(pixels, rng.integers(256)) if self.training else pixels\n"),
     "A metric": ("evaluate.py", ERRORS, ERRORS + '    metrics["mine"] = 2.5 + len(results)\n'),
