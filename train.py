@@ -262,16 +262,28 @@ def parse_arguments(arguments):
     return path, [word for word in known.words if "=" in word]
 
 
+class LostProcess(RuntimeError):
+    """Another process hangs or is gone: the error to look for is not this one's."""
+
+
 @record  # a launcher of several processes ends with the error that passes here first
 def run(arguments):
-    """The command line, up to its errors."""
+    """The command line, up to its errors. Raises LostProcess where a collective of gloo or NCCL, which has no class of its own, gives up."""
     with user_errors():
         config = load_config(*parse_arguments(arguments))
         options = config.train
         accelerator = start_accelerator(
             options.mixed_precision, options.accumulate, options.timeout, log_with=find_tracker(config.log_with), project_dir=config.out
         )
-    train(config, accelerator)
+    try:
+        train(config, accelerator)
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise LostProcess(
+            f"process {accelerator.process_index} of {accelerator.num_processes} is well, and waited in vain for another one, which hangs or "
+            f"has ended: its last words, above, tell why ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def main(arguments=None):
@@ -287,10 +299,10 @@ def main(arguments=None):
         hint = " (--traceback shows where)" if isinstance(error, UserError) else ""
         print(f"error: {sentence}{hint}", file=sys.stderr, flush=True)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
-    except RuntimeError as error:  # collectives of gloo and NCCL have no class of their own
-        if "--traceback" in arguments or not LOST.search(str(error)):
+    except LostProcess as error:
+        if "--traceback" in arguments:
             raise
-        print(f"this process waited in vain for another one: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(4)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
