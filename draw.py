@@ -179,8 +179,15 @@ def _line(draw, a, b, colour, width, dashed, size, halo=True):
         draw.line([*ends[0], *ends[1]], fill=colour, width=round(width))
 
 
-def draw_frames(frames: Sequence[Frame], predictions: dict[str, Labels], metrics: dict, classes: Sequence[str]) -> Image.Image:
-    """A sheet of the best frames, then the worst, by `frame_quality`; detections above `best_score`. Returns an RGB image.
+def draw_frames(
+    frames: Sequence[Frame],
+    predictions: dict[str, Labels],
+    metrics: dict,
+    classes: Sequence[str],
+    best: int = SHOWN_FRAMES,
+    worst: int = SHOWN_FRAMES,
+) -> Image.Image:
+    """A sheet of so many best frames, then the worst, by `frame_quality`; detections above `best_score`. Returns an RGB image.
 
     predictions: frame id -> Labels in the frame's source. A frame whose image cannot be read is passed over.
     """
@@ -188,8 +195,8 @@ def draw_frames(frames: Sequence[Frame], predictions: dict[str, Labels], metrics
     quality = np.array([frame_quality(frame.labels, labels, classes) for frame, labels in zip(frames, found, strict=True)])
     ranked = [int(i) for i in np.argsort(-quality, kind="stable") if np.isfinite(quality[i])] or list(range(len(quality)))
     least, pictures = best_score(metrics), {}
-    for side, places in (("best", ranked), ("worst", ranked[::-1])):
-        wanted = len(pictures) + SHOWN_FRAMES
+    for side, places, count in (("best", ranked, best), ("worst", ranked[::-1], worst)):
+        wanted = len(pictures) + count
         for index in places:
             if len(pictures) == wanted or index in pictures:
                 break

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, loading, make_loader, user_errors
-from draw import draw_curves, draw_frames
+from draw import SHOWN_FRAMES, draw_curves, draw_frames
 from formats import jsonl
 from formats.kitti import read_labels, write_labels
 from frames import Labels, make_labels
@@ -195,7 +195,7 @@ def write_evaluation(folder: str | Path, dataset: Detection3D, metrics: dict, pr
     jsonl.write_jsonl(folder / "predictions.jsonl", frames)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     draw_curves(metrics).save(folder / "curves.png")
-    draw_frames(dataset.frames, predictions, metrics, dataset.classes).save(folder / "frames.png")
+    draw_frames(dataset.frames, predictions, metrics, dataset.classes, best=0, worst=2 * SHOWN_FRAMES).save(folder / "worst.png")
 
 
 # ---- files
@@ -286,7 +286,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
         out = Path(options.out) if options.out else Path(options.run) / "evaluation"
         write_evaluation(out, dataset, metrics, predictions)
         print(format_table(metrics, options.metric, metrics["errors"] if options.errors else None))
-        print(f"{folder}: results, metrics.json, predictions.jsonl, curves.png and frames.png are in {out}")
+        print(f"{folder}: results, metrics.json, predictions.jsonl, curves.png and worst.png are in {out}")
         if options.json:
             Path(options.json).write_text(json.dumps(metrics, indent=1))
         if options.curves:

@@ -207,6 +207,9 @@ def test_frames_without_a_readable_image_are_passed_over(tmp_path, written):
     draw_frames(frames, found, metrics, ("Car",))
     captions = [text.split("   ")[0] for text, *_ in written if "overlap" in text]
     assert captions == ["best: 0", "best: 2", "best: 3", "worst: 5", "worst: 6", "worst: 7"]
+    written.clear()
+    draw_frames(frames, found, metrics, ("Car",), best=0, worst=2)
+    assert [text.split("   ")[0] for text, *_ in written if "overlap" in text] == ["worst: 6", "worst: 7"]
     for path in tmp_path.glob("*.png"):
         path.unlink()
     assert draw_frames(frames, found, metrics, ("Car",)).height < 50

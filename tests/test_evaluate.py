@@ -175,7 +175,7 @@ def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
     assert len(results[0]) == len(results[1]) == 5
     for name, labels in results[0].items():  # batches differ, and with them the last bits
         np.testing.assert_allclose(labels.score, results[1][name].score, atol=1e-4)
-    for name in ("predictions.jsonl", "curves.png", "frames.png"):
+    for name in ("predictions.jsonl", "curves.png", "worst.png"):
         assert (run / "one" / name).stat().st_size > 1000
     frames = read_frames(run / "one" / "predictions.jsonl")
     assert [len(frame.labels) for frame in frames] == [20] * 5
