@@ -268,7 +268,7 @@ class LostProcess(RuntimeError):
 
 @record  # a launcher of several processes ends with the error that passes here first
 def run(arguments):
-    """The command line, up to its errors. Raises LostProcess where a collective of gloo or NCCL, which has no class of its own, gives up."""
+    """The command line, up to its errors. Raises LostProcess where a collective of gloo or NCCL gives up: those errors have no class."""
     with user_errors():
         config = load_config(*parse_arguments(arguments))
         options = config.train
@@ -281,7 +281,7 @@ def run(arguments):
         if not LOST.search(str(error)):
             raise
         raise LostProcess(
-            f"process {accelerator.process_index} of {accelerator.num_processes} is well, and waited in vain for another one, which hangs or "
+            f"process {accelerator.process_index} of {accelerator.num_processes} is well, and waited in vain for another, which hangs or "
             f"has ended: its last words, above, tell why ({str(error).splitlines()[0]})"
         ) from error
 

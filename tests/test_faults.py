@@ -782,7 +782,7 @@ def test_a_process_that_hangs_ends_the_job_after_the_timeout(tiny_run, tmp_path)
     wait_for_step(out, 1, process)
     code, text = finish(process, timeout=50)
     assert code != 0
-    assert "process 0 of 2 is well, and waited in vain for another one, which hangs or has ended" in text[text.rindex("Root Cause") :]
+    assert "process 0 of 2 is well, and waited in vain for another, which hangs or has ended" in text[text.rindex("Root Cause") :]
 
 
 @slow

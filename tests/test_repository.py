@@ -151,7 +151,7 @@ def test_ci_runs_what_the_readme_says(readme):
     assert [len(lines) for lines in found] == [1, 1]
     main, tests = (lines[0].partition("  #")[0].strip() for lines in found)
     assert main == "pip install -r requirements.txt && python train.py"
-    assert tests == "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest"
+    assert tests == "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest -n 2"
     assert re.findall(r"pip\S* install ([^\n]*)", ci.replace("pip install .*", "")) == ["ruff"]
 
 
