@@ -1,10 +1,11 @@
-"""The optimizer of a run, its learning rate as a function of the step, and Muon, which timm has in bf16 only."""
+"""The optimizer of a run, its learning rate as a function of the step, Muon, which timm has in bf16 only, and the average of weights."""
 
 import difflib
 import math
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch.optim.adamw import adamw
 
 
@@ -49,7 +50,7 @@ def set_lr(optimizer, lr):
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for kernels and matrices (Jordan et al., kellerjordan.github.io/posts/muon), fused AdamW for the rest.
 
-    Kernels count as (out, in x height x width); those of one shape are stacked and iterated together. The update is
+    Kernels count as (out, in x height x width); those of one shape are stacked, those of one shorter side iterated together. The update is
     scaled to AdamW's size, .2 sqrt(longer side) (Moonlight, arXiv:2502.16982, eq. 4). Leaves a step out by itself, as fused Adam does.
     """
 
@@ -64,55 +65,91 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """One step, or none where `found_inf` (a device scalar) is not 0."""
         for group in self.param_groups:
-            by_shape, rest = {}, []
+            matrices, rest = {}, []  # matrices: by shape
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 sides = (p.shape[0], p.numel() // p.shape[0]) if p.ndim > 1 else (1, 1)
                 matrix = min(sides) >= 4 and max(sides) <= 128 * min(sides) and p.shape[1] > 1  # a depthwise kernel is none
-                by_shape.setdefault(p.shape, []).append(p) if matrix else rest.append(p)
+                matrices.setdefault(p.shape, []).append(p) if matrix else rest.append(p)
                 if not self.state[p]:
                     self.state[p].update({name: torch.zeros_like(p) for name in (("momentum",) if matrix else ("exp_avg", "exp_avg_sq"))})
                     if not matrix:
                         self.state[p]["step"] = torch.zeros((), device=p.device)
-            for params in by_shape.values():
-                self.step_matrices(group, params)
+            if matrices:
+                self.step_matrices(group, list(matrices.values()))
             averages, squares, steps = ([self.state[p][name] for p in rest] for name in ("exp_avg", "exp_avg_sq", "step"))
             (beta1, beta2), options = group["betas"], {name: group[name] for name in ("lr", "eps", "weight_decay")}
             adamw([*rest], [p.grad for p in rest], averages, squares, [], steps, fused=True, found_inf=getattr(self, "found_inf", None),
                   amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **options)  # fmt: skip
 
-    def step_matrices(self, group, params):
-        """One step for parameters of one shape."""
-        buffers = [self.state[p]["momentum"] for p in params]
-        momentum, gradient = torch.stack(buffers), torch.stack([p.grad for p in params])
-        size = group["lr"] * 0.2 * max(momentum[0].flatten(1).shape) ** 0.5
-        decay = group["lr"] * group["weight_decay"]
-        if (found := getattr(self, "found_inf", None)) is not None:
-            gradient = torch.where(found > 0, momentum, gradient)  # then nothing moves
-            size, decay = size * (found == 0), decay * (found == 0)
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        torch._foreach_copy_(buffers, momentum.unbind())
-        update = orthogonalise(momentum.flatten(2), self.ITERATIONS, group["eps"]).view_as(momentum) * size
+    def step_matrices(self, group, alike):
+        """One step for lists of parameters, of one shape each."""
+        found, momenta = getattr(self, "found_inf", None), []
+        broken = None if found is None else found != 0
+        for params in alike:
+            momentum, gradient = torch.stack([self.state[p]["momentum"] for p in params]), torch.stack([p.grad for p in params])
+            if found is not None:
+                gradient = torch.where(broken, momentum, gradient)  # then nothing moves
+            momenta.append(momentum.lerp_(gradient, 1 - group["momentum"]))
+        updates = orthogonalise([momentum.flatten(2) for momentum in momenta], self.ITERATIONS, group["eps"])
+        updates = [update.view_as(momentum) for update, momentum in zip(updates, momenta, strict=True)]
+        sizes = [group["lr"] * 0.2 * max(params[0].flatten(1).shape) ** 0.5 for params in alike for _ in params]
+
+        params, momenta, updates = _rows(alike), _rows(momenta), _rows(updates)
+        torch._foreach_copy_([self.state[p]["momentum"] for p in params], momenta)
+        updates, decay = torch._foreach_mul(updates, sizes), group["lr"] * group["weight_decay"]
+        if found is not None:
+            torch._foreach_mul_(updates, (~broken).float())
+            decay = decay * ~broken
         torch._foreach_mul_(params, 1 - decay)
-        torch._foreach_sub_(params, [u.to(p.dtype) for u, p in zip(update.unbind(), params, strict=True)])
+        torch._foreach_sub_(params, [u.to(p.dtype) for u, p in zip(updates, params, strict=True)])
 
 
-def orthogonalise(matrices, iterations, eps):
-    """Nearest orthogonal matrices, about, of matrices X (n, rows, columns): Newton-Schulz iterations X <- (a + b A + c A A) X, A = X X^T.
+def _rows(stacks):
+    return [row for stack in stacks for row in stack]
+
+
+def orthogonalise(stacks, iterations, eps):
+    """Nearest orthogonal matrices, about, of stacks X (n, rows, columns): Newton-Schulz iterations X <- (a + b A + c A A) X, A = X X^T.
 
     The polynomials are multiplied on A alone, whose side is X's shorter one, and meet X once: a third of the products, and as exact in
-    fp32. Always fp32: squaring in bf16 would lose small singular values.
+    fp32; the A of one side, whatever the X, are iterated together. Always fp32: squaring in bf16 would lose small singular values.
     """
-    with torch.autocast(matrices.device.type, enabled=False):
-        x = matrices.float()
-        tall = x.shape[1] > x.shape[2]
-        x = x.mT if tall else x
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-        square, product = torch.bmm(x, x.mT), torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
-        for a, b, c in iterations:
-            factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
-            factor.diagonal(dim1=1, dim2=2).add_(a)
-            square, product = torch.bmm(torch.bmm(factor, square), factor), torch.bmm(factor, product)
-        x = torch.bmm(product, x)
-        return x.mT if tall else x
+    with torch.autocast(stacks[0].device.type, enabled=False):
+        wide = [x.float() if x.shape[1] <= x.shape[2] else x.float().mT for x in stacks]
+        turned, by_side = [None] * len(wide), {}
+        for i, x in enumerate(wide):
+            by_side.setdefault(x.shape[1], []).append(i)
+        for own in by_side.values():
+            square = torch.cat([torch.bmm(wide[i], wide[i].mT) for i in own])
+            scale = square.diagonal(dim1=1, dim2=2).sum(1).clamp(min=eps**2)[:, None, None]  # square of X's norm
+            product = _polynomials(square / scale, iterations) * scale.rsqrt()
+            for i, part in zip(own, product.split([len(wide[i]) for i in own]), strict=True):
+                turned[i] = torch.bmm(part, wide[i])
+        return [x if x.shape == stack.shape else x.mT for x, stack in zip(turned, stacks, strict=True)]
+
+
+def _polynomials(square, iterations):
+    """Product of the iterations' a + b A + c A A, A (n, side, side) being `square` at first."""
+    product = None
+    for number, (a, b, c) in enumerate(iterations, 1):
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else torch.bmm(factor, product)
+        if number < len(iterations):
+            square = torch.bmm(torch.bmm(factor, square), factor)
+    return product
+
+
+class Average(ModelEmaV3):
+    """timm's moving average of a model, whose own update takes both state dicts apart by 300 operator calls a step."""
+
+    def apply_update_(self, model, decay):
+        pairs = zip(*(module.state_dict(keep_vars=True).values() for module in (self.module, model)), strict=True)
+        weighed, counted = [], []
+        for pair in pairs:
+            (weighed if pair[0].is_floating_point() else counted).append(pair)
+        torch._foreach_lerp_(*map(list, zip(*weighed, strict=True)), weight=1 - decay)
+        if counted:
+            torch._foreach_copy_(*map(list, zip(*counted, strict=True)))

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast, send_to_device, set_seed
-from timm.utils import ModelEmaV3
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoint import Progress, amend_checkpoint, find_start, load_checkpoint, load_weights, save_checkpoint, save_weights, share_state
@@ -40,7 +39,7 @@ from logbook import (
 from losses import compute_losses, count_positives, weighted_sum
 from metrics.kitti import format_table
 from model import Detector, checkpoint_backbone
-from optimizer import lr_at, make_optimizer, set_lr
+from optimizer import Average, lr_at, make_optimizer, set_lr
 from targets import assign, measure_priors
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "synthetic.py"
@@ -88,7 +87,7 @@ def train(config, accelerator):
                 log.info(line)
             optimizer = make_optimizer(net, options)
             model, optimizer = accelerator.prepare(net, optimizer)
-            average = ModelEmaV3(net, decay=options.ema, use_warmup=True) if options.ema else None
+            average = Average(net, decay=options.ema, use_warmup=True) if options.ema else None
             published = average.module if average else net  # the weights that are evaluated and saved for prediction
             share_state(accelerator, net, average and average.module)
             if options.checkpoint_backbone:

@@ -549,10 +549,13 @@ def test_a_metric_that_has_no_value_yet_does_not_end_a_run(tiny_run, tmp_path, h
 def test_muon_updates_are_orthogonal_and_its_state_survives_saving():
     torch.manual_seed(0)
     for rows, columns in ((16, 80), (80, 16), (32, 32)):
-        update = orthogonalise(torch.randn(3, rows, columns) * torch.logspace(0, -3, columns), Muon.ITERATIONS, 1e-7)
+        matrices = torch.randn(3, rows, columns) * torch.logspace(0, -3, columns)
+        other, update = orthogonalise([torch.randn(2, rows, 2 * rows), matrices], Muon.ITERATIONS, 1e-7)  # of one side, or of two
+        torch.testing.assert_close(update, orthogonalise([matrices], Muon.ITERATIONS, 1e-7)[0])
+        assert other.shape == (2, rows, 2 * rows)
         assert torch.linalg.svdvals(update).clamp(min=0.1).max() < 1.3
         assert torch.linalg.svdvals(update).quantile(0.25) > 0.6
-    assert torch.equal(orthogonalise(torch.zeros(1, 4, 8), Muon.ITERATIONS, 1e-7), torch.zeros(1, 4, 8))
+    assert torch.equal(orthogonalise([torch.zeros(1, 4, 8)], Muon.ITERATIONS, 1e-7)[0], torch.zeros(1, 4, 8))
     model = Mixed()
     optimizer = make_optimizer(model, TrainConfig(optimizer="muon"))
     learn_noise(optimizer, model, 2)

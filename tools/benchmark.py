@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
-from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import load_config
@@ -37,7 +36,7 @@ from guard import Guard, Signals, start_accelerator
 from logbook import Window
 from losses import compute_losses, count_positives, weighted_sum
 from model import Detector, checkpoint_backbone
-from optimizer import make_optimizer, set_lr
+from optimizer import Average, make_optimizer, set_lr
 from targets import assign
 
 OBJECTS = (8, 30, 100)  # per image
@@ -82,7 +81,7 @@ class Step:
         options, self.config, self.accelerator, self.batch = config.train, config, accelerator, batch
         self.net = make_net(config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.net, make_optimizer(self.net, options))
-        self.average = ModelEmaV3(self.net, decay=options.ema, use_warmup=True) if options.ema else None
+        self.average = Average(self.net, decay=options.ema, use_warmup=True) if options.ema else None
         if options.checkpoint_backbone:
             checkpoint_backbone(self.net)
         self.parts = (self.forward, self.targets_losses, self.backward, self.optimizer_and_average)
