@@ -8,9 +8,9 @@ import pytest
 
 from config import Config, TrainConfig
 from frames import make_labels
-from geometry import project, project_boxes
+from geometry import box3d_iou, project, project_boxes
 from tools import yardstick
-from tools.yardstick import KNOWN, MEAN, cell, group, match, tell
+from tools.yardstick import KNOWN, MEAN, cell, group, match, rank_correlation, tell
 
 K = np.array([[700.0, 0, 600], [0, 700, 180], [0, 0, 1]])
 
@@ -40,17 +40,30 @@ def test_an_oracle_tells_one_thing(scene):
     for known, labels in told.items():
         np.testing.assert_array_equal(labels.center[2], found.center[2])  # nobody to learn from
         same = {
-            "center": known in ("nothing", "size", "heading"),
+            "center": known in ("nothing", "size", "heading", "score"),
             "size": known not in ("size", "all"),
             "yaw": known not in ("heading", "all"),
+            "score": known != "score",
         }
         for field, expected in same.items():
             assert (np.abs(getattr(labels, field)[0] - getattr(found, field)[0]).max() < 1e-12) == expected, (known, field)
+    overlap = told["score"].score
+    assert overlap[0] == pytest.approx(
+        box3d_iou(np.array([[1.1, 1.05, 22, *[1.98] * 3, 0.7]]), np.array([[1.0, 1, 20, *[1.8] * 3, 0.3]]))[0]
+    )
+    assert 0.4 < overlap[1] < 1
+    assert overlap[2] == 0
     np.testing.assert_allclose(told["all"].center[0], truth.center[0])
     np.testing.assert_allclose(told["depth"].center[0, 2], 20)
     np.testing.assert_allclose(project(told["depth"].center[0], K), project(found.center[0], K))
     np.testing.assert_allclose(told["projected centre"].center[0, 2], 22)
     np.testing.assert_allclose(project(told["projected centre"].center[0], K), project(truth.center[0], K))
+
+
+def test_rank_correlation_is_of_ranks():
+    assert rank_correlation(np.array([0.1, 0.5, 0.2]), np.array([1.0, 9.0, 2.0])) == pytest.approx(1)
+    assert rank_correlation(np.array([3, 2, 1]), np.array([0.1, 0.2, 50])) == pytest.approx(-1)
+    assert rank_correlation(np.array([1.0, 2]), np.array([1.0, 2])) is None
 
 
 def test_seeds_are_one_row_with_mean_and_spread():

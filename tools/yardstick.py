@@ -20,13 +20,14 @@ from checkpoint import find_checkpoint, load_run
 from config import to_dict
 from data import UserError, build_dataset, user_errors
 from evaluate import compute_metrics, predict_dataset
-from geometry import project, unproject, yaw_to_alpha
+from geometry import box3d_iou, project, unproject, yaw_to_alpha
 from guard import start_accelerator
 from metrics.kitti import MATCH_OVERLAP, kitti_ap
 
-COLUMNS = ("2D", "AOS", "BEV loose", "3D loose", "BEV strict", "3D strict", "depth error m", "depth error %", "in 1 sigma %")
+COLUMNS = ("2D", "AOS", "BEV loose", "3D loose", "BEV strict", "3D strict", "depth error m", "depth error %", "depth bias m",
+           "turned %", "in 1 sigma %", "score rank")  # fmt: skip  # rank: Spearman's, of score and 3D overlap of what meets an object
 MEAN = "mean of classes"
-KNOWN = ("nothing", "heading", "size", "projected centre", "depth", "location", "all")
+KNOWN = ("nothing", "heading", "size", "projected centre", "depth", "location", "all", "score")
 
 
 def match(found, truth):
@@ -46,8 +47,10 @@ def tell(found, truth, K, known):
     """Detections in which one thing is replaced by the truth's, where `match` finds one: an oracle, as in MonoDLE's figure 1.
 
     found, truth: Labels in the camera frame of K (3, 3); known: one of KNOWN. The depth moves along the detection's own ray, the
-    projected centre moves at its own depth. Returns Labels with alpha following.
+    projected centre moves at its own depth; the score becomes the 3D overlap that is there. Returns Labels with alpha following.
     """
+    if known == "score":
+        return dataclasses.replace(found, score=overlap_3d(found, truth))
     rows = match(found, truth)
     told, true = rows >= 0, truth[np.maximum(rows, 0)] if len(truth) else found
     center, size, yaw = found.center.copy(), found.size.copy(), found.yaw.copy()
@@ -64,6 +67,21 @@ def tell(found, truth, K, known):
     return dataclasses.replace(found, center=center, size=size, yaw=yaw, alpha=yaw_to_alpha(yaw, center))
 
 
+def overlap_3d(found, truth):
+    """3D IoU (n,) of each detection with the truth that it matches, 0 where there is none."""
+    rows, boxes = match(found, truth), [np.concatenate([labels.center, labels.size, labels.yaw[:, None]], 1) for labels in (found, truth)]
+    overlap, told = np.zeros(len(found)), rows >= 0
+    overlap[told] = box3d_iou(boxes[0][told], boxes[1][rows[told]])
+    return overlap
+
+
+def rank_correlation(a, b):
+    """Spearman's: the correlation of the ranks of two columns (n,), ties counted in their order; None below three rows."""
+    if len(a) < 3:
+        return None
+    return float(np.corrcoef(*(np.argsort(np.argsort(column, kind="stable")) for column in (a, b)))[0, 1])
+
+
 def predict_run(run, overrides=()):
     """A run's `Config`, its `Detection3D` of held-out frames, and what its best checkpoint finds there (`predict_dataset`)."""
     with user_errors():
@@ -75,14 +93,20 @@ def predict_run(run, overrides=()):
 
 
 def measure(dataset, predictions):
-    """{class: {column: value}} of one run, moderate objects; depth errors over all detected ones."""
+    """{class: {column: value}} of one run, moderate objects; errors and ranks over all detected ones."""
     truth, found = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}, {}
+    overlap = {id: overlap_3d(labels, truth[id]) for id, labels in predictions.items()}
+    scores = {id: labels.score for id, labels in predictions.items()}
+    met = {id: match(labels, truth[id]) >= 0 for id, labels in predictions.items()}
     strict, loose = compute_metrics(truth, predictions, dataset.classes), kitti_ap(truth, predictions, dataset.classes, "loose")
     for name in dataset.classes:
         values = [strict[name][key]["moderate"]["AP_R40"] for key in ("bbox", "aos")]
         values += [result[name][key]["moderate"]["AP_R40"] for result in (loose, strict) for key in ("bev", "3d")]
         errors, whole = strict["errors"][name], strict["errors"][name]["all"]
-        values += [whole["depth_error"], whole["depth_percent"], whole["within_1_sigma"] and 100 * whole["within_1_sigma"]]
+        values += [whole[key] for key in ("depth_error", "depth_percent", "depth_bias")]
+        values += [whole[key] and 100 * whole[key] for key in ("heading_flipped", "within_1_sigma")]
+        own = {id: met[id] & (labels.name == name) for id, labels in predictions.items()}
+        values.append(rank_correlation(*(np.concatenate([part[id][own[id]] for id in own]) for part in (scores, overlap))))
         found[name] = dict(zip(COLUMNS, values, strict=True))
         found[name]["depth error m by band"] = {band: e["depth_error"] for band, e in errors.items() if band != "all"}
     columns = {column: [found[name][column] for name in dataset.classes] for column in COLUMNS}
@@ -132,7 +156,10 @@ def show(runs, oracles):
     for name in runs[0][2]:
         rows = []
         for title, seeds in group(runs):
-            cells = [cell([values[name][column] for values in seeds], 2 if column == "depth error m" else 1) for column in COLUMNS]
+            cells = [
+                cell([values[name][column] for values in seeds], 2 if column in ("depth error m", "depth bias m", "score rank") else 1)
+                for column in COLUMNS
+            ]
             rows.append((title, [str(len(seeds)), *cells]))
         print(f"\n{name}\n\n{table('run', ['seeds', *COLUMNS], rows)}")
     for title, seeds in group(oracles):
