@@ -36,6 +36,7 @@ def test_detections_meet_objects_of_their_class(scene):
 
 def test_an_oracle_tells_one_thing(scene):
     found, truth = scene
+    found = dataclasses.replace(found, sigma=np.array([1.0, 0.0, 2.0]))
     told = {known: tell(found, truth, K, known) for known in KNOWN}
     for known, labels in told.items():
         np.testing.assert_array_equal(labels.center[2], found.center[2])  # nobody to learn from
@@ -54,6 +55,10 @@ def test_an_oracle_tells_one_thing(scene):
     assert 0.4 < overlap[1] < 1
     assert overlap[2] == 0
     np.testing.assert_allclose(told["all"].center[0], truth.center[0])
+    drawn = told["sigma is true"].center
+    np.testing.assert_allclose(project(drawn[0], K), project(found.center[0], K))
+    assert 0 < abs(drawn[0, 2] - 20) < 8
+    assert drawn[1, 2] == 30
     np.testing.assert_allclose(told["depth"].center[0, 2], 20)
     np.testing.assert_allclose(project(told["depth"].center[0], K), project(found.center[0], K))
     np.testing.assert_allclose(told["projected centre"].center[0, 2], 22)

@@ -27,7 +27,7 @@ from metrics.kitti import MATCH_OVERLAP, kitti_ap
 COLUMNS = ("2D", "AOS", "BEV loose", "3D loose", "BEV strict", "3D strict", "depth error m", "depth error %", "depth bias m",
            "turned %", "in 1 sigma %", "score rank")  # fmt: skip  # rank: Spearman's, of score and 3D overlap of what meets an object
 MEAN = "mean of classes"
-KNOWN = ("nothing", "heading", "size", "projected centre", "depth", "location", "all", "score")
+KNOWN = ("nothing", "heading", "size", "projected centre", "depth", "location", "all", "score", "sigma is true")
 
 
 def match(found, truth):
@@ -47,7 +47,8 @@ def tell(found, truth, K, known):
     """Detections in which one thing is replaced by the truth's, where `match` finds one: an oracle, as in MonoDLE's figure 1.
 
     found, truth: Labels in the camera frame of K (3, 3); known: one of KNOWN. The depth moves along the detection's own ray, the
-    projected centre moves at its own depth; the score becomes the 3D overlap that is there. Returns Labels with alpha following.
+    projected centre moves at its own depth; the score becomes the 3D overlap that is there. Where "sigma is true", the depth's error is
+    drawn anew from its Laplace distribution: how good a ranking by sigma can be at all. Returns Labels with alpha following.
     """
     if known == "score":
         return dataclasses.replace(found, score=overlap_3d(found, truth))
@@ -58,6 +59,9 @@ def tell(found, truth, K, known):
     if known in ("depth", "projected centre"):
         pixel, depth = (found, true) if known == "depth" else (true, found)
         center[told] = unproject(project(pixel.center[told], K), depth.center[told, 2], K)
+    if known == "sigma is true":
+        error = np.random.default_rng(len(found)).laplace(size=len(found)) * found.sigma / np.sqrt(2)
+        center[told] = unproject(project(center[told], K), np.maximum(true.center[:, 2] + error, 1.0)[told], K)
     if known in ("location", "all"):
         center[told] = true.center[told]
     if known in ("size", "all"):
