@@ -43,7 +43,7 @@ class Source:
 
     kind: str = "kitti"  # 'kitti' folder, 'jsonl' file, 'synthetic' built-in world (rendered on first use)
     root: str = ""  # folder or .jsonl file; empty: data.root
-    split: tuple[str, ...] = ("train",)  # ImageSets/<split>.txt, several are concatenated; 'all' for every image; unused by jsonl
+    split: tuple[str, ...] = ("train",)  # ImageSets/<split>.txt, one after another; 'all' images; 'testing': KITTI's, no labels
     repeat: int = 1  # how many times each frame is listed in an epoch
     limit: int = 0  # use only the first frames of the list; 0: all
     rename: dict[str, str] = dataclasses.field(default_factory=dict)  # class names of the source -> the model's

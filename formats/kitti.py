@@ -8,10 +8,14 @@ from textwrap import shorten
 
 import numpy as np
 
-from frames import LARGEST, PLAUSIBLE, Frame, Labels
+from frames import LARGEST, PLAUSIBLE, Frame, Labels, make_labels
 from geometry import wrap_angle
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+READS = {  # half of a KITTI folder: what is read of it
+    "training": "training/image_2, training/label_2, training/calib and ImageSets",
+    "testing": "testing/image_2 and testing/calib",
+}
 FIELDS = {"box": ("2D box is", 3, 7), "size": ("h, w, l are", 7, 10), "center": ("x, y, z are", 10, 13), "yaw": ("rotation_y is", 13, 14)}
 
 
@@ -139,12 +143,28 @@ def split_projection(P2):
     return K, np.linalg.solve(K, P2[:, 3])
 
 
+def part_of(split):
+    """The half of KITTI that holds a split: 'testing', which has no labels, for itself, 'training' for all others."""
+    return "testing" if split == "testing" else "training"
+
+
+def find_images(root, split):
+    """Frame id -> path of every image in the half of a KITTI folder that holds a split. Raises FileNotFoundError for no such folder."""
+    folder = Path(root) / part_of(split) / "image_2"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{root}: expected a KITTI folder with {READS[part_of(split)]}")
+    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+
+
 def read_split(root, split):
-    """Frame ids of ImageSets/<split>.txt, or of all images when split is 'all'. Raises FileNotFoundError, ValueError with advice."""
+    """Frame ids of ImageSets/<split>.txt; of all images for 'all', and for 'testing' where there is no ImageSets/test.txt.
+
+    Raises FileNotFoundError, ValueError with advice.
+    """
     folder = Path(root) / "ImageSets"
-    if split == "all":
-        return sorted(p.stem for p in (Path(root) / "training" / "image_2").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    path = folder / f"{split}.txt"
+    if split == "all" or (split == "testing" and not (folder / "test.txt").is_file()):
+        return sorted(find_images(root, split))
+    path = folder / f"{'test' if split == 'testing' else split}.txt"
     if not path.is_file():
         there = sorted(p.stem for p in folder.glob("*.txt"))
         raise FileNotFoundError(f"{path}: no such split file; {'there are ' + ', '.join(there) if there else 'ImageSets holds none'}")
@@ -162,12 +182,9 @@ def read_frames(root, splits, problems=None):
 
     With a list `problems`, what is wrong with single frames is added to it as a sentence, and the frame left out, instead.
     """
-    root = Path(root)
-    if not (root / "training" / "image_2").is_dir():
-        raise FileNotFoundError(f"{root}: expected a KITTI folder with training/image_2, training/label_2, training/calib and ImageSets")
-    images = {p.stem: p for p in sorted((root / "training" / "image_2").iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
-    frames = []
+    root, frames = Path(root), []
     for split in splits:
+        images = find_images(root, split)
         for id in read_split(root, split):
             try:
                 frames.append(_read_frame(root, split, id, images))
@@ -180,11 +197,15 @@ def read_frames(root, splits, problems=None):
 
 def _read_frame(root, split, id, images):
     """One `Frame` of a KITTI folder; images: paths by id. Raises FileNotFoundError or ValueError naming the file or line."""
+    part = part_of(split)
     if id not in images:
-        raise FileNotFoundError(f"{root}/training/image_2/{id[:80]}.png: no such image, named by ImageSets/{split}.txt")
-    for folder in ("calib", "label_2"):
-        if not (root / "training" / folder / f"{id}.txt").is_file():
-            raise FileNotFoundError(f"{root}/training/{folder}/{id}.txt: frame {id} of split {split} has no {folder} file")
-    K, offset = split_projection(read_calib(root / "training" / "calib" / f"{id}.txt"))
-    labels = read_labels(root / "training" / "label_2" / f"{id}.txt").moved(offset)
+        listed = f"ImageSets/{'test' if part == 'testing' else split}.txt"
+        raise FileNotFoundError(f"{root}/{part}/image_2/{id[:80]}.png: no such image, named by {listed}")
+    for folder in ("calib", "label_2") if part == "training" else ("calib",):
+        if not (root / part / folder / f"{id}.txt").is_file():
+            raise FileNotFoundError(f"{root}/{part}/{folder}/{id}.txt: frame {id} of split {split} has no {folder} file")
+    K, offset = split_projection(read_calib(root / part / "calib" / f"{id}.txt"))
+    if part == "testing":
+        return Frame(id, images[id], K, make_labels([], [], [], [], []), offset)
+    labels = read_labels(root / part / "label_2" / f"{id}.txt").moved(offset)
     return Frame(id, images[id], K, labels, offset)

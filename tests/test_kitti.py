@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import KITTI_CAMERAS, KITTI_SIZES
 
-from formats.kitti import read_calib, read_labels, read_split, split_projection, write_calib, write_labels
+from formats.kitti import read_calib, read_frames, read_labels, read_split, split_projection, write_calib, write_labels
 from frames import make_labels
 from geometry import box_iou, clip_boxes, project_boxes, ray_angle
 
@@ -174,6 +174,33 @@ def test_splits(tmp_path):
     for name in ("b.png", "a.jpg", "notes.txt"):
         (tmp_path / "training/image_2" / name).write_text("")
     assert read_split(tmp_path, "all") == ["a", "b"]
+
+
+def test_the_testing_half_has_cameras_and_no_labels(tmp_path):
+    """KITTI's own: all images there, or those of ImageSets/test.txt where that is."""
+    with pytest.raises(FileNotFoundError, match="expected a KITTI folder with testing/image_2 and testing/calib"):
+        read_frames(tmp_path, ("testing",))
+    (tmp_path / "testing/image_2").mkdir(parents=True)
+    (tmp_path / "testing/calib").mkdir()
+    for id in ("000002", "000000"):
+        (tmp_path / f"testing/image_2/{id}.png").write_text("")
+        write_calib(tmp_path / f"testing/calib/{id}.txt", np.array([[700, 0, 600, 45], [0, 700, 180, 0], [0, 0, 1, 0]]))
+    frames = read_frames(tmp_path, ("testing",))
+    assert [frame.id for frame in frames] == ["000000", "000002"]
+    assert [len(frame.labels) for frame in frames] == [0, 0]
+    assert frames[0].image == tmp_path / "testing/image_2/000000.png"
+    assert frames[0].K[0, 0] == 700
+    assert frames[0].offset[0] == pytest.approx(45 / 700)
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets/test.txt").write_text("000002\n000007\n")
+    with pytest.raises(FileNotFoundError, match=r"testing/image_2/000007\.png: no such image, named by ImageSets/test\.txt"):
+        read_frames(tmp_path, ("testing",))
+    problems = []
+    assert [frame.id for frame in read_frames(tmp_path, ("testing",), problems)] == ["000002"]
+    assert len(problems) == 1
+    (tmp_path / "testing/calib/000002.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"testing/calib/000002\.txt: frame 000002 of split testing has no calib file"):
+        read_frames(tmp_path, ("testing",))
 
 
 def test_all_real_files_parse(kitti_frames):
