@@ -2,6 +2,7 @@
 
     accelerate launch evaluate.py RUN [key=value ...]       the best checkpoint of a run folder, or a checkpoint folder
     python evaluate.py --labels DIR --results DIR [--split FILE] [--json OUT]      KITTI label and result files
+    accelerate launch evaluate.py RUN --submission DIR [--split testing]           what KITTI's server takes; nothing is compared
 
 The second needs neither timm nor a GPU: files are read in rectified camera 0 and compared as they are.
 """
@@ -11,16 +12,18 @@ from __future__ import annotations  # Accelerator and Detection3D are named in s
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import UserError, loading, make_loader, user_errors
+from data import Source, UserError, loading, make_loader, user_errors
 from draw import SHOWN_FRAMES, draw_curves, draw_frames
 from formats import jsonl
 from formats.kitti import read_labels, write_labels
@@ -138,6 +141,7 @@ def compute_metrics(
     return metrics
 
 
+TESTING_FRAMES = 7518  # of KITTI's testing half
 WORST = 1e9  # of a metric of which less is better, where nothing can be averaged: JSON has no infinity
 
 
@@ -196,6 +200,20 @@ def write_evaluation(folder: str | Path, dataset: Detection3D, metrics: dict, pr
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     draw_curves(metrics).save(folder / "curves.png")
     draw_frames(dataset.frames, predictions, metrics, dataset.classes, best=0, worst=2 * SHOWN_FRAMES).save(folder / "worst.png")
+
+
+def write_submission(folder: str | Path, predictions: dict[str, Labels]) -> tuple[int, int]:
+    """folder/data/<id>.txt per frame, as KITTI's server takes them: its classes only, the best score first, empty without detections.
+
+    Boxes are clipped to the image already. Returns how many detections were written and how many are of other classes.
+    """
+    (Path(folder) / "data").mkdir(parents=True, exist_ok=True)
+    written = total = 0
+    for id, labels in predictions.items():
+        known = labels[np.isin(labels.name.astype(str), CLASSES)]
+        write_labels(Path(folder) / "data" / f"{id}.txt", known[np.argsort(-known.score, kind="stable")], scores=True, digits=4)
+        written, total = written + len(known), total + len(labels)
+    return written, total - written
 
 
 # ---- files
@@ -294,6 +312,42 @@ def evaluate_run(options: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
+def submit_run(options: argparse.Namespace) -> None:
+    """The submission mode: a run's detections on a split of KITTI's folder, by default its testing half, for the server."""
+    from checkpoint import find_checkpoint, load_run
+    from data import build_dataset
+    from guard import start_accelerator
+
+    with user_errors():
+        folder, split = Path(options.submission), options.split or "testing"
+        if folder.exists() and (not folder.is_dir() or not all(path.is_dir() for path in folder.rglob("*"))):
+            raise ValueError(f"--submission {folder}: it holds something else already, expected a new or empty folder")
+        config, model = load_run(find_checkpoint(options.run), options.overrides)
+        if not set(config.model.classes) & set(CLASSES):
+            raise ValueError(f"--submission: KITTI's server knows {', '.join(CLASSES)}, this run only {', '.join(config.model.classes)}")
+        root = next((source.root for source in config.data.val if source.kind == "kitti"), "")
+        data = dataclasses.replace(config.data, val=(Source(root=root, split=(split,)),))
+        config = stay_at_home(dataclasses.replace(config, data=data), options.overrides)
+        accelerator = start_accelerator(config.train.mixed_precision)
+        dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
+        if odd := [id for id in dataset.ids if not re.fullmatch(r"\d{6}", id)]:
+            raise ValueError(f"--submission: frame {odd[0]} of split {split}, expected a name of six digits, as the server's are")
+        if accelerator.is_main_process:
+            (folder / "data").mkdir(parents=True, exist_ok=True)  # where it cannot be, that is told before the work
+    predictions = predict_dataset(
+        model.to(accelerator.device), dataset, accelerator, config.train.batch_size, config.data.workers, timeout=config.train.timeout
+    )
+    if accelerator.is_main_process:
+        with user_errors():
+            written, others = write_submission(folder, predictions)
+        empty = sum(not (folder / "data" / f"{id}.txt").stat().st_size for id in predictions)
+        rest = f"; {others} of classes that the server does not know are left out" if others else ""
+        print(f"{folder / 'data'}: {written} detections in {len(predictions)} files, {empty} of them empty{rest}")
+        if split == "testing" and len(predictions) != TESTING_FRAMES:
+            print(f"the server expects {TESTING_FRAMES} files; {dataset.frames[0].image.parent} has another number of images")
+    accelerator.end_training()
+
+
 def stay_at_home(config: Config, overrides: Sequence[str]) -> Config:
     """The config of a run, which may be a stranger's, without the places outside this folder that it would have us write to.
 
@@ -317,10 +371,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, such as data.root=/data/kitti")
     parser.add_argument("--labels", metavar="DIR", help="KITTI label files, one per frame")
     parser.add_argument("--results", metavar="DIR", help="KITTI result files (16 fields a line), one per frame")
-    parser.add_argument("--split", metavar="FILE", help="frame ids to evaluate, one a line; default: every label file")
+    parser.add_argument("--split", metavar="FILE", help="frame ids to evaluate, one a line; default: every label file; see --submission")
+    parser.add_argument(
+        "--submission", metavar="DIR", help="write DIR/data for KITTI's server; here --split names a split (default: testing)"
+    )
     parser.add_argument("--classes", nargs="+", help=f"class names of the files; default: {' '.join(CLASSES)}")
-    parser.add_argument("--metric", choices=("R40", "R11"), default="R40", help="recall positions of the table; default: %(default)s")
-    parser.add_argument("--overlap", choices=tuple(MIN_OVERLAP), default="strict", help="overlap thresholds; default: %(default)s")
+    parser.add_argument("--metric", choices=("R40", "R11"), help="recall positions of the table; default: R40")
+    parser.add_argument("--overlap", choices=tuple(MIN_OVERLAP), help="overlap thresholds; default: strict")
     parser.add_argument("--repeat", type=int, metavar="N", help="count every frame N times: lifts the cap on few objects")
     parser.add_argument("--errors", action="store_true", help="also print depth, heading and size errors by distance")
     parser.add_argument("--json", metavar="OUT", help="write every number here")
@@ -328,10 +385,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", metavar="DIR", help="where a run's evaluation goes; default: RUN/evaluation")
     options = parser.parse_intermixed_args(arguments)  # key=value may follow an option
     files = options.labels is not None or options.results is not None
+    if options.submission is not None:
+        judging = ("labels", "results", "classes", "metric", "overlap", "repeat", "errors", "json", "curves", "out")
+        if given := [f"--{name}" for name in judging if getattr(options, name) not in (None, False)]:
+            parser.exit(2, f"evaluate.py: --submission compares with no labels and writes its folder alone: leave out {', '.join(given)}\n")
+        if options.run is None:
+            parser.exit(2, "evaluate.py: --submission DIR needs a run folder, as in evaluate.py RUN --submission DIR\n")
+        return options
+    options.metric, options.overlap = options.metric or "R40", options.overlap or "strict"
     if files == (options.run is not None):
         parser.exit(2, "evaluate.py: expected either a run folder, or --labels DIR and --results DIR (--help shows both)\n")
     if files and None in (options.labels, options.results):
         parser.exit(2, f"evaluate.py: {'--labels' if options.labels is None else '--results'} DIR is missing\n")
+    if files and options.out:
+        parser.exit(2, "evaluate.py: --out belongs to a run; of files, --json and --curves say what is written\n")
     if options.run and (options.classes or options.split):
         parser.exit(2, "evaluate.py: --classes and --split belong to --labels; of a run, data.val=... chooses the frames\n")
     if options.repeat is not None and options.repeat < 1:
@@ -343,7 +410,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a user's mistake is one sentence on stderr and exit code 2."""
     options = parse_arguments(arguments)
     try:
-        evaluate_files(options) if options.run is None else evaluate_run(options)
+        if options.submission is not None:
+            submit_run(options)
+        else:
+            evaluate_files(options) if options.run is None else evaluate_run(options)
     except UserError as error:
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")  # a loader worker's comes with its traceback
         print(f"evaluate.py: {sentence}", file=sys.stderr)

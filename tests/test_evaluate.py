@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 import evaluate
 from checkpoint import save_weights
@@ -105,6 +106,7 @@ def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     assert "expected either a run folder, or --labels DIR and --results DIR" in fail(capsys)
     assert "--results DIR is missing" in fail(capsys, "--labels", labels)
     assert "expected either" in fail(capsys, "runs/x", "--labels", labels, "--results", results)
+    assert "--out belongs to a run" in fail(capsys, "--labels", labels, "--results", results, "--out", folders)
     assert "--repeat is 0" in fail(capsys, "--labels", labels, "--results", results, "--repeat", 0)
     assert f"--labels {folders / 'nowhere'}: no such folder" in fail(capsys, "--labels", folders / "nowhere", "--results", results)
     assert f"did you mean {labels}?" in fail(capsys, "--labels", folders, "--results", results)
@@ -276,6 +278,82 @@ def test_an_evaluation_deletes_nobodys_files(run, capsys, tmp_path):
 
 def test_flags_that_a_run_would_ignore_are_refused(run, capsys):
     assert "--classes and --split belong to --labels" in fail(capsys, run, "--classes", "Car")
+
+
+@pytest.fixture(scope="module")
+def testing_half(run, tmp_path_factory):
+    """Three images and calibrations of the run's world as the testing half of a KITTI folder, one of them of another size."""
+    folder = tmp_path_factory.mktemp("testing")
+    for name in ("image_2", "calib"):
+        (folder / "testing" / name).mkdir(parents=True)
+    [world] = (run / "world").glob("world*")
+    for number, source in enumerate(sorted((world / "training/image_2").iterdir())[:3]):
+        shutil.copy(source, folder / f"testing/image_2/{number:06d}.png")
+        shutil.copy(world / f"training/calib/{source.stem}.txt", folder / f"testing/calib/{number:06d}.txt")
+    image = folder / "testing/image_2/000001.png"
+    with Image.open(image) as file:
+        file.crop((0, 0, 500, 150)).save(image)
+    return folder
+
+
+def test_a_submission_is_what_the_server_takes(run, testing_half, capsys, tmp_path, monkeypatch):
+    detect = Detector.detect
+
+    def blind_once(self, image, K):  # the first frame holds nothing
+        found = detect(self, image, K)
+        return [{key: value[:0] for key, value in found[0].items()}, *found[1:]] if len(found) == 2 else found
+
+    monkeypatch.setattr(Detector, "detect", blind_once)
+    out = tmp_path / "submission"
+    (out / "data").mkdir(parents=True)  # as a run that was killed leaves it
+    evaluate.main([str(run), "--submission", str(out), f"data.root={testing_half}"])
+    text = capsys.readouterr().out
+    assert f"{out / 'data'}: 40 detections in 3 files, 1 of them empty" in text
+    assert "the server expects 7518 files" in text
+    assert "AP_R40" not in text
+    assert [path.relative_to(out).as_posix() for path in sorted(out.rglob("*.*"))] == [f"data/00000{i}.txt" for i in range(3)]
+    assert (out / "data/000000.txt").read_text() == ""
+    for id, (width, height) in (("000001", (500, 150)), ("000002", (640, 192))):
+        rows = [line.split() for line in (out / f"data/{id}.txt").read_text().splitlines()]
+        assert {len(row) for row in rows} == {16}
+        assert {row[0] for row in rows} <= {"Car", "Pedestrian", "Cyclist"}
+        assert {(row[1], row[2]) for row in rows} == {("-1.00", "-1")}
+        numbers = np.array([row[3:] for row in rows], float)
+        box, location, score = numbers[:, 1:5], numbers[:, 8:11], numbers[:, 12]
+        assert (np.diff(score) <= 0).all()
+        assert (box >= 0).all()
+        assert (box <= np.tile([width - 1, height - 1], 2)).all()
+        alpha = numbers[:, 11] - np.arctan2(location[:, 0], location[:, 2])
+        assert np.abs(np.sin((alpha - numbers[:, 0]) / 2)).max() < 1e-3
+    assert f"--submission {out}: it holds something else already" in fail(capsys, run, "--submission", out)
+
+
+def test_classes_of_a_submission(tmp_path, capsys, run, testing_half):
+    box = np.tile([1.0, 2, 3, 4], (3, 1))
+    labels = make_labels(["Van", "Car", "Pedestrian"], box, np.ones((3, 3)), np.ones((3, 3)), np.zeros(3), score=[0.9, 0.2, 0.3])
+    assert evaluate.write_submission(tmp_path, {"000003": labels}) == (2, 1)
+    assert [line.split()[0] for line in (tmp_path / "data/000003.txt").read_text().splitlines()] == ["Pedestrian", "Car"]
+    message = fail(capsys, run, "--submission", tmp_path / "a", f"data.root={testing_half}", 'model.classes=["a","b","c"]')
+    assert "KITTI's server knows Car, Pedestrian, Cyclist, this run only a, b, c" in message
+
+
+def test_submissions_that_make_no_sense(run, testing_half, capsys, tmp_path):
+    for given in ("--json x", "--curves x", "--labels x", "--out x", "--metric R40", "--overlap strict", "--errors", "--repeat 1"):
+        message = fail(capsys, run, "--submission", tmp_path / "a", *given.split())
+        assert f"--submission compares with no labels and writes its folder alone: leave out {given.split()[0]}\n" in message
+    assert "--submission DIR needs a run folder" in fail(capsys, "--submission", tmp_path / "a")
+    assert "expected a KITTI folder with testing/image_2" in fail(capsys, run, "--submission", tmp_path / "a", f"data.root={tmp_path}")
+    assert "expected a KITTI folder with training/image_2" in fail(
+        capsys, run, "--submission", tmp_path / "a", "--split", "val", f"data.root={testing_half}"
+    )
+    (tmp_path / "file").write_text("")
+    assert "it holds something else already" in fail(capsys, run, "--submission", tmp_path / "file")
+    shutil.copytree(testing_half / "testing", tmp_path / "odd/testing")
+    for path in (tmp_path / "odd/testing").glob("*/000001.*"):
+        path.rename(path.with_stem("1"))
+    message = fail(capsys, run, "--submission", tmp_path / "a", f"data.root={tmp_path / 'odd'}")
+    assert "frame 1 of split testing, expected a name of six digits" in message
+    assert not (tmp_path / "a").exists()
 
 
 def test_one_number_of_an_evaluation_by_its_path():
