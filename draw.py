@@ -1,7 +1,8 @@
 """Pictures: 3D boxes on the image and a bird's-eye view beside it, sheets of them, and precision-recall curves, with Pillow alone.
 
-Predictions are solid orange with class, depth and score, ground truth is dashed blue without text; the face of a box that looks forward
-is filled, and in the bird's-eye view a tick leaves it. Frames are drawn at twice the final size and averaged down, which smooths lines.
+Predictions are solid orange with class, depth and score, ground truth is dashed blue without text, or solid with class and depth where it
+is alone; the face of a box that looks forward is filled, and in the bird's-eye view a tick leaves it. Frames are drawn at twice the final
+size and averaged down, which smooths lines.
 """
 
 import functools
@@ -60,11 +61,12 @@ def draw_frame(
 
 
 def _layers(predictions, truth, classes, min_score):
-    """What is drawn, in order: (caption, Labels, colour, dashed). Predictions come last, on top."""
+    """What is drawn, in order: (caption, Labels, colour, dashed). Predictions come last, on top. What is dashed has no text."""
     layers, named = [], lambda labels: np.array([classes is None or name in classes for name in labels.name], bool)
     if truth is not None:
         counted = named(truth) & (truth.name != "DontCare")
-        layers += [("not counted", truth[~counted], OTHER, True), ("true", truth[counted], TRUTH, True)]
+        beside = predictions is not None
+        layers += [("not counted", truth[~counted], OTHER, beside), ("true", truth[counted], TRUTH, beside)]
     if predictions is not None:
         layers.append(("predicted", predictions[named(predictions) & (predictions.score >= min_score)], PREDICTION, False))
     return layers
@@ -94,26 +96,26 @@ def _draw_image(canvas, K, layers, size, letters):
                 _line(draw, a, b, colour, width, dashed, canvas.size)
             extents.append((*lines.min((0, 1)), *lines.max((0, 1))))
             if not dashed:
-                score = f"{boxes.score[i]:.2f}".lstrip("0")
-                captions.append((f"{boxes.name[i]} {boxes.center[i, 2]:.0f} m {score}", len(extents) - 1))
+                score = f" {boxes.score[i]:.2f}".replace(" 0", " ") if colour == PREDICTION else ""
+                captions.append((f"{boxes.name[i]} {boxes.center[i, 2]:.0f} m{score}", colour, len(extents) - 1))
     _draw_captions(draw, captions[::-1], np.array(extents).reshape(-1, 4), canvas.size, letters)
     return canvas
 
 
 def _draw_captions(draw, captions, extents, size, letters):
-    """The texts of predictions, (text, row of extents), the nearest first, each where it hides no text and no other object, or not at all.
+    """Texts (text, colour, row of extents), the last layer's nearest first, each where it hides no text and no other object, if anywhere.
 
     extents: (n, 4) of all objects as drawn, canvas pixels. What meets an object's own box, such as its ground truth, may be touched.
     """
     apart = lambda a, b: (a[..., 2] <= b[..., 0]) | (b[..., 2] <= a[..., 0]) | (a[..., 3] <= b[..., 1]) | (b[..., 3] <= a[..., 1])  # noqa: E731
     taken = np.zeros((0, 4))
-    predicted = {row for _, row in captions}
-    for text, row in captions:
+    named = {row for *_, row in captions}
+    for text, colour, row in captions:
         own = extents[row]
         x1, y1, x2, y2 = own
         if apart(own, np.array([0, 0, *size])):
             continue
-        others = [i for i in range(len(extents)) if i != row and (i in predicted or apart(own, extents[i]))]
+        others = [i for i in range(len(extents)) if i != row and (i in named or apart(own, extents[i]))]
         drawn, font = _fit(text, letters)
         width, height = font.getlength(drawn) + 0.6 * letters, 1.3 * letters
         for x, y in [(x, y) for y in (y1 - height - 2, y2 + 2) for x in ((x1 + x2 - width) / 2, x1, x2 - width)]:
@@ -122,7 +124,7 @@ def _draw_captions(draw, captions, extents, size, letters):
             if apart(place, np.concatenate([taken, extents[others]])).all():
                 taken = np.concatenate([taken, place[None]])
                 draw.rectangle(tuple(place), fill=(10, 10, 12, 185))
-                _write(draw, (x + width / 2, y + height / 2), text, letters, PREDICTION, "mm")
+                _write(draw, (x + width / 2, y + height / 2), text, letters, colour, "mm")
                 break
 
 

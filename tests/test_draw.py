@@ -120,12 +120,15 @@ def named(name):
     return draw_frame(GREY, K, dataclasses.replace(CAR, name=np.array([name], object)), None).tobytes()
 
 
-def test_predictions_tell_class_depth_and_score_and_ground_truth_nothing(written):
+def test_predictions_tell_class_depth_and_score_and_ground_truth_only_where_it_is_alone(written):
     draw_frame(GREY, K, CAR, CAR)
     assert [text for text, *_ in written if "Car" in text] == ["Car 14 m .80"]
     assert {text for text, *_ in written} >= {"1 predicted", "1 true", "10 m"}
     written.clear()
     draw_frame(GREY, K, None, CAR)
+    assert [text for text, *_ in written if "Car" in text] == ["Car 14 m"]
+    written.clear()
+    draw_frame(GREY, K, CAR[:0], CAR)
     assert not any("Car" in text for text, *_ in written)
 
 
