@@ -9,7 +9,7 @@ in which nothing is learned or counted). Optional for an object: `box` (default:
 in [0, 1], `occlusion` 0-3, `ignore` (true: only its box is kept, as a region), `velocity` [x, y, z] m/s in the camera frame,
 `attribute` (text), and what predictions add: `score` and `depth_sigma` (metres).
 
-    python -m formats.jsonl FILE.jsonl [--no-images]      every bad line by number, and a summary per class
+    python -m formats.jsonl FILE.jsonl [--no-images]      every bad line by number, a summary per class, and likely mistakes
 """
 
 import argparse
@@ -27,6 +27,7 @@ from textwrap import shorten
 
 import numpy as np
 
+from formats.diagnosis import diagnose, doubt_angles, image_sizes
 from frames import LARGEST, PLAUSIBLE, Frame, join, make_labels, opened, upright
 from geometry import box_iou, camera_problem, clip_boxes, project_boxes, wrap_angle
 
@@ -335,7 +336,7 @@ def _short(value):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check one file from the command line. Returns the exit code: 0 good, 1 bad lines, 2 no such file."""
+    """Check one file from the command line. Returns the exit code: 0 good, 1 bad lines or a likely mistake, 2 no such file."""
     parser = argparse.ArgumentParser(description="Check a JSON-lines data file: every bad line by number, and a summary per class.")
     parser.add_argument("file", metavar="FILE.jsonl")
     parser.add_argument("--no-images", action="store_true", help="do not look at the image files; boxes that are left out are not derived")
@@ -349,7 +350,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(*problems, sep="\n", end="\n" if problems else "")
     bad = len({problem.partition(": ")[0] for problem in problems})
     print(f"{options.file}: {len(frames)} good frames, {bad} bad lines", *summarise(frames), sep="\n")
-    return 1 if problems else 0
+    sizes = np.full((len(frames), 2), np.nan) if options.no_images else image_sizes(frames)
+    doubts, notes = diagnose(frames, sizes, source=Path(options.file))
+    doubts = doubt_angles(problems) + doubts
+    print(*(f"{options.file}: {sentence}" for sentence in notes + doubts), sep="\n", end="\n" if notes + doubts else "")
+    return 1 if problems + doubts else 0
 
 
 if __name__ == "__main__":
