@@ -98,7 +98,7 @@ def image_sizes(frames: Sequence[Frame]) -> np.ndarray:
 
 
 def diagnose(frames: Sequence[Frame], sizes: np.ndarray, reading: Reading = JSONL, source: Path | None = None) -> tuple[list, list]:
-    """What is most likely wrong with a source's labels: (sentences for mistakes, notes on what could not be checked).
+    """What is most likely wrong with a source's labels: (sentences for mistakes, notes on what was compared).
 
     sizes: those of `image_sizes`. source: the JSON-lines file itself, whose 2D boxes the reader has clipped.
     """
@@ -115,6 +115,9 @@ def diagnose(frames: Sequence[Frame], sizes: np.ndarray, reading: Reading = JSON
             f"{named}: the 2D boxes are the projected 3D boxes, so they confirm neither K nor sizes nor angles; typical sizes, the ground "
             "and the principal point were looked at instead"
         )
+    if len(checked):
+        overlap = np.median(checked.fit(checked.project()))
+        notes.append(f"projected and given 2D boxes overlap by {_short(overlap)} in the median of {len(checked)} clear objects")
     weak = objects[np.isin(objects.labels.name.astype(str), derived)]
     problems += _doubt_sizes(objects if not found else weak, reading) + _doubt_ground(weak, reading)
     return problems, notes
@@ -127,13 +130,6 @@ def doubt_angles(sentences: Sequence[str]) -> list[str]:
     if len(set(angles)) < 2 or np.abs(angles).max() > 360.5:
         return []
     return [f"yaw looks like degrees where radians are expected: {len(angles)} lie beyond 2 pi, from {angles.min():g} to {angles.max():g}"]
-
-
-def fits(frames: Sequence[Frame], sizes: np.ndarray) -> np.ndarray:
-    """IoU of the projected 3D boxes of the clear objects with their given 2D boxes, (n,)."""
-    objects = gather(frames, sizes)
-    clear = objects[_clear(objects)]
-    return clear.fit(clear.project())
 
 
 def _clear(objects):
@@ -286,13 +282,14 @@ def _doubt_frames(objects, frames):
 
 
 def _name_frame(objects, id):
-    """The id of a frame and by which factor its K is too large, where one factor makes its boxes fit."""
+    """The id of a frame and by which factor its K is wrong, where one factor makes its boxes fit."""
     boxes = objects.project()
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = float(np.nanmedian(objects.labels.box / boxes))
     scaled = objects.K * np.array([scale, scale, 1])[:, None]
     fitting = scale > 0 and np.median(objects.fit(objects.project(K=scaled))) >= FITS
-    return f"{id} ({1 / scale:.2f} times too large)" if fitting else id
+    wrong = f"{1 / scale:.2f} times too large" if scale < 1 else f"{scale:.2f} times too small"
+    return f"{id} ({wrong})" if fitting else id
 
 
 # ---- what else there is to see

@@ -106,11 +106,8 @@ def check_images(dataset, name, workers, problems):
 def doubt(dataset, sizes, source, place):
     """(problems, notes) of `diagnose` for one source."""
     reading = diagnosis.KITTI if source.kind in ("kitti", "synthetic") else diagnosis.JSONL
-    doubts, notes = diagnosis.diagnose(dataset.frames, sizes, reading, Path(place) if source.kind == "jsonl" else None)
-    overlaps = diagnosis.fits(dataset.frames, sizes)
-    if len(overlaps):
-        notes.append(f"projected and given 2D boxes overlap by {np.median(overlaps):.2f} in the median of {len(overlaps)} clear objects")
-    return [f"{place}: {sentence}" for sentence in doubts], [f"{place}: {sentence}" for sentence in notes]
+    told = diagnosis.diagnose(dataset.frames, sizes, reading, Path(place) if source.kind == "jsonl" else None)
+    return tuple([f"{place}: {sentence}" for sentence in sentences] for sentences in told)
 
 
 def describe_classes(dataset, sizes):
@@ -205,7 +202,7 @@ def draw_source(dataset, count, folder, name):
             continue  # told above
         draw = ImageDraw.Draw(image)
         for box in frame.labels.box[frame.labels.is_3d]:
-            draw.rectangle(tuple(box), outline=GIVEN, width=max(1, image.width // 800))
+            draw.rectangle(tuple(box), outline=GIVEN, width=max(1, round(image.width / 600)))
         caption = (f"{frame.id}   {image.width}x{image.height}   fx {frame.K[0, 0]:.0f}   fy {frame.K[1, 1]:.0f}   "
                    f"cx {frame.K[0, 2]:.0f}   cy {frame.K[1, 2]:.0f}   blue: 3D boxes, yellow: 2D boxes, grey: not trained")  # fmt: skip
         pictures.append((draw_frame(image, frame.K, None, frame.labels, dataset.classes, width=WIDTH), caption))
