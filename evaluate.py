@@ -344,7 +344,7 @@ def submit_run(options: argparse.Namespace) -> None:
         rest = f"; {others} of classes that the server does not know are left out" if others else ""
         print(f"{folder / 'data'}: {written} detections in {len(predictions)} files, {empty} of them empty{rest}")
         if split == "testing" and len(predictions) != TESTING_FRAMES:
-            print(f"the server expects {TESTING_FRAMES} files; {dataset.frames[0].image.parent} has another number of images")
+            print(f"the server expects {TESTING_FRAMES} files, as many as KITTI's testing half has images")
     accelerator.end_training()
 
 

@@ -67,7 +67,8 @@ def check(config, workers, draw=0, out=None):
                 found.update(frame.labels.name[frame.labels.is_3d].tolist())
         if missing := [name for name in classes if readable and not found[name]]:
             there = ", ".join(f"{name} {count}" for name, count in found.most_common()) or "none"
-            sentence = f"data.{title} holds no object of {', '.join(missing)} of model.classes; the classes there are: {there}"
+            sentence = f"data.{title} holds no object of {', '.join(missing)} of model.classes (the rename of a source maps names)"
+            sentence += f"; the classes there are: {there}"
             (problems if title == "train" or not found else lines).append(sentence)
         if len(problems) == before:  # what only all sources together show: none of them, or a frame listed twice
             try:
