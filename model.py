@@ -50,6 +50,7 @@ class ModelConfig:
     predict_yaw: bool = False  # a second angle output, for loss_alpha_constrain
     score_threshold: float = 0.05  # detections below are dropped
     nms_iou: float = 0.6  # of visible boxes, per class
+    nms_across_classes: float = 0.0  # IoU of visible boxes above which the best of any class stays alone; 0: a thing may be of two classes
     candidates: int = 300  # locations decoded per image, before non-maximum suppression
     max_detections: int = 100  # per image
     fuse_duplicates: bool = True  # depth and visible box of a detection become the mean over the duplicates that it suppresses
@@ -70,6 +71,8 @@ class ModelConfig:
             raise ValueError(f"model.size is {self.size}, expected (height, width) in multiples of the largest stride, {max(self.strides)}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path}, expected 0 <= drop_path < 1")
+        if not 0 <= self.nms_across_classes <= 1:
+            raise ValueError(f"model.nms_across_classes is {self.nms_across_classes}, expected an IoU from 0 to 1")
         if not 0 <= self.centerness_share < 1:
             raise ValueError(f"model.centerness_share is {self.centerness_share}, expected 0 <= centerness_share < 1")
         if not self.classes or len({*self.classes}) < len(self.classes):
@@ -317,9 +320,12 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         """Raw outputs of `forward` -> what `detect` returns: decoded, scored, above the threshold, without duplicates."""
         boxes = self.rank(logits.float(), raw, K)
         images, candidates = boxes["score"].shape
+        box, score = boxes["box"].flatten(0, 1), boxes["score"].flatten()
         same = boxes["label"] + len(self.config.classes) * torch.arange(images, device=raw.device)[:, None]
-        keep = batched_nms(boxes["box"].flatten(0, 1), boxes["score"].flatten(), same.flatten(), self.config.nms_iou)
-        keep = keep[boxes["score"].flatten()[keep] > self.config.score_threshold]
+        keep = batched_nms(box, score, same.flatten(), self.config.nms_iou)
+        keep = keep[score[keep] > self.config.score_threshold]
+        if self.config.nms_across_classes:
+            keep = keep[batched_nms(box[keep], score[keep], keep // candidates, self.config.nms_across_classes)]
         found = []
         for i in range(images):
             rows = keep[keep // candidates == i][: self.config.max_detections] - i * candidates

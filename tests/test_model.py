@@ -252,6 +252,21 @@ def test_centerness_has_its_share_of_the_score(detector):
         make_detector(centerness_share=1.5)
 
 
+def test_one_thing_may_be_kept_from_being_of_two_classes(picture):
+    """By a key that is off by default: of boxes that overlap, whatever their classes, the best one stays."""
+    image, cameras = torch.from_numpy(picture)[None], torch.tensor(K, dtype=torch.float32)[None]
+    options = {"score_threshold": 0.0, "fuse_duplicates": False, "max_detections": 300}
+    plain, single = (make_detector(nms_across_classes=across, **options).eval().detect(image, cameras)[0] for across in (0, 0.5))
+    worst = lambda found: (box_iou(found["box"], found["box"]) - torch.eye(len(found["box"]))).max()  # noqa: E731
+    assert worst(plain) > 0.9
+    assert worst(single) <= 0.5
+    assert {*single["score"].tolist()} < {*plain["score"].tolist()}
+    covered = box_iou(plain["box"], single["box"]).max(1)
+    assert ((covered.values > 0.5) & (single["score"][covered.indices] >= plain["score"])).all()
+    with pytest.raises(ValueError, match=r"model\.nms_across_classes is 2, expected an IoU from 0 to 1"):
+        make_detector(nms_across_classes=2)
+
+
 def test_images_of_a_batch_do_not_mix(detector, picture):
     detector.eval()
     image = torch.from_numpy(np.stack([picture, picture[::-1]]))
