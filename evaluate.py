@@ -49,11 +49,12 @@ def predict_dataset(
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
     timeout: float = 0.0,
+    flip: bool = False,
 ) -> dict[str, Labels]:
     """Detections of every frame of a `Detection3D`, each exactly once, whatever the number of processes.
 
     Each process takes every so-manieth frame; one exchange at the end. Returns, on every process and in the order of dataset.ids,
-    id -> Labels with sigma in the source's own frame and original pixels. A frame whose image could not be
+    id -> Labels with sigma in the source's own frame and original pixels; with flip, of `forward_twice`. A frame whose image could not be
     read (data.skip_bad) has no detections, and is counted on stderr. Raises `Stopped` on every process, after the same batch, once
     `stop()` holds on one of them.
     """
@@ -79,7 +80,7 @@ def predict_dataset(
                 continue
             indices, batch = batches[number], next(loaded)
             with accelerator.autocast():
-                detections = detector.detect(batch["image"].to(accelerator.device), batch["K"].to(accelerator.device))
+                detections = detector.detect(batch["image"].to(accelerator.device), batch["K"].to(accelerator.device), flip)
             for index, skipped, detection in zip(indices, batch["skipped"].tolist(), detections, strict=True):
                 unread += [dataset.ids[index]] * bool(skipped)
                 found.append((dataset.ids[index], to_source(detection, dataset, index, skipped)))
@@ -111,13 +112,14 @@ def evaluate(
     overlap: str = "strict",
     repeat: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    flip: bool = False,
 ) -> tuple[dict, dict[str, Labels]]:
     """Metrics of a model on a data set, the same on every process, and its predictions. repeat: default train.eval_repeat.
 
     Returns the dict of `compute_metrics` and that of `predict_dataset`. Raises its `Stopped`.
     """
     predictions = predict_dataset(
-        model, dataset, accelerator, config.train.batch_size, config.data.workers, stop=stop, timeout=config.train.timeout
+        model, dataset, accelerator, config.train.batch_size, config.data.workers, stop=stop, timeout=config.train.timeout, flip=flip
     )
     truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
     repeat = config.train.eval_repeat if repeat is None else repeat
@@ -299,7 +301,9 @@ def evaluate_run(options: argparse.Namespace) -> None:
         accelerator = start_accelerator(config.train.mixed_precision)
         with accelerator.main_process_first():  # the main process may have to render the built-in world
             dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
-    metrics, predictions = evaluate(model.to(accelerator.device), dataset, accelerator, config, options.overlap, options.repeat)
+    metrics, predictions = evaluate(
+        model.to(accelerator.device), dataset, accelerator, config, options.overlap, options.repeat, flip=options.flip
+    )
     if accelerator.is_main_process:
         out = Path(options.out) if options.out else Path(options.run) / "evaluation"
         write_evaluation(out, dataset, metrics, predictions)
@@ -379,6 +383,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--metric", choices=("R40", "R11"), help="recall positions of the table; default: R40")
     parser.add_argument("--overlap", choices=tuple(MIN_OVERLAP), help="overlap thresholds; default: strict")
     parser.add_argument("--repeat", type=int, metavar="N", help="count every frame N times: lifts the cap on few objects")
+    parser.add_argument("--flip", action="store_true", help="of a run: average what is said of an image and of its mirror image")
     parser.add_argument("--errors", action="store_true", help="also print depth, heading and size errors by distance")
     parser.add_argument("--json", metavar="OUT", help="write every number here")
     parser.add_argument("--curves", metavar="OUT.png", help="draw the precision-recall curves here")
@@ -399,6 +404,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.exit(2, f"evaluate.py: {'--labels' if options.labels is None else '--results'} DIR is missing\n")
     if files and options.out:
         parser.exit(2, "evaluate.py: --out belongs to a run; of files, --json and --curves say what is written\n")
+    if files and options.flip:
+        parser.exit(2, "evaluate.py: --flip belongs to a run: it looks at every image twice\n")
     if options.run and (options.classes or options.split):
         parser.exit(2, "evaluate.py: --classes and --split belong to --labels; of a run, data.val=... chooses the frames\n")
     if options.repeat is not None and options.repeat < 1:

@@ -99,6 +99,15 @@ class Decoded:
     centerness: Tensor  # (S,) logit
 
 
+MIRRORED = {  # fields that change under a mirror image: the order that its channels take, and their signs; heading bins apart
+    "box": ((2, 1, 0, 3), (1, 1, 1, 1)),
+    "full_box": ((2, 1, 0, 3), (1, 1, 1, 1)),
+    "offset": ((0, 1), (-1, 1)),
+    "alpha": ((0, 1), (-1, 1)),  # sine and cosine of 2 (pi - alpha)
+    "yaw": ((0, 1), (1, -1)),  # of pi - yaw
+}
+
+
 def bound(x, limit):
     """Smooth limit: close to x near 0, never beyond +-limit."""
     return limit * torch.tanh(x / limit)
@@ -115,6 +124,14 @@ def angle_from_double(double_alpha, bins):
     other = heading_bin(half) != bins
     alpha = half + math.pi * other
     return torch.where(alpha >= math.pi, alpha - 2 * math.pi, alpha)
+
+
+def mirror_bins(direction, double_alpha):
+    """Logits of the heading bins (..., 2) for a mirror image -> for the image, whose sine and cosine of 2 alpha are (..., 2).
+
+    By `heading_bin`, alpha and pi - alpha lie in the same bin where cos 2 alpha < 0, else in different ones.
+    """
+    return torch.where(double_alpha[..., 1:] > 0, direction.flip(-1), direction)
 
 
 def average_duplicates(kept, every, overlap):
@@ -256,13 +273,17 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         raw = [self.box_predictor(self.box_tower(p)).flatten(2) for p in seen]
         return torch.cat(logits, 2).transpose(1, 2), torch.cat(raw, 2).transpose(1, 2)  # (B, N, C), (B, N, F)
 
+    def split(self, raw):
+        """Raw outputs (..., F) as {field: (..., its channels)}."""
+        return dict(zip(self.fields, raw.split(list(self.fields.values()), -1), strict=True))
+
     def decode(self, raw, location, label, K):
         """Meaning of raw outputs; the one place that knows it, used by losses, evaluation and prediction. Always in fp32.
 
         raw (B, S, F) outputs gathered at location (B, S) indices; label (B, S) class whose size prior applies; K (B, 3, 3).
         Returns `Decoded` with leading shape (B, S). `targets.encode` is its inverse.
         """
-        out = dict(zip(self.fields, raw.float().split(list(self.fields.values()), -1), strict=True))
+        out = self.split(raw.float())
         pixel = self.location_pixel[location]  # (B, S, 2)
         stride = self.location_stride[location][..., None]
         level = self.location_level[location]
@@ -306,14 +327,45 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             centerness=out["centerness"].squeeze(-1),
         )
 
+    def mirror(self, logits, raw):
+        """Outputs of `forward` for a mirror image -> the same for the image, in its cells; the heading bins stay the mirror image's.
+
+        Cell j of a row becomes cell W / stride - 1 - j: with a canvas in whole strides, cells lie on cells. Its own inverse.
+        """
+        order = torch.arange(len(self.location_stride), device=raw.device)
+        sizes = [(self.config.size[0] // s, self.config.size[1] // s) for s in self.config.strides]
+        cells = order.split([rows * columns for rows, columns in sizes])
+        order = torch.cat([part.view(size).flip(1).flatten() for part, size in zip(cells, sizes, strict=True)])
+        out = self.split(raw[:, order])
+        for name in MIRRORED.keys() & out.keys():
+            channels, signs = MIRRORED[name]
+            out[name] = out[name][..., channels] * out[name].new_tensor(signs)
+        return logits[:, order], torch.cat(list(out.values()), -1)
+
+    def forward_twice(self, image, K):
+        """Like `forward`, the mean of what it says of the images and of their mirror images, in fp32: test-time augmentation.
+
+        The heading bins of the mirror image are read by the mean angle: near a border of the bins the two angles may lie on either side
+        of it, while of the two logits at least one is far from its own border.
+        """
+        turned = K.clone()
+        turned[:, 0, 2] = self.config.size[1] - 1 - K[:, 0, 2]
+        logits, raw = self(image, K)
+        mirrored_logits, mirrored = self.mirror(*self(image.flip(2), turned))
+        own, other = self.split(raw.float()), self.split(mirrored.float())
+        alpha = (own["alpha"] + other["alpha"]) / 2
+        other["direction"] = mirror_bins(other["direction"], alpha)
+        mean = torch.cat([(own[name] + other[name]) / 2 for name in self.fields], -1)
+        return (logits.float() + mirrored_logits.float()) / 2, mean
+
     @torch.no_grad()
-    def detect(self, image, K):
-        """Detections of a batch, in pixels of the network input and metres of each image's camera.
+    def detect(self, image, K, flip=False):
+        """Detections of a batch, in pixels of the network input and metres of each image's camera; with flip, of `forward_twice`.
 
         image (B, H, W, 3) uint8; K (B, 3, 3). Returns one dict per image, best score first: label (n,), score (n,), box (n, 4),
         center (n, 3), size (n, 3), yaw (n,), sigma (n,) depth standard deviation in metres.
         """
-        return self.select(*self(image, K), K)
+        return self.select(*(self.forward_twice if flip else self)(image, K), K)
 
     @torch.no_grad()
     def select(self, logits, raw, K):

@@ -1,5 +1,6 @@
 """Hand-made scenes for the tests of targets, losses and model: objects in, batches out through the real data path."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ CROSSING = ("Car", (1.6, 1, 1.2), (4, 1.5, 1.8), 1.5)  # reaches behind the came
 BEHIND = ("Car", (1.2, 1, -0.4), (4, 1.5, 1.8), 1.5, (200, 60, 319, 95))  # its centre lies behind the camera, its front in sight
 
 
-def make_sample(*objects, ignore=(), K=K, size=SIZE):
-    """objects: (name, center, size l h w, yaw[, visible box]); ignore: boxes. The sample of an image as large as the canvas."""
+def make_sample(*objects, ignore=(), K=K, size=SIZE, flip=False):
+    """objects: (name, center, size l h w, yaw[, visible box]); ignore: boxes. Of an image as large as the canvas, or its mirror."""
     named, center, extent, yaw = (np.array([o[i] for o in objects], dtype=d).reshape(-1, *s)
                                   for i, d, s in ((0, object, ()), (1, float, (3,)), (2, float, (3,)), (3, float, ())))  # fmt: skip
     full, _ = project_boxes(center, extent, yaw, K)
@@ -47,7 +48,8 @@ def make_sample(*objects, ignore=(), K=K, size=SIZE):
         regions = make_labels(["DontCare"] * n, ignore, np.full((n, 3), -1.0), np.full((n, 3), -1000.0), np.full(n, -10.0))
         labels = join([labels, regions])
     frame = Frame("frame", Path("frame.png"), K, labels)
-    sample = Detection3D([frame], CLASSES, size, DataConfig(), False).sample_from(frame, whole_view(size[1], size[0], size))
+    view = dataclasses.replace(whole_view(size[1], size[0], size), flip=flip)
+    sample = Detection3D([frame], CLASSES, size, DataConfig(), False).sample_from(frame, view)
     return {**sample, "image": torch.zeros(*size, 3, dtype=torch.uint8), "index": torch.tensor(0), "skipped": torch.tensor(0)}
 
 

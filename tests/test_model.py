@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scenes import CAR, FAR, MODEL, PERSON, TRUNCATED, K, all_losses, make_batch
+from scenes import CAR, FAR, MODEL, PERSON, TRUNCATED, K, all_losses, make_batch, random_outputs
 from torchvision.ops import box_iou
 
 from checkpoint import (
@@ -28,7 +28,7 @@ from checkpoint import (
 from config import Config, to_dict
 from geometry import heading_bin
 from guard import start_accelerator
-from model import Detector, ModelConfig, angle_from_double, average_duplicates, unit
+from model import Detector, ModelConfig, angle_from_double, average_duplicates, mirror_bins, unit
 from targets import assign, encode
 
 CAMERA = torch.as_tensor(K, dtype=torch.float32).reshape(1, 3, 3)
@@ -250,6 +250,85 @@ def test_centerness_has_its_share_of_the_score(detector):
     assert scores == pytest.approx({0.0: 1.0, 0.25: 8**-0.25, 0.5: 8**-0.5})
     with pytest.raises(ValueError, match=r"model.centerness_share is 1.5"):
         make_detector(centerness_share=1.5)
+
+
+def mirror(model, logits, raw):
+    """Outputs for an image -> outputs of an exact detector for its mirror image, heading bins included."""
+    logits, raw = model.mirror(logits, raw)
+    out = model.split(raw)
+    out["direction"] = mirror_bins(out["direction"], out["alpha"])
+    return logits, torch.cat(list(out.values()), -1)
+
+
+def test_the_mirror_of_what_a_scene_says_is_what_its_mirror_image_says(detector):
+    """Every field, at every cell of every object, with the axis of the camera beside the middle of the canvas."""
+    camera = K + np.array([[0, 0, 13.3], [0, 0, 2], [0, 0, 0]])
+    headings = [("Car", (x, 1.2, 14), (3, 1.5, 1.6), yaw) for x, yaw in zip(range(-9, 10, 3), np.arange(-3, 3, 0.9), strict=True)]
+    scenes = [CAR, PERSON, FAR], [TRUNCATED], headings
+    raws = []
+    for flip in (False, True):
+        batch = make_batch(*scenes, K=camera, flip=flip)
+        targets = assign(batch, MODEL)
+        said = encode(targets, detector, batch["K"])
+        raws.append(torch.zeros(len(scenes), len(detector.location_stride), said.shape[-1]))
+        image, slot = targets.positive.nonzero(as_tuple=True)
+        raws[-1][image, targets.location[image, slot]] = said[image, slot]
+    raw, mirrored = raws
+    assert (raw != 0).any(-1).sum() > 60
+    logits = torch.randn(*raw.shape[:2], 3, generator=torch.Generator().manual_seed(0))
+    found_logits, found = mirror(detector, logits, mirrored)
+    for name, values in detector.split(found).items():
+        torch.testing.assert_close(values, detector.split(raw)[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    again = mirror(detector, found_logits, found)
+    assert torch.equal(again[0], logits)
+    assert torch.equal(again[1], mirrored)
+
+
+def test_an_exact_detector_gains_nothing_from_a_mirror(detector, picture, monkeypatch):
+    logits, raw = (value.detach() for value in random_outputs(detector, 1))
+    image = torch.from_numpy(picture)[None]
+    camera = torch.tensor(K + np.array([[0, 0, 10], [0, 0, 0], [0, 0, 0]]), dtype=torch.float32)[None]
+
+    def exact(seen, K):
+        if torch.equal(seen, image):
+            assert torch.equal(K, camera)
+            return logits, raw
+        assert torch.equal(seen, image.flip(2))
+        assert K[0, 0, 2] == 319 - camera[0, 0, 2]
+        return mirror(detector, logits, raw)
+
+    once = detector.detect(image, camera)  # by the network itself
+    monkeypatch.setattr(detector, "forward", exact)
+    [alone], [both] = detector.detect(image, camera), detector.detect(image, camera, flip=True)
+    assert len(alone["score"]) > 20
+    for name, value in alone.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(once[0]["score"], alone["score"])
+
+
+def test_the_mean_with_a_mirror_image_does_not_know_which_is_which(detector, picture):
+    detector.eval()
+    image, camera, turned = (torch.from_numpy(picture)[None], *(torch.tensor(K, dtype=torch.float32)[None].clone() for _ in range(2)))
+    camera[:, 0, 2], turned[:, 0, 2] = 170, 149
+    with torch.no_grad():
+        one, two = detector.forward_twice(image, camera), detector.forward_twice(image.flip(2), turned)
+        plain = detector(image, camera)
+    for value, other in zip(one, mirror(detector, *two), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+    assert (one[1] - plain[1]).abs().max() > 1e-3
+
+
+def test_angles_on_either_side_of_a_border_of_the_bins_agree():
+    """44 degrees here and 46 in the mirror image are 45, not 225: the bins of one of them have their border elsewhere, and are sure."""
+    for degrees in (44.2, 44.9, 45.1, 45.8, 224.2, 225.1):
+        true = math.radians(degrees)
+        for mine, theirs in ((-1, 1), (1, -1), (1, 2), (-2, -1)):
+            own, other = (true + math.radians(error) for error in (mine, theirs))
+            bins = heading_bin(torch.tensor(math.pi - true))
+            sure = torch.where(bins == torch.arange(2), 5.0, -5.0)
+            mean = torch.tensor([(math.sin(2 * own) + math.sin(2 * other)) / 2, (math.cos(2 * own) + math.cos(2 * other)) / 2])
+            alpha = angle_from_double(mean, mirror_bins(sure, mean).argmax(-1))
+            assert math.cos(float(alpha) - true) > 0.99, (degrees, mine, theirs)
 
 
 def test_one_thing_may_be_kept_from_being_of_two_classes(picture):
