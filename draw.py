@@ -10,6 +10,7 @@ import io
 import math
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -22,6 +23,7 @@ BACKGROUND, WEDGE, GRID, TEXT = (22, 24, 28), (38, 42, 49), (66, 71, 80), (214, 
 SUPERSAMPLE = 2
 WIDTH, HEIGHT = 1440, 900  # pixels: the image is scaled to the first, unless it then exceeds the second
 SHEET_WIDTH, SHEET_BYTES, SHOWN_FRAMES = 900, 1_500_000, 3  # of a sheet: pixels of an image, file size, best frames and as many worst
+PEOPLE_SCORE = 0.25  # least score of what is shown to people, where nothing better is known
 FRONT = [0, 1, 5, 4]  # corners of the face towards the box's own +x
 LEVELS = {"easy": (46, 139, 87), "moderate": (31, 95, 180), "hard": (200, 60, 50)}
 PANEL, MARGIN = (300, 220), (52, 46)  # pixels: plotting area, and the room around it
@@ -31,22 +33,24 @@ FONTS = ("DejaVuSans", "NotoSans-Regular", "Arial", "arial", "NotoSansCJK-Regula
 
 
 def draw_frame(
-    image: Image.Image | np.ndarray,
+    image: str | Path | Image.Image | np.ndarray,
     K: np.ndarray,
     predictions: Labels | None,
-    truth: Labels | None,
+    truth: Labels | None = None,
     classes: Sequence[str] | None = None,
-    min_score: float = 0.3,
+    min_score: float = PEOPLE_SCORE,
     max_range: float | None = None,
     width: int = WIDTH,
 ) -> Image.Image:
     """One picture of a frame: image with boxes on the left, bird's-eye view on the right.
 
-    image: PIL, or (H, W, 3) uint8 RGB. K (3, 3) and both Labels belong to that image: its pixels, its camera frame, metres. Of the
+    image: a path, PIL, or (H, W, 3) uint8 RGB. K (3, 3) and both Labels belong to that image: its pixels, its camera frame, metres. Of the
     predictions those with score >= min_score are drawn. With `classes`, predictions of other classes are left out and ground truth of
     other classes is grey; DontCare regions are grey rectangles. max_range: metres shown ahead of the camera; by default as
     far as the farthest box, between 30 and 100. Returns an RGB image, `width` pixels plus the bird's-eye view.
     """
+    if isinstance(image, str | Path):
+        image = load_image(image)
     picture = (image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))).convert("RGB")
     K = np.asarray(K, float)
     layers = _layers(predictions, truth, classes, min_score)

@@ -29,8 +29,9 @@ LARGEST = 1e8  # of any other number in a file: larger ones would overflow later
 class Labels:
     """n boxes as columns, labelled or detected, in the camera frame and pixels that their holder states.
 
-    The last four columns may be None: no row has them. Rows that are only a 2D region (DontCare) keep KITTI's fill values: size -1,
-    center -1000, yaw and alpha -10.
+    `found[i]`, `found[mask]`, `found[a:b]` and `for one in found` all give Labels, so that one box has every column and method that many
+    have: `found[0].center[0]`. The last columns may be None: no row has them. Rows that are only a 2D region (DontCare) keep KITTI's
+    fill values: size -1, center -1000, yaw and alpha -10.
     """
 
     name: np.ndarray  # (n,) str
@@ -50,8 +51,9 @@ class Labels:
         return len(self.name)
 
     def __getitem__(self, rows):
-        """Rows by index, index array, mask or slice, always as Labels."""
-        rows = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
+        """Rows by index, index array, mask or slice, always as Labels. Raises IndexError beyond the last."""
+        if isinstance(rows, int | np.integer):
+            rows = [range(len(self))[rows]]
         return Labels(*(None if (column := getattr(self, field.name)) is None else column[rows] for field in dataclasses.fields(self)))
 
     @property
@@ -70,6 +72,21 @@ class Labels:
     def project(self, K):
         """Corners in the image of K (3, 3): (n, 8, 2) px, meaningless behind the camera."""
         return project(self.corners(), np.asarray(K, float))
+
+    def to_dict(self):
+        """{column: list of n values} of plain numbers, text and lists for JSON; columns that no row has are left out, NaN is None.
+
+        `Labels(**{key: np.array(values)})` leads back, of rows without None.
+        """
+        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _plain(column.tolist()) for name, column in columns.items() if column is not None}
+
+
+def _plain(value):
+    """Nested lists with None in place of NaN."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if value != value else value
 
 
 def make_labels(name, box, size, center, yaw, truncation=None, occlusion=None, score=None, **optional):
@@ -136,7 +153,12 @@ def upright(image):
 
 
 def decode(image, reduction=1):
-    """Pixels of an `opened` image as an RGB PIL image on the grid as stored, from 8 or 16 bits, a JPEG's reduced by 1, 2, 4 or 8."""
+    """Pixels of an `opened` image as an RGB PIL image on the grid as stored, from 8 or 16 bits, a JPEG's reduced by 1, 2, 4 or 8.
+
+    Raises ValueError for floating-point pixels, of which nobody knows the range.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range, expected 8 or 16 bits")
     if reduction > 1:
         image.draft("RGB", (image.width // reduction, image.height // reduction))
     image.load()

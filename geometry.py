@@ -128,7 +128,8 @@ def project_boxes(center, size, yaw, K):
 def camera_problem(K, width=None, height=None):
     """What is wrong with K (3, 3), for an image of that size where it is known, in words; None when nothing is."""
     if K.shape != (3, 3):
-        return f"expected 3x3 numbers, got shape {K.shape}"
+        advice = "; formats.kitti.split_projection splits a projection matrix" if K.shape == (3, 4) else ""
+        return f"expected 3x3 numbers, got shape {K.shape}{advice}"
     if not np.isfinite(K).all():
         return f"expected finite numbers, got {K.tolist()}"
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
+from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou
@@ -167,7 +169,7 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
     """One image and its camera matrix in, 3D boxes out.
 
     `forward` gives raw outputs at every location, `decode` their meaning at chosen locations, `detect` the detections of a batch,
-    `predict` those of one image of any size in its own pixels. `from_pretrained(folder or hub id)`, `save_pretrained` and
+    `predict` those of images of any size in their own pixels. `from_pretrained(folder or hub id)`, `save_pretrained` and
     `push_to_hub` read and write config.json and model.safetensors; other sections of a run's config.json are left alone.
     """
 
@@ -219,6 +221,14 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             verify_files(model_id)
         model = dataclasses.replace(model, pretrained=False)  # the weights are here already
         return super()._from_pretrained(model_id=model_id, model=model, strict=strict, **options)
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file, map_location, strict):
+        try:
+            return super()._load_as_safetensor(model, model_file, map_location, strict)
+        except (RuntimeError, SafetensorError) as error:
+            first = " ".join(str(error).split())[:300]
+            raise ValueError(f"{model_file}: damaged, or of another architecture than config.json: {first}") from error
 
     def _initialise(self):
         for module in [*self.class_tower.modules(), *self.box_tower.modules()]:
@@ -413,30 +423,57 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             "sigma": sigma,
         }
 
-    def predict(self, image, K, min_score=None):
-        """Detections of one image in its own pixels and its own camera.
+    def predict(self, image, K, min_score=0.0, flip=False):
+        """Detections of one image in its own pixels and its own camera; of a list of images, as one batch, a list of them.
 
-        image: a path, PIL image or (H, W, 3) uint8 RGB array of any size; K (3, 3) in its pixels, upright where EXIF turns it.
-        Returns `Labels` with sigma, best score first, scores at least min_score (default: the configured threshold).
-        Raises ValueError for an implausible K, OSError naming the file for an unreadable image.
+        image: a path, PIL image or (H, W, 3) uint8 RGB array of any size; K (3, 3) in its pixels, upright where EXIF turns it; for a list
+        of images one K for all, or as many. flip: see `forward_twice`.
+        Returns `Labels` with sigma, best score first, scores at least min_score (and above the configured threshold).
+        Raises ValueError for an implausible K or something else than an image, OSError naming the file for an unreadable image.
         """
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        own = not isinstance(image, Image.Image)  # decoding at a reduced size would change the caller's image
-        with opened(image) if own else contextlib.nullcontext(image) as file:
-            file = upright(file)
-            size, picture = file.size, decode(file, reduction_of(file, self.config.size) if own else 1)
-        K = np.asarray(K, dtype=np.float64)
-        problem = camera_problem(K, *size)
-        if problem:
-            raise ValueError(f"K of the image: {problem}")
-        view = whole_view(*size, self.config.size)
-        tensor = torch.from_numpy(place_image(np.array(picture), view)).to(self.pixel_mean.device)[None]
-        training = self.training
+        if not isinstance(image, list | tuple):
+            return self.predict([image], np.asarray(K, dtype=np.float64)[None], min_score, flip)[0]
+        cameras = np.asarray(K, dtype=np.float64)
+        cameras = [cameras] * len(image) if cameras.ndim == 2 else cameras
+        if len(cameras) != len(image):
+            raise ValueError(f"{len(image)} images came with {len(cameras)} camera matrices, expected one for each or one for all")
+        seen = [_see(*pair, self.config.size) for pair in zip(image, cameras, strict=True)]
+        if not seen:
+            return []
+        canvases, canvas_cameras, views = zip(*seen, strict=True)
+        device, training = self.pixel_mean.device, self.training
         self.eval()
-        found = self.detect(tensor, torch.from_numpy(view.camera(K)).to(tensor.device)[None])[0]
+        found = self.detect(torch.from_numpy(np.stack(canvases)).to(device), torch.from_numpy(np.stack(canvas_cameras)).to(device), flip)
         self.train(training)
-        return to_labels(found, view, self.config.classes, min_score or 0.0)
+        return [to_labels(one, view, self.config.classes, min_score) for one, view in zip(found, views, strict=True)]
+
+
+def _see(image, K, size):
+    """An image as `Detector.predict` takes it -> its canvas (H, W, 3), the K of that, and the `View`."""
+    own = isinstance(image, str | os.PathLike)  # decoding at a reduced size would change the caller's image
+    with opened(image) if own else contextlib.nullcontext(_as_picture(image)) as file:
+        file = upright(file)
+        whole, pixels = file.size, np.array(decode(file, reduction_of(file, size) if own else 1))
+    if problem := camera_problem(K, *whole):
+        raise ValueError(f"K of the image: {problem}")
+    view = whole_view(*whole, size)
+    return place_image(pixels, view), view.camera(K), view
+
+
+def _as_picture(image):
+    """A PIL image of a PIL image or an array. Raises ValueError that says what to do with anything else."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor):
+        raise ValueError(f"image is a tensor of shape {tuple(image.shape)}, expected (H, W, 3) uint8 as an array: tensor.cpu().numpy()")
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"image is of type {type(image).__name__}, expected a path, a PIL image or an array")
+    if image.dtype != np.uint8:
+        raise ValueError(f"image holds {image.dtype}, expected uint8 from 0 to 255: (255 * image).astype(np.uint8) of pixels from 0 to 1")
+    if image.ndim != 3 or image.shape[2] != 3:
+        advice = ": list(image) of a batch" if image.ndim == 4 else ": image[..., :3] of RGB with alpha" if image.shape[2:] == (4,) else ""
+        raise ValueError(f"image has shape {image.shape}, expected (H, W, 3) as RGB{advice}; PIL images may be of any mode")
+    return Image.fromarray(image)
 
 
 def to_labels(found, view, classes, min_score=0.0):

@@ -93,7 +93,7 @@ def checked_camera(path: Path, options: argparse.Namespace) -> tuple[np.ndarray,
 def predict_file(detector: Detector, path: Path, name: str, options: argparse.Namespace) -> Frame:
     """Predict one image; writes its result file and picture as `name` and returns its JSON line."""
     image, (K, offset) = open_image(path), checked_camera(path, options)
-    found = detector.predict(image, K, min_score=options.min_score)
+    found = detector.predict(image, K, min_score=options.min_score or 0.0)
     write_labels(options.out / "results" / f"{name}.txt", found.moved(-offset), scores=True, digits=4)
     draw_frame(image, K, found, None, min_score=options.draw_score).save(options.out / "pictures" / f"{name}.png")
     best = "" if not len(found) else f", best {found.name[0]} {found.score[0]:.2f} at {found.center[0, 2]:.1f} m"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from checkpoint import (
     verify_checkpoint,
 )
 from config import Config, to_dict
+from draw import draw_frame
+from frames import Labels
 from geometry import heading_bin
 from guard import start_accelerator
 from model import Detector, ModelConfig, angle_from_double, average_duplicates, mirror_bins, unit
@@ -403,13 +406,72 @@ def test_predict_answers_in_the_pixels_of_any_image(detector):
 
 
 def test_predict_refuses_what_it_cannot_use(detector, picture, tmp_path):
-    with pytest.raises(ValueError, match="K of the image: focal lengths 1, 1 px are implausible for an image of 320x96"):
-        detector.predict(picture, np.eye(3))
+    refused = {
+        "K of the image: focal lengths 1, 1 px are implausible for an image of 320x96": (picture, np.eye(3)),
+        "got shape (3, 4); formats.kitti.split_projection splits a projection matrix": (picture, np.eye(3, 4)),
+        "image holds float64, expected uint8 from 0 to 255: (255 * image).astype(np.uint8) of pixels from 0 to 1": (picture / 255, K),
+        "image has shape (96, 320, 4), expected (H, W, 3) as RGB: image[..., :3] of RGB with alpha": (np.zeros((96, 320, 4), np.uint8), K),
+        "image has shape (1, 96, 320, 3), expected (H, W, 3) as RGB: list(image) of a batch": (picture[None], K),
+        "image has shape (96, 320), expected (H, W, 3) as RGB; PIL images may be of any mode": (picture[..., 0], K),
+        "image is a tensor of shape (96, 320, 3), expected (H, W, 3) uint8 as an array: tensor.cpu().numpy()": (torch.tensor(picture), K),
+        "image is of type NoneType, expected a path, a PIL image or an array": (None, K),
+        "2 images came with 3 camera matrices, expected one for each or one for all": ([picture, picture], [K, K, K]),
+        "its pixels are floating-point numbers of unknown range": (Image.fromarray(np.zeros((96, 320), np.float32)), K),
+    }
+    for sentence, arguments in refused.items():
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            detector.predict(*arguments)
     with pytest.raises(FileNotFoundError, match=r"none\.png: no such image"):
         detector.predict(tmp_path / "none.png", K)
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     with pytest.raises(OSError, match=r"bad\.png: cannot read the image"):
         detector.predict(tmp_path / "bad.png", K)
+
+
+def test_a_list_of_images_is_a_batch(detector, picture, tmp_path):
+    """Each as it would be alone, with one K for all or one for each; a tall image, a path and a PIL image among them."""
+    Image.fromarray(picture[:, ::-1]).save(tmp_path / "a.png")
+    images = [picture, tmp_path / "a.png", Image.fromarray(picture[:, :200])]
+    cameras = [K, K * [[1.3, 1, 1], [1, 1.3, 1], [1, 1, 1]], K]
+    for given in (cameras, K, torch.from_numpy(K), np.stack(cameras)):
+        found = detector.predict(images, given, min_score=0.001)
+        for one, image, camera in zip(found, images, cameras if len(given) == 3 and np.ndim(given[0]) == 2 else [K] * 3, strict=True):
+            alone = detector.predict(image, camera, min_score=0.001)
+            assert len(one) == len(alone) > 3
+            np.testing.assert_allclose(one.score, alone.score, rtol=1e-4)
+            np.testing.assert_allclose(one.box, alone.box, rtol=1e-4, atol=1e-2)
+    assert detector.predict([], K) == []
+    flipped = detector.predict([picture], K, flip=True)[0]
+    assert not np.array_equal(flipped.score, detector.predict(picture, K).score)
+    np.testing.assert_array_equal(flipped.center, detector.predict(picture, K, flip=True).center)
+
+
+def test_what_predict_returns_is_indexed_drawn_and_written(detector, picture, tmp_path):
+    found = detector.predict(picture, K)
+    n = len(found)
+    for one in (found[0], found[np.int64(0)], found[:1], found[[0]], found[-n], found[np.arange(n) == 0]):
+        assert len(one) == 1
+        assert one.center.tolist() == found.center[:1].tolist()
+        assert one.velocity is None
+    assert found[-1].score[0] == found.score[-1]
+    assert len(found[found.score > found.score[3]]) == 3
+    for beyond in (n, -n - 1):
+        with pytest.raises(IndexError):
+            found[beyond]
+    assert [box.score[0] for box in found] == found.score.tolist()
+    assert found.corners().shape == (n, 8, 3)
+    assert found[0].project(K).shape == (1, 8, 2)
+    told = json.loads(json.dumps(found[:2].to_dict(), allow_nan=False))
+    assert list(told) == ["name", "box", "size", "center", "yaw", "alpha", "truncation", "occlusion", "score", "sigma"]
+    assert told["box"] == found.box[:2].tolist()
+    again = Labels(**{name: np.array(values) for name, values in told.items()})
+    np.testing.assert_array_equal(again.corners(), found[:2].corners())
+    unknown = dataclasses.replace(found[:2], sigma=np.array([np.nan, 1]), velocity=np.full((2, 3), np.nan)).to_dict()
+    assert unknown["sigma"] == [None, 1.0]
+    assert unknown["velocity"] == [[None] * 3] * 2
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    shown = [draw_frame(image, K, found[:4], min_score=0).tobytes() for image in (picture, tmp_path / "a.png", str(tmp_path / "a.png"))]
+    assert shown[0] == shown[1] == shown[2]
 
 
 def test_saved_and_loaded_are_equal(detector, picture, tmp_path):
@@ -535,7 +597,7 @@ def test_weights_that_lack_tensors_are_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     for spoilt in ({name: value for name, value in weights.items() if "box" not in name}, {f"x.{name}": v for name, v in weights.items()}):
         save_file(spoilt, tmp_path / "model.safetensors")
-        with pytest.raises(RuntimeError, match="Missing key"):
+        with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or of another architecture than config\.json: .*Missing key"):
             Detector.from_pretrained(tmp_path)
 
 
