@@ -1,34 +1,60 @@
-"""Predict 3D boxes for single images.
+"""Predict 3D boxes for images and videos.
 
-python predict.py RUN IMAGE ... --calib calib.txt | --intrinsics FX FY CX CY | --hfov DEG   [--out DIR] [--min-score S] [--device D]
+python predict.py RUN PATH ... --calib calib.txt | --intrinsics FX FY CX CY | --hfov DEG | --cameras FILE.jsonl   [--out DIR] [...]
 
-RUN is a run folder, a folder with config.json and model.safetensors, or a Hugging Face hub id. Written to DIR: predictions.jsonl (the
-JSON lines of formats/jsonl.py, in each image's camera frame), results/NAME.txt (KITTI result format; in rectified camera 0 with --calib)
-and pictures/NAME.png.
+RUN is a run folder, a folder with config.json and model.safetensors, or a Hugging Face hub id. A PATH is an image, a video, a folder, which
+is searched with all folders below it, or a quoted pattern such as 'drives/*/left.png'. The camera is that of the picture as viewers show
+it, turned where its EXIF says so. In FILE.jsonl every line has an `image`, relative to that file, and its `K`, as in formats/jsonl.py;
+nothing else of a line is read, so labels and predictions will do.
+
+Written to DIR: predictions.jsonl (the JSON lines of formats/jsonl.py, in each image's camera frame; a video has a line per frame, named
+VIDEO.mp4/000000 and so on), results/NAME.txt of images (KITTI result format; in rectified camera 0 with --calib) and pictures/NAME.png, of
+videos pictures/NAME.mp4 with as many frames at the same rate, without sound. NAME is the place below the folder that was given.
+Exit code 1: something could not be read and was passed over; 2: nothing was done, for the reason given.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import difflib
+import glob
+import itertools
+import json
 import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from checkpoint import find_checkpoint
-from draw import draw_frame
-from formats.jsonl import write_jsonl
+from data import UserError, usable_cores, user_errors
+from draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
+from formats import video
+from formats.jsonl import to_json
 from formats.kitti import read_calib, split_projection, write_labels
-from frames import Frame, decode, opened, upright
+from frames import Frame, View, decode, make_labels, opened, place_image, reduction_of, upright, whole_view
 from geometry import camera_problem
-from model import Detector
+from model import Detector, to_labels
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # what is looked for in folders
+VIDEO_RANGE = 60.0  # metres of the bird's-eye view, which would jump if every frame had its own
+
+THREADS = min(usable_cores(), 8)  # that read, and as many that write; the reading of pixels and most of drawing leave Python's lock
+ONE_THING = 0.5  # IoU of visible boxes above which people are shown the best one, whatever the classes
+
+Camera = Callable[[Path, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
+
+
+# ---- what is asked for
 
 
 def load_detector(run: str, device: str = "cpu") -> Detector:
@@ -38,81 +64,298 @@ def load_detector(run: str, device: str = "cpu") -> Detector:
     """
     local = Path(run).exists() or Path(run).parent.is_dir() or not HUB_ID.fullmatch(run)
     if local and not Path(run).is_dir():
-        near = difflib.get_close_matches(Path(run).name, [p.name for p in Path(run).parent.glob("*/")], 3, 0.4)
-        hint = f"; near it are {', '.join(near)}" if near else ""
-        raise FileNotFoundError(f"{run}: no such folder, expected a run or a checkpoint{hint}")
+        raise FileNotFoundError(f"{run}: no such folder, expected a run or a checkpoint{_near(Path(run), '*/')}")
     folder = str(find_checkpoint(run)) if local else run
     try:
-        return Detector.from_pretrained(folder, map_location=device).to(device).eval()
-    except Exception as error:  # damaged files, another architecture, no network: each library has errors of its own
+        detector = Detector.from_pretrained(folder)
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not local:
             raise FileNotFoundError(f"{run}: no such folder here, and not loaded from the hub either: {first}") from error
         raise ValueError(f"{folder}: cannot load the detector: {first}") from error
+    return detector.to(device).eval()
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """RGB image, upright where EXIF says that viewers turn it, from 8 or 16 bits, grey, palette or with alpha (dropped).
+def _near(path, pattern="*"):
+    """'; near it are ...' with the names beside a path that resemble it, or nothing."""
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob(pattern)], 3, 0.4)
+    return f"; near it are {', '.join(near)}" if near else ""
 
-    Raises FileNotFoundError, OSError when it cannot be decoded, or ValueError when its pixels have no known range.
+
+def find_inputs(given: Iterable[str], out: Path) -> dict[Path, str]:
+    """Every image and video of the paths given, once, as absolute path -> NAME of its outputs; `out` itself is not searched.
+
+    A name is the path below the given folder, or below the fixed part of a pattern, without its suffix; where two would be equal, all
+    are paths below the folder that holds everything, and if that is not enough, with their suffixes.
+    Raises FileNotFoundError or ValueError for a path at which there is nothing.
     """
-    with opened(path) as file:
-        mode, image = file.mode, decode(upright(file)).copy()
-    if mode == "F":
-        raise ValueError(f"{path}: pixels are floating-point numbers of unknown range, expected 8 or 16 bits")
-    return image
+    found = {}
+    for text in given:
+        path, pattern = Path(text), glob.has_magic(text)
+        if path.is_file():
+            matches, base = [path], path.parent
+        elif path.is_dir() or (pattern and not path.exists()):
+            fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+            base = path if path.is_dir() else Path(*fixed)
+            matches = [path] if path.is_dir() else map(Path, sorted(glob.glob(text, recursive=True)))
+            matches = [file for match in matches for file in _search(match) if not _inside(file, out)]
+            if not matches:
+                raise ValueError(f"{text}: no image or video there, looked for {', '.join(IMAGES + video.SUFFIXES)}")
+        else:
+            raise FileNotFoundError(f"{text}: no such image, video or folder{_near(path)}")
+        for file in matches:
+            found.setdefault(Path(os.path.abspath(file)), file.relative_to(base))
+    everything = Path(os.path.commonpath([path.parent for path in found]))
+    whole = [path.relative_to(everything) for path in found]
+    for names in ([name.with_suffix("") for name in found.values()], [name.with_suffix("") for name in whole], whole):
+        if len({*names}) == len(names):
+            break
+    return {path: name.as_posix() for path, name in zip(found, names, strict=True)}
 
 
-def camera_of(options: argparse.Namespace, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """K (3, 3) for an image of that (width, height), and offset (3,) metres with camera = rectified camera 0 + offset (else zeros).
+def _search(path):
+    """The images and videos in a folder and the folders below it, hidden ones apart; of a file itself, if it is one."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)  # noqa: E731
+    return [file for file in files if file.suffix.lower() in IMAGES + video.SUFFIXES and file.is_file() and not hidden(file)]
 
-    With --hfov: square pixels, the principal point in the middle of the image, and its width seen under that angle.
-    Raises FileNotFoundError or ValueError for a calibration file that lacks P2.
+
+def _inside(file, folder):
+    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder))
+
+
+def find_camera(options: argparse.Namespace, paths: Iterable[Path]) -> Camera:
+    """A function (absolute path, (width, height)) -> K (3, 3), and offset (3,) metres with camera = rectified camera 0 + offset.
+
+    The offset is 0 but with --calib. With --hfov: square pixels, the principal point in the middle of the image, and its width seen under
+    that angle. Raises FileNotFoundError or ValueError for a file that does not give the camera of every path.
     """
     if options.calib:
-        return split_projection(read_calib(options.calib))
-    width, height = size
+        if not Path(options.calib).is_file():
+            raise FileNotFoundError(f"--calib {options.calib}: no such file")
+        fixed = split_projection(read_calib(options.calib))
+        return lambda path, size: fixed
+    nowhere = np.zeros(3)
+    if options.cameras:
+        cameras = read_cameras(options.cameras)
+        if missing := [path for path in paths if path not in cameras]:
+            raise ValueError(f"--cameras {options.cameras}: none of its {len(cameras)} lines is of {missing[0]}")
+        return lambda path, size: (cameras[path], nowhere)
     if options.intrinsics:
         fx, fy, cx, cy = options.intrinsics
-    else:
-        fx = fy = width / 2 / math.tan(math.radians(options.hfov) / 2)
-        cx, cy = (width - 1) / 2, (height - 1) / 2
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), np.zeros(3)
+        K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+        return lambda path, size: (K, nowhere)
+    half = math.tan(math.radians(options.hfov) / 2)
+    middle = lambda w, h: np.array([[w / 2 / half, 0, (w - 1) / 2], [0, w / 2 / half, (h - 1) / 2], [0, 0, 1]])  # noqa: E731
+    return lambda path, size: (middle(*size), nowhere)
 
 
-def checked_camera(path: Path, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """K and offset of an image, of which only the header is read. Raises ValueError when the camera does not suit it."""
-    with opened(path) as file:
-        size = upright(file).size
-    K, offset = camera_of(options, size)
-    if problem := camera_problem(K, *size):
-        raise ValueError(f"{path}: the camera given does not suit it: {problem}")
-    return K, offset
+def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
+    """Absolute path -> K (3, 3) of the lines of a JSON-lines file, of which only `image` and `K` are looked at.
 
-
-def predict_file(detector: Detector, path: Path, name: str, options: argparse.Namespace) -> Frame:
-    """Predict one image; writes its result file and picture as `name` and returns its JSON line."""
-    image, (K, offset) = open_image(path), checked_camera(path, options)
-    found = detector.predict(image, K, min_score=options.min_score or 0.0)
-    write_labels(options.out / "results" / f"{name}.txt", found.moved(-offset), scores=True, digits=4)
-    draw_frame(image, K, found, None, min_score=options.draw_score).save(options.out / "pictures" / f"{name}.png")
-    best = "" if not len(found) else f", best {found.name[0]} {found.score[0]:.2f} at {found.center[0, 2]:.1f} m"
-    print(f"{path}: {len(found)} objects{best}")
-    return Frame(name, path.absolute(), K, found)
-
-
-def unique_names(paths: list[Path]) -> list[str]:
-    """A name for each image's outputs: its file name without suffix, with its folders where that is not unique.
-
-    Raises ValueError when two images would still be written under one name.
+    Raises FileNotFoundError, or ValueError naming file, line, value and what was expected.
     """
-    count = Counter(path.stem for path in paths)
-    whole = ["_".join(part for part in path.with_suffix("").parts if part not in ("/", "..")) for path in paths]
-    names = [path.stem if count[path.stem] == 1 else long for path, long in zip(paths, whole, strict=True)]
-    for name, number in Counter(names).items():
-        if number > 1:
-            raise ValueError(f"{number} images would be written as {name}: predict them one by one, each with its own --out")
-    return names
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--cameras {path}: no such JSON-lines file")
+    cameras = {}
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            image, K = line["image"], np.asarray(line["K"], float)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: expected a JSON object with an image and its K, got {text[:80]}") from None
+        if problem := camera_problem(K):
+            raise ValueError(f"{path}:{number}: K: {problem}")
+        cameras[Path(os.path.abspath(Path(path).parent / str(image)))] = K
+    return cameras
+
+
+def check_first(paths: Iterable[Path], camera: Camera) -> None:
+    """Raises UserError when the camera does not suit the first path that can be read, of which as little as possible is."""
+    for path in paths:
+        try:
+            if path.suffix.lower() in video.SUFFIXES:
+                with video.opened_video(path) as (frames, _, _):
+                    size = next(frames).shape[1::-1]
+            else:
+                with opened(path) as file:
+                    size = upright(file).size
+        except OSError:
+            continue  # reported when its turn comes
+        check_camera(path, camera(path, size)[0], size)
+        return
+
+
+def check_camera(path: Path, K: np.ndarray, size: tuple[int, int]) -> None:
+    """Raises UserError naming the path when K (3, 3) is implausible for a picture of (width, height)."""
+    if problem := camera_problem(K, *size):
+        raise UserError(f"{path}: the camera given does not suit it: {problem}")
+
+
+def set_up(detector: Detector, options: argparse.Namespace) -> None:
+    """Adapt a detector to the command line. Raises ValueError naming the classes that there are for one that there is not."""
+    known = detector.config.classes
+    if unknown := [name for name in options.classes or () if name not in known]:
+        raise ValueError(f"--classes names {unknown[0]!r}, this detector knows {', '.join(known)}")
+    if options.nms_across_classes is not None or not detector.config.nms_across_classes:
+        across = ONE_THING if options.nms_across_classes is None else options.nms_across_classes
+        detector.config = dataclasses.replace(detector.config, nms_across_classes=across)
+    if options.min_score < detector.config.score_threshold:
+        detector.config = dataclasses.replace(detector.config, score_threshold=options.min_score)
+
+
+# ---- from files to boxes: reading, detecting and writing beside each other, in the order of the inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """A picture on its way from a file to its boxes."""
+
+    frame: Frame  # without labels until they are found
+    view: View  # of the picture on the network's canvas
+    canvas: np.ndarray  # (H, W, 3) uint8
+    pixels: np.ndarray | None  # (h, w, 3) uint8 as read, perhaps reduced; None where no picture is wanted
+    turned: bool = False  # as its EXIF says
+
+
+def in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """function(item) of every item, in order, computed by the pool's threads at most so many items ahead of what was taken."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def read_image(path: Path, name: str, camera: Camera, canvas: tuple[int, int], keep: bool) -> Shot:
+    """An image on the canvas (height, width). Raises OSError or UserError naming the file.
+
+    Large JPEGs are decoded at a reduced size that still fills the canvas and the picture that may be drawn, whether it is or not.
+    """
+    with opened(path) as file:
+        image = upright(file)
+        size, turned = image.size, image is not file
+        pixels = np.array(decode(image, reduction_of(image, (max(canvas[0], HEIGHT), max(canvas[1], WIDTH)))))
+    return place_shot(name, path, pixels, size, camera, canvas, keep, turned)
+
+
+def place_shot(id, path, pixels, size, camera, canvas, keep, turned=False):
+    """Pixels (h, w, 3), perhaps reduced from a picture of (width, height), on the canvas. Raises UserError for an unfit camera."""
+    K, offset = camera(path, size)
+    check_camera(path, K, size)
+    view = whole_view(*size, canvas)
+    frame = Frame(id, path, K, make_labels([], [], [], [], []), offset)
+    return Shot(frame, view, place_image(pixels, view), pixels if keep else None, turned)
+
+
+def detect_shots(detector: Detector, shots: Iterator[Shot], options: argparse.Namespace) -> Iterator[Shot]:
+    """The shots with the labels found in them, a batch at a time."""
+    device = detector.pixel_mean.device
+    while batch := list(itertools.islice(shots, options.batch)):
+        images = torch.from_numpy(np.stack([shot.canvas for shot in batch])).to(device)
+        cameras = torch.from_numpy(np.stack([shot.view.camera(shot.frame.K) for shot in batch])).to(device)
+        for shot, found in zip(batch, detector.detect(images, cameras, options.flip), strict=True):
+            labels = to_labels(found, shot.view, detector.config.classes, options.min_score)
+            labels = labels[np.isin(labels.name.astype(str), options.classes or detector.config.classes)]
+            yield dataclasses.replace(shot, frame=dataclasses.replace(shot.frame, labels=labels))
+
+
+def draw_shot(shot: Shot, max_range: float | None = None) -> Image.Image:
+    """The picture of a shot and its boxes, all of them."""
+    height, width = shot.pixels.shape[:2]
+    K = View(shot.view.image_size, (height, width), width, height).camera(shot.frame.K)  # reduced as the pixels are
+    return draw_frame(shot.pixels, K, shot.frame.labels, min_score=0.0, max_range=max_range)
+
+
+def predict_images(detector, images, camera, options, report):
+    """Shots of images {path: name} with their labels; writes their result files and pictures, and reports what cannot be read."""
+
+    def read(item):
+        try:
+            return read_image(*item, camera, detector.config.size, options.pictures)
+        except (OSError, UserError) as error:
+            return report(error)
+
+    def write(shot):
+        for folder in ("results", *(["pictures"] if options.pictures else [])):
+            (options.out / folder / shot.frame.id).parent.mkdir(parents=True, exist_ok=True)
+        labels = shot.frame.labels.moved(-shot.frame.offset)
+        write_labels(options.out / "results" / f"{shot.frame.id}.txt", labels, scores=True, digits=4)
+        if options.pictures:
+            draw_shot(shot).save(options.out / "pictures" / f"{shot.frame.id}.png", compress_level=1)
+        return shot
+
+    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
+        shots = filter(None, in_order(readers, read, images.items(), options.batch + THREADS))
+        written = in_order(writers, write, detect_shots(detector, shots, options), options.batch)
+        yield from tqdm(written, "predicting", len(images), unit=" images", disable=None)
+
+
+def predict_video(detector, path, name, camera, options, report):
+    """Shots of the frames of a video with their labels; writes it with its boxes, and reports where it cannot be read."""
+
+    def read(number):
+        try:
+            if (pixels := next(frames, None)) is None:
+                return None
+            id = f"{name}{path.suffix}/{number:06d}"
+            return place_shot(id, path, pixels, pixels.shape[1::-1], camera, detector.config.size, options.pictures)
+        except (OSError, UserError) as error:
+            return report(error)
+
+    def paint(shot):
+        return shot, draw_shot(shot, VIDEO_RANGE) if options.pictures else None
+
+    with contextlib.ExitStack() as stack:
+        try:
+            frames, rate, count = stack.enter_context(video.opened_video(path))
+        except OSError as error:
+            report(error)
+            return
+        reader, painters = (stack.enter_context(ThreadPoolExecutor(threads)) for threads in (1, THREADS))
+        if options.pictures:
+            target = options.out / "pictures" / f"{name}.mp4"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            add = stack.enter_context(video.written_video(target, rate))
+        shots = itertools.takewhile(bool, in_order(reader, read, itertools.count(), options.batch))
+        painted = in_order(painters, paint, detect_shots(detector, shots, options), options.batch)
+        for shot, picture in tqdm(painted, name, count or None, unit=" frames", disable=None):
+            if options.pictures:
+                add(picture)
+            yield shot
+
+
+def predict(detector: Detector, inputs: dict[Path, str], camera: Camera, options: argparse.Namespace) -> int:
+    """Everything for the inputs {path: name}. Returns the exit code: 1 when something could not be read, else 0."""
+    problems, found, shots, turned = [], Counter(), 0, 0
+
+    def report(error):
+        problems.append(str(error))
+        tqdm.write(f"passed over: {error}", file=sys.stderr)
+
+    videos = {path: name for path, name in inputs.items() if path.suffix.lower() in video.SUFFIXES}
+    images = {path: name for path, name in inputs.items() if path not in videos}
+    every = [predict_images(detector, images, camera, options, report)] if images else []
+    every += [predict_video(detector, path, name, camera, options, report) for path, name in videos.items()]
+    with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as lines:
+        for shot in itertools.chain.from_iterable(every):
+            lines.write(json.dumps(to_json(shot.frame, options.out.absolute()), allow_nan=False) + "\n")
+            found.update(shot.frame.labels.name)
+            shots, turned = shots + 1, turned + shot.turned
+    counts = ", ".join(f"{number} {name}" for name, number in found.most_common()) or "nothing"
+    print(f"{options.out}{os.sep}: {counts} with a score from {options.min_score:g} in {shots} pictures")
+    if turned:
+        print(f"{turned} of them were turned as their EXIF says; the camera given counts as that of the turned picture")
+    if problems:
+        print(f"{len(problems)} could not be read, the first: {problems[0]}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+# ---- the command line
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -120,49 +363,66 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    parser.add_argument("paths", metavar="PATH", nargs="+")
     parser.add_argument("--calib", metavar="FILE", help="KITTI calibration file (P2); results are then in rectified camera 0")
-    parser.add_argument("--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, help="pixels of the image as stored")
+    parser.add_argument("--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, help="pixels of the upright picture")
     parser.add_argument("--hfov", metavar="DEG", type=float, help="horizontal field of view, degrees")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="default: predictions")
-    parser.add_argument("--min-score", metavar="S", type=float, help="least score that is written (default: all) and drawn (default: 0.3)")
+    parser.add_argument("--cameras", metavar="FILE.jsonl", help="JSON lines with an image (or video) and its K; every PATH needs one")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="default: %(default)s")
+    parser.add_argument(
+        "--min-score", metavar="S", type=float, default=PEOPLE_SCORE, help="least score written and drawn; default: %(default)s"
+    )
+    parser.add_argument("--classes", metavar="NAME", nargs="+", help="write and draw only these; default: all that the detector knows")
+    parser.add_argument(
+        "--nms-across-classes",
+        metavar="IOU",
+        type=float,
+        help=f"boxes that overlap more are one thing, whatever their class; 0: not so; default: the run's, or {ONE_THING} where that is 0",
+    )
+    parser.add_argument("--flip", action="store_true", help="average what is said of a picture and of its mirror image; half as fast")
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw nothing, and write no video")
+    parser.add_argument("--batch", metavar="N", type=int, default=8, help="pictures looked at at once; default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
-    options = parser.parse_args(arguments)
-    given = [name for name in ("calib", "intrinsics", "hfov") if getattr(options, name) is not None]
+    options = parser.parse_intermixed_args(arguments)  # a PATH may follow an option
+    given = [name for name in ("calib", "intrinsics", "hfov", "cameras") if getattr(options, name) is not None]
     if len(given) != 1:
         got = " and ".join(f"--{name}" for name in given) or "none"
-        parser.error(f"expected one of --calib FILE, --intrinsics FX FY CX CY and --hfov DEG, got {got}: depth needs to know the camera")
+        wanted = "--calib FILE, --intrinsics FX FY CX CY, --hfov DEG and --cameras FILE.jsonl"
+        parser.error(f"expected one of {wanted}, got {got}: depth needs to know the camera")
     if options.hfov is not None and not 0 < options.hfov < 180:
         parser.error(f"--hfov is {options.hfov:g}, expected degrees between 0 and 180")
     if options.intrinsics and (min(options.intrinsics[:2]) <= 0 or not np.isfinite(options.intrinsics).all()):
         parser.error(f"--intrinsics is {' '.join(f'{v:g}' for v in options.intrinsics)}, expected finite pixels with FX and FY > 0")
+    for option, value in (("--min-score", options.min_score), ("--nms-across-classes", options.nms_across_classes or 0)):
+        if not 0 <= value <= 1:
+            parser.error(f"{option} is {value:g}, expected a number from 0 to 1")
+    if options.batch < 1:
+        parser.error(f"--batch is {options.batch}, expected at least 1")
     try:
-        torch.device(options.device)
-    except RuntimeError:
-        parser.error(f"--device is {options.device!r}, expected cpu, cuda, cuda:1 and so on")
-    options.draw_score = 0.3 if options.min_score is None else options.min_score
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        first = str(error).splitlines()[0]
+        parser.error(f"--device is {options.device!r}, expected cpu, cuda, cuda:1 and so on, of those that are there: {first}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line entry. Returns 0, or 2 after one sentence on stderr for an error of the user's."""
+    """Command line entry. Returns 0, 1 when something was passed over, or 2 after one sentence on stderr for an error of the user's."""
     options = parse_arguments(arguments)
     try:
-        names = unique_names(options.images)
-        if options.calib and not Path(options.calib).is_file():
-            raise FileNotFoundError(f"--calib {options.calib}: no such file")
-        for path in options.images:
-            checked_camera(path, options)  # a wrong image or camera is told before anything is loaded or written
-        detector = load_detector(options.run, options.device)
-        for folder in ("results", "pictures"):
-            (options.out / folder).mkdir(parents=True, exist_ok=True)
-        frames = [predict_file(detector, path, name, options) for path, name in zip(options.images, names, strict=True)]
-        write_jsonl(options.out / "predictions.jsonl", frames)
-    except (OSError, ValueError) as error:
+        with user_errors():
+            inputs = find_inputs(options.paths, options.out)
+            if any(path.suffix.lower() in video.SUFFIXES for path in inputs):
+                video.import_av()
+            camera = find_camera(options, inputs)
+            check_first(inputs, camera)
+            detector = load_detector(options.run, options.device)
+            set_up(detector, options)
+            options.out.mkdir(parents=True, exist_ok=True)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"written to {options.out}{os.sep}: predictions.jsonl, results and pictures of {len(frames)} images")
-    return 0
+    return predict(detector, inputs, camera, options)
 
 
 if __name__ == "__main__":

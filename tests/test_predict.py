@@ -1,8 +1,14 @@
-"""The prediction command: what it writes agrees with `Detector.predict`, and every mistake ends in one sentence and exit code 2."""
+"""The prediction command: what it writes agrees with `Detector.predict`, and a mistake of the user's is one sentence and an exit code."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +19,68 @@ from PIL import Image
 import predict
 from checkpoint import save_weights
 from config import Config, to_dict
+from formats import video
 from formats.jsonl import read_frames
 from formats.kitti import read_calib, read_labels, split_projection, write_calib
+from frames import load_image
 from model import Detector, ModelConfig
-from predict import load_detector, main, open_image, unique_names
+from predict import find_inputs, in_order, load_detector, main
 
 P2 = np.array([[140.0, 0, 160, 9], [0, 140, 48, 1], [0, 0, 1, 0.01]])
 MODEL = ModelConfig(
+    backbone="test_resnet",
+    channels=32,
     size=(96, 320),
     size_prior=((4, 1.5, 1.7), (0.8, 1.7, 0.6), (1.7, 1.7, 0.6)),
     depth_mean=(30.0, 20.0, 10.0),
     depth_std=(10.0, 8.0, 5.0),
-    score_threshold=0.01,
+    score_threshold=0.07,
+    max_detections=30,
 )
+K = np.array([[140.0, 0, 160], [0, 140, 48], [0, 0, 1]])
+CAMERA = ("--intrinsics", "140", "140", "160", "48")
+DRAWN = (*CAMERA, "--min-score", "0.07", "--nms-across-classes", "0")  # all that `Detector.predict` says
+ALL = (*DRAWN, "--no-pictures")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder with an untrained detector: it finds something in any image, with low scores."""
     folder = tmp_path_factory.mktemp("runs") / "a"
-    torch.manual_seed(0)
-    save_weights(folder / "best", Detector(MODEL), to_dict(Config(model=MODEL)), {}, {})
+    torch.manual_seed(2)
+    detector = Detector(MODEL)
+    torch.nn.init.normal_(detector.class_predictor.weight, std=0.1)  # so that scores and classes vary
+    save_weights(folder / "best", detector, to_dict(Config(model=MODEL)), {}, {})
     return folder
+
+
+def make_pixels(seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (96, 320, 3), np.uint8)
+
+
+def make_image(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(make_pixels(seed)).save(path)
+    return path
 
 
 @pytest.fixture
 def image(tmp_path):
-    path = tmp_path / "frame.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 320, 3), np.uint8)).save(path)
-    return path
+    return make_image(tmp_path / "frame.png")
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """The default output folder lies in the working directory."""
     monkeypatch.chdir(tmp_path)
+
+
+def call(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def tree(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def fails(capsys, *arguments):
@@ -66,7 +99,7 @@ def fails(capsys, *arguments):
 def test_outputs_agree_with_predict_and_kitti_files_lie_in_camera_0(run, image, tmp_path):
     write_calib(tmp_path / "calib.txt", P2)
     out = tmp_path / "out"
-    assert main([str(run), str(image), "--calib", str(tmp_path / "calib.txt"), "--out", str(out)]) == 0
+    assert call(run, image, "--calib", tmp_path / "calib.txt", "--out", out, "--min-score", 0.07, "--nms-across-classes", 0) == 0
     K, offset = split_projection(read_calib(tmp_path / "calib.txt"))
     found = load_detector(str(run)).predict(image, K)
     assert len(found)
@@ -86,8 +119,8 @@ def test_outputs_agree_with_predict_and_kitti_files_lie_in_camera_0(run, image, 
 
 def test_intrinsics_and_the_equal_field_of_view_give_equal_boxes(run, image, tmp_path):
     """A camera of 2 * atan(160 / 140) degrees with its axis in the middle of 320x96 pixels."""
-    main([str(run), str(image), "--intrinsics", "140", "140", "159.5", "47.5", "--out", str(tmp_path / "a")])
-    main([str(run), str(image), "--hfov", str(np.degrees(2 * np.arctan(160 / 140))), "--out", str(tmp_path / "b")])
+    call(run, image, "--intrinsics", 140, 140, 159.5, 47.5, "--out", tmp_path / "a", *ALL[5:])
+    call(run, image, "--hfov", np.degrees(2 * np.arctan(160 / 140)), "--out", tmp_path / "b", *ALL[5:])
     one, two = (json.loads((tmp_path / name / "predictions.jsonl").read_text()) for name in "ab")
     assert one["K"][0][0] == pytest.approx(two["K"][0][0])
     assert [o["center"] for o in one["objects"]] == [pytest.approx(o["center"], abs=1e-4) for o in two["objects"]]
@@ -96,12 +129,14 @@ def test_intrinsics_and_the_equal_field_of_view_give_equal_boxes(run, image, tmp
 
 
 def test_min_score_is_what_is_written(run, image, tmp_path):
-    found = load_detector(str(run)).predict(image, np.array([[140.0, 0, 160], [0, 140, 48], [0, 0, 1]]))
+    found = load_detector(str(run)).predict(image, K)
     level = float(found.score[len(found) // 2])
-    main([str(run), str(image), "--intrinsics", "140", "140", "160", "48", "--min-score", str(level), "--out", str(tmp_path / "o")])
+    call(run, image, *CAMERA, "--nms-across-classes", 0, "--min-score", level, "--no-pictures", "--out", tmp_path / "o")
     labels = read_frames(tmp_path / "o/predictions.jsonl")[0].labels
     assert len(labels) == (found.score >= level).sum()
     assert labels.score.min() >= level - 1e-6
+    call(run, image, *CAMERA, "--min-score", 0, "--out", tmp_path / "all", "--no-pictures")  # below the detector's own threshold
+    assert 0 < read_frames(tmp_path / "all/predictions.jsonl")[0].labels.score.min() < MODEL.score_threshold
 
 
 def test_a_checkpoint_folder_is_a_run_too(run):
@@ -117,30 +152,32 @@ def test_any_image_becomes_rgb(tmp_path, kind):
         Image.fromarray(ramp.astype(np.uint16) * 257).save(path)
     else:
         Image.fromarray(np.stack([ramp] * 3, -1)).convert("RGB" if kind == "jpg" else kind).save(path)
-    image = open_image(path)
+    image = load_image(path)
     assert (image.mode, image.size) == ("RGB", (256, 20))
     if kind not in ("1", "P", "jpg"):
         assert np.array_equal(np.asarray(image), np.stack([ramp] * 3, -1))
 
 
-def test_a_turned_photograph_is_seen_upright(run, tmp_path):
+def test_a_turned_photograph_is_seen_upright(run, tmp_path, capsys):
     """By predict.py, and by Detector.predict from a path or an image: K is that of the picture as viewers show it."""
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side
-    pixels = np.random.default_rng(0).integers(0, 255, (96, 320, 3), np.uint8)
+    pixels = make_pixels()
     Image.fromarray(np.rot90(pixels)).save(tmp_path / "phone.png", exif=exif)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "phone.png")), pixels)
-    K = np.array([[140.0, 0, 160], [0, 140, 48], [0, 0, 1]])
+    assert np.array_equal(np.asarray(load_image(tmp_path / "phone.png")), pixels)
     detector = load_detector(str(run))
     expected = detector.predict(pixels, K)
     for image in (tmp_path / "phone.png", Image.open(tmp_path / "phone.png")):
         np.testing.assert_array_equal(detector.predict(image, K).box, expected.box)
-    assert main([str(run), str(tmp_path / "phone.png"), "--intrinsics", "140", "140", "160", "48", "--out", str(tmp_path / "o")]) == 0
+    assert call(run, tmp_path / "phone.png", make_image(tmp_path / "plain.png"), *ALL, "--out", tmp_path / "o") == 0
+    assert "1 of them were turned as their EXIF says; the camera given counts as that of the turned picture" in capsys.readouterr().out
     np.testing.assert_allclose(read_frames(tmp_path / "o/predictions.jsonl")[0].labels.box, expected.box, atol=1e-4)
 
 
 def test_errors_about_the_camera(run, image, tmp_path, capsys):
-    assert "expected one of --calib FILE, --intrinsics FX FY CX CY and --hfov DEG, got none" in fails(capsys, run, image)
+    assert "expected one of --calib FILE, --intrinsics FX FY CX CY, --hfov DEG and --cameras FILE.jsonl, got none" in fails(
+        capsys, run, image
+    )
     assert "got --intrinsics and --hfov" in fails(capsys, run, image, "--hfov", 80, "--intrinsics", 1, 2, 3, 4)
     for angle in (0, 180, -5, "nan"):
         assert "expected degrees between 0 and 180" in fails(capsys, run, image, "--hfov", angle)
@@ -152,15 +189,193 @@ def test_errors_about_the_camera(run, image, tmp_path, capsys):
     assert not Path("predictions").exists()
 
 
-def test_errors_about_images_come_before_anything_is_written(run, image, tmp_path, capsys):
-    out = tmp_path / "out"
-    (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "short.png").write_bytes(image.read_bytes()[:5000])
-    assert "none.png: no such image" in fails(capsys, run, image, tmp_path / "none.png", "--hfov", 80, "--out", out)
-    assert "text.png: cannot read the image" in fails(capsys, run, image, tmp_path / "text.png", "--hfov", 80, "--out", out)
-    assert "2 images would be written as" in fails(capsys, run, image, image, "--hfov", 80, "--out", out)
-    assert not out.exists()
-    assert "short.png: cannot read the image" in fails(capsys, run, tmp_path / "short.png", "--hfov", 80, "--out", out)
+def test_errors_about_paths_come_before_anything_is_written(run, image, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").write_text("no picture")
+    assert "fram.png: no such image, video or folder; near it are frame.png" in fails(
+        capsys, run, image, tmp_path / "fram.png", "--hfov", 80
+    )
+    for path in (tmp_path / "empty", tmp_path / "empty/*.txt", tmp_path / "*.gif"):
+        assert f"{path}: no image or video there, looked for .png, .jpg" in fails(capsys, run, image, path, "--hfov", 80)
+    assert "--batch is 0, expected at least 1" in fails(capsys, run, image, "--hfov", 80, "--batch", 0)
+    assert "--min-score is 1.5, expected a number from 0 to 1" in fails(capsys, run, image, "--hfov", 80, "--min-score", 1.5)
+    assert "--device is 'gpu', expected cpu, cuda, cuda:1 and so on" in fails(capsys, run, image, "--hfov", 80, "--device", "gpu")
+    expected = "--classes names 'Tram', this detector knows Car, Pedestrian, Cyclist"
+    assert expected in fails(capsys, run, image, "--hfov", 80, "--classes", "Car", "Tram")
+    assert not Path("predictions").exists()
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_what_cannot_be_read_is_passed_over(run, image, tmp_path, capsys, batch):
+    """A text, half an image, one that the camera does not suit, and floating-point numbers, among good ones."""
+    folder = tmp_path / "in"
+    for seed, name in enumerate(("a.png", "m.png", "z.png")):
+        make_image(folder / name, seed)
+    (folder / "b.png").write_text("not an image")
+    (folder / "c.png").write_bytes(image.read_bytes()[:5000])
+    Image.fromarray(np.zeros((960, 3200, 3), np.uint8)).save(folder / "n.jpg")
+    Image.fromarray(np.zeros((96, 320), np.float32)).save(folder / "o.tif")
+    assert call(run, folder, *ALL, "--batch", batch) == 1
+    told = capsys.readouterr()
+    for text in ("b.png: cannot read the image", "c.png: cannot read the image", "n.jpg: the camera given does not suit it: focal lengths"):
+        assert text in told.err
+    assert "o.tif: cannot read the image: its pixels are floating-point numbers of unknown range, expected 8 or 16 bits" in told.err
+    assert "4 could not be read, the first: " in told.err
+    assert "in 3 pictures" in told.out
+    assert [frame.id for frame in read_frames("predictions/predictions.jsonl")] == ["a", "m", "z"]
+    assert tree(Path("predictions/results")) == ["a.txt", "m.txt", "z.txt"]
+
+
+def test_folders_patterns_and_names(tmp_path):
+    """A name is the place below what was given; longer where it has to be; nothing is taken twice, hidden, or from the outputs."""
+    for name in ("in/a/1.png", "in/b/1.png", "in/b/deep/2.JPG", "in/.trash/3.png", "in/b/._1.png", "in/out/4.png", "other/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "in/b/clip.mp4").write_bytes(b"")
+    (tmp_path / "in/b/readme.txt").write_bytes(b"")
+    names = lambda *given: list(find_inputs([str(tmp_path / path) for path in given], tmp_path / "in/out").values())  # noqa: E731
+    assert names("in") == ["a/1", "b/1", "b/clip", "b/deep/2"]
+    assert names("in/*/1.png") == ["a/1", "b/1"]
+    assert names("in/b", "in/b/1.png") == ["1", "clip", "deep/2"]
+    assert names("in/a/1.png", "in/b/1.png") == ["a/1", "b/1"]
+    assert names("in/a", "other/1.png") == ["in/a/1", "other/1"]
+    assert names("in/**/2.JPG") == ["b/deep/2"]
+    assert names("in/out/4.png") == ["4"]  # asked for by name
+    (tmp_path / "in/a/1.jpg").write_bytes(b"")
+    assert names("in/a") == ["1.jpg", "1.png"]
+    (tmp_path / "in/[x].png").write_bytes(b"")
+    assert names("in/[x].png") == ["[x]"]
+
+
+def test_outputs_lie_as_the_inputs_do(run, tmp_path):
+    for seed, name in enumerate(("a/0001.png", "b/0001.png", "b/c/0002.png")):
+        make_image(tmp_path / "in" / name, seed)
+    assert call(run, tmp_path / "in", *DRAWN, "--out", tmp_path / "in/out", "--batch", 2) == 0
+    first = tree(tmp_path / "in/out")
+    places = ["a/0001", "b/0001", "b/c/0002"]
+    assert first == [*(f"pictures/{p}.png" for p in places), "predictions.jsonl", *(f"results/{p}.txt" for p in places)]
+    frames = read_frames(tmp_path / "in/out/predictions.jsonl")
+    assert [frame.id for frame in frames] == places
+    detector = load_detector(str(run))
+    for frame in frames:
+        np.testing.assert_allclose(frame.labels.center, detector.predict(frame.image, K).center, atol=1e-4)
+    assert call(run, tmp_path / "in", *DRAWN, "--out", tmp_path / "in/out") == 0  # its own pictures are not inputs
+    assert tree(tmp_path / "in/out") == first
+    shutil.rmtree(tmp_path / "in/out")
+    assert call(run, tmp_path / "in", *ALL, "--out", tmp_path / "bare") == 0
+    assert not (tmp_path / "bare/pictures").exists()
+    bare = read_frames(tmp_path / "bare/predictions.jsonl")
+    for drawn, plain in zip(frames, bare, strict=True):
+        np.testing.assert_allclose(drawn.labels.score, plain.labels.score, atol=2e-6)  # rounded, of batches of 2 and of 3
+
+
+def test_large_jpegs_are_drawn_where_their_boxes_are(run, tmp_path, monkeypatch):
+    """Decoded at half their size, with the camera of that; the same numbers with pictures and without."""
+    Image.fromarray(make_pixels().repeat(10, 0).repeat(10, 1)).save(tmp_path / "large.jpg")
+    drawn = []
+    draw = predict.draw_frame
+    monkeypatch.setattr(
+        predict, "draw_frame", lambda pixels, K, *rest, **more: drawn.append((pixels.shape, K)) or draw(pixels, K, *rest, **more)
+    )
+    camera = ("--intrinsics", 1404.5, 1404.5, 1604.5, 484.5, "--min-score", 0.07)
+    assert call(run, tmp_path / "large.jpg", *camera, "--out", tmp_path / "a") == 0
+    assert call(run, tmp_path / "large.jpg", *camera, "--out", tmp_path / "b", "--no-pictures") == 0
+    [(shape, camera)] = drawn
+    assert shape == (480, 1600, 3)
+    np.testing.assert_allclose(camera, [[702.25, 0, 802], [0, 702.25, 242], [0, 0, 1]])
+    assert (tmp_path / "a/predictions.jsonl").read_text() == (tmp_path / "b/predictions.jsonl").read_text()
+
+
+def test_cameras_from_json_lines(run, tmp_path, capsys):
+    one, two = make_image(tmp_path / "in/1.png"), make_image(tmp_path / "in/2.png")
+    lines = [
+        {"image": "in/1.png", "K": K.tolist()},
+        {"image": "in/2.png", "K": (K * [[1.5, 1, 1], [1, 1.5, 1], [1, 1, 1]]).tolist(), "objects": 1},
+    ]
+    cameras = tmp_path / "cameras.jsonl"
+    cameras.write_text("\n".join(map(json.dumps, lines)))
+    assert call(run, tmp_path / "in", "--cameras", cameras, *ALL[5:]) == 0
+    detector = load_detector(str(run))
+    for frame, line in zip(read_frames("predictions/predictions.jsonl"), lines, strict=True):
+        assert frame.K.tolist() == line["K"]
+        np.testing.assert_allclose(frame.labels.center, detector.predict(one, np.array(line["K"])).center, atol=1e-4)
+    assert (
+        call(run, one, two, "--cameras", "predictions/predictions.jsonl", "--out", "again", "--no-pictures") == 0
+    )  # which name the same images
+    shutil.rmtree("predictions")
+    make_image(tmp_path / "in/3.png")
+    expected = f"--cameras {cameras}: none of its 2 lines is of {tmp_path / 'in/3.png'}"
+    assert expected in fails(capsys, run, tmp_path / "in", "--cameras", cameras)
+    for bad, words in (
+        ("[1]", "cameras.jsonl:1: expected a JSON object with an image and its K, got [1]"),
+        ('{"image": "in/1.png"}', "cameras.jsonl:1: expected a JSON object with an image and its K"),
+        (
+            '{"image": "in/1.png", "K": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]}',
+            "K: expected 3x3 numbers, got shape (3, 4); formats.kitti.split",
+        ),
+        ('{"image": "in/1.png", "K": [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]}', "cameras.jsonl:1: K: focal lengths -1, 1 px are not both > 0"),
+    ):
+        cameras.write_text(bad)
+        assert words in fails(capsys, run, one, "--cameras", cameras)
+    assert "none.jsonl: no such JSON-lines file" in fails(capsys, run, one, "--cameras", "none.jsonl")
+    assert not Path("predictions").exists()
+
+
+def test_classes_flip_and_one_thing_once(run, image, tmp_path):
+    detector = load_detector(str(run))
+    read = lambda name: read_frames(tmp_path / name / "predictions.jsonl")[0].labels  # noqa: E731
+    call(run, image, *ALL, "--classes", "Pedestrian", "Car", "--out", tmp_path / "some")
+    expected = detector.predict(image, K)
+    assert {*expected.name} == {"Pedestrian", "Cyclist", "Car"}
+    assert read("some").name.tolist() == expected.name[expected.name != "Cyclist"].tolist()
+    call(run, image, *ALL, "--flip", "--out", tmp_path / "flipped")
+    np.testing.assert_allclose(read("flipped").center, detector.predict(image, K, flip=True).center, atol=1e-4)
+    call(run, image, *CAMERA, "--min-score", "0.07", "--out", tmp_path / "once")
+    detector.config = dataclasses.replace(detector.config, nms_across_classes=0.5)
+    single = detector.predict(image, K)
+    assert len(single) < len(expected)
+    assert read("once").name.tolist() == single.name.tolist()
+
+
+def test_the_pipeline_keeps_order_runs_ahead_and_ends_with_the_error():
+    running, most, taken = 0, 0, 0
+    lock = threading.Lock()
+
+    def work(number):
+        nonlocal running, most
+        with lock:
+            running, most = running + 1, max(most, number - taken)
+        time.sleep(0.002 * (number % 3))
+        if number == 30:
+            raise ZeroDivisionError(number)
+        return number
+
+    with ThreadPoolExecutor(4) as pool:
+        results = in_order(pool, work, range(100), ahead=5)
+        for expected in range(30):
+            assert next(results) == expected
+            taken = expected
+        with pytest.raises(ZeroDivisionError, match="30"):
+            next(results)
+    assert running > 30
+    assert most <= 8
+
+
+def test_a_mistake_in_code_keeps_its_traceback(run, image, monkeypatch):
+    """It is not taken for an image that cannot be read, nor for the user's."""
+
+    def broken(*_, **__):
+        raise ValueError("shapes do not match")
+
+    for owner, name in ((Detector, "detect"), (predict, "draw_frame"), (predict, "place_image"), (predict, "write_labels")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with pytest.raises(ValueError, match="shapes do not match"):
+                call(run, image, *DRAWN)
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "_initialise", lambda self: self.nothing)
+        with pytest.raises(AttributeError, match="nothing"):
+            call(run, image, *ALL)
 
 
 def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):
@@ -173,21 +388,54 @@ def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):
     assert "model.safetensors is damaged" in fails(capsys, broken, image, "--hfov", 80)
 
     def refuse(*_, **__):
-        raise RuntimeError("offline\nsecond line")
+        raise OSError("offline\nsecond line")
 
     monkeypatch.setattr(predict.Detector, "from_pretrained", refuse)
     text = fails(capsys, "owner/name", image, "--hfov", 80)
     assert "owner/name: no such folder here, and not loaded from the hub either: offline" in text
 
 
-def test_outputs_of_equal_file_names_do_not_meet():
-    assert unique_names([Path("../a/1.png"), Path("/b/1.png"), Path("c/2.jpg")]) == ["a_1", "b_1", "2"]
-    with pytest.raises(ValueError, match="2 images would be written as a_1:"):
-        unique_names([Path("a/1.png"), Path("a/1.jpg")])
-
-
 def test_as_a_command(run, image, tmp_path):
     command = [sys.executable, predict.__file__, run, image, "--hfov", "97.6", "--out", tmp_path / "o"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "predictions.jsonl, results and pictures of 1 images" in done.stdout
+    assert "with a score from 0.25 in 1 pictures" in done.stdout
+
+
+def write_clip(path, count, rate=Fraction(30000, 1001)):
+    with video.written_video(path, rate) as add:
+        for seed in range(count):
+            add(Image.fromarray(make_pixels(seed) // 4 * (seed % 4 + 1)))
+
+
+def test_a_video_comes_back_with_its_boxes(run, image, tmp_path, capsys):
+    pytest.importorskip("av", reason="videos need PyAV")
+    (tmp_path / "in").mkdir()
+    write_clip(tmp_path / "in/clip.mov", 11)
+    assert call(run, tmp_path / "in", image, *DRAWN, "--out", tmp_path / "out", "--batch", 4) == 0
+    assert tree(tmp_path / "out") == ["pictures/clip.mp4", "pictures/frame.png", "predictions.jsonl", "results/frame.txt"]
+    ids = [json.loads(line)["id"] for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert ids == ["frame", *(f"clip.mov/{number:06d}" for number in range(11))]
+    detector = load_detector(str(run))
+    frames = read_frames(tmp_path / "out/predictions.jsonl", images=False)[1:]
+    with video.opened_video(tmp_path / "in/clip.mov") as (pictures, _, _):
+        for picture, frame in zip(pictures, frames, strict=True):
+            np.testing.assert_allclose(frame.labels.center, detector.predict(picture, K).center, rtol=1e-3, atol=1e-3)
+    with video.opened_video(tmp_path / "out/pictures/clip.mp4") as (drawn, rate, count):
+        assert (rate, count) == (Fraction(30000, 1001), 11)
+        assert all(one.shape[1] > 1440 for one in drawn)
+    content = bytearray((tmp_path / "in/clip.mov").read_bytes())
+    content[len(content) // 2 : 3 * len(content) // 4] = b"?" * (3 * len(content) // 4 - len(content) // 2)
+    (tmp_path / "in/broken.mp4").write_text("no video")
+    (tmp_path / "in/clip.mov").write_bytes(content)
+    assert call(run, tmp_path / "in", *ALL, "--out", tmp_path / "less") == 1
+    told = capsys.readouterr().err
+    assert "broken.mp4: cannot read the video: " in told
+    assert "clip.mov: cannot read the video after " in told, told
+    assert tree(tmp_path / "less") == ["predictions.jsonl"]
+
+
+def test_a_video_without_its_package_is_told_before_anything_is_loaded(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    assert "videos are read by PyAV, which is not installed: pip install av" in fails(capsys, run, tmp_path / "clip.mp4", "--hfov", 80)
