@@ -338,9 +338,8 @@ def submit_run(options: argparse.Namespace) -> None:
             raise ValueError(f"--submission: frame {odd[0]} of split {split}, expected a name of six digits, as the server's are")
         if accelerator.is_main_process:
             (folder / "data").mkdir(parents=True, exist_ok=True)  # where it cannot be, that is told before the work
-    predictions = predict_dataset(
-        model.to(accelerator.device), dataset, accelerator, config.train.batch_size, config.data.workers, timeout=config.train.timeout
-    )
+    model, batch_size, workers = model.to(accelerator.device), config.train.batch_size, config.data.workers
+    predictions = predict_dataset(model, dataset, accelerator, batch_size, workers, timeout=config.train.timeout, flip=options.flip)
     if accelerator.is_main_process:
         with user_errors():
             written, others = write_submission(folder, predictions)

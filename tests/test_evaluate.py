@@ -207,7 +207,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.dataset, self.next = dataset, 0
 
-    def detect(self, image, K):
+    def detect(self, image, K, flip=False):
         found = []
         for _ in image:
             labels = self.dataset.frames[self.next].labels
