@@ -107,6 +107,7 @@ def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     assert "--results DIR is missing" in fail(capsys, "--labels", labels)
     assert "expected either" in fail(capsys, "runs/x", "--labels", labels, "--results", results)
     assert "--out belongs to a run" in fail(capsys, "--labels", labels, "--results", results, "--out", folders)
+    assert "--flip belongs to a run" in fail(capsys, "--labels", labels, "--results", results, "--flip")
     assert "--repeat is 0" in fail(capsys, "--labels", labels, "--results", results, "--repeat", 0)
     assert f"--labels {folders / 'nowhere'}: no such folder" in fail(capsys, "--labels", folders / "nowhere", "--results", results)
     assert f"did you mean {labels}?" in fail(capsys, "--labels", folders, "--results", results)
@@ -182,6 +183,18 @@ def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
     frames = read_frames(run / "one" / "predictions.jsonl")
     assert [len(frame.labels) for frame in frames] == [20] * 5
     assert np.isfinite(frames[0].labels.sigma).all()
+
+
+def test_a_run_is_evaluated_with_mirror_images_on_request(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "write_evaluation", lambda out, dataset, metrics, found: seen.append((dataset.frames, found)))
+    evaluate.main([str(run), "--flip"])
+    [(frames, found)] = seen
+    detector = Detector.from_pretrained(run / "best")
+    plain, both = (detector.predict(frames[0].image, frames[0].K, flip=flip) for flip in (False, True))
+    np.testing.assert_allclose(found[frames[0].id].score, both.score, atol=1e-4)
+    assert not np.allclose(plain.score, both.score, atol=1e-4)
+    assert len(found) == 5
 
 
 def test_a_process_count_that_was_not_granted_is_an_error(run, capsys, monkeypatch):
