@@ -25,6 +25,7 @@ FITS, MISSES = 0.7, 0.3  # IoU: of a source in the median; of every object of a 
 GAIN, LARGE_GAIN = 0.05, 0.2  # by how much a hypothesis must raise the median IoU, to NEAR_PERFECT and to less
 NEAR_PERFECT, IMPROVED = 0.9, 0.85  # IoU; share of the objects whose IoU it must raise
 CROPPED = 1.25  # factor from the middle of an image within which a principal point is taken for that of the image
+BORDER = 10  # px by which 2D boxes may leave their image unnoticed
 EXACT = 0.01  # px: as near as a derived 2D box is to the projected 3D box; labels in files are rounded more
 SHOWN = 10  # frames named in a sentence
 CENTRES = ("geometric centre", "bottom centre")
@@ -154,15 +155,16 @@ def _explain(objects, reading):
     if len(objects) < LEAST:
         return []
     now = objects.fit(objects.project())
-    groups, mistakes, explained = _groups(objects), defaultdict(list), now.copy()
-    for name, rows in groups.items():
+    camera, fitted = _fit_camera(objects)
+    mistakes, by_labels, by_camera = defaultdict(list), [], []  # IoU of the objects tried, each class with its mistake undone; with K
+    for name, rows in _groups(objects).items():
         tried = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST)).astype(int)]
         mistake, after, moved = _best_hypothesis(objects[tried], reading)
         if mistake:
             mistakes[mistake].append((name, now[tried][moved], after[moved]))
-            explained[tried] = after
-    camera, fitted = _fit_camera(objects)
-    if camera and fitted.mean() > explained.mean() + 0.03:
+        by_labels.append(after)
+        by_camera.append(fitted[tried])
+    if camera and np.concatenate(by_camera).mean() > np.concatenate(by_labels).mean() + 0.03:
         return [f"{camera}: {_compare(now, fitted)}"]
     if mistakes:
         return [_tell_mistake(mistake, *zip(*found, strict=True)) for mistake, found in mistakes.items()]
@@ -243,7 +245,7 @@ def _fit_camera(objects):
         slope = _least_deviation(np.stack([edges, centre], 1), objects.labels.box[good][:, axis::2].ravel())
         factor["f" + name], factor["c" + name] = slope
         K[:, axis, axis], K[:, axis, 2] = slope[0] * K[:, axis, axis], slope[1] * K[:, axis, 2]
-    fitted = objects.fit(objects.project(K=K)) if min(factor["fx"], factor["fy"]) > 0.05 else now
+    fitted = objects.fit(objects.project(K=K)) if min(factor.values()) > 0.05 else now
     return (_name_camera(factor, objects), fitted) if _explains(now, fitted) else ("", now)
 
 
@@ -251,11 +253,11 @@ def _name_camera(factor, objects):
     """What is wrong with K, or with the boxes, in words; factor: of each entry of K, to that which fits."""
     scale = float(np.median(list(factor.values())))
     if max(abs(value / scale - 1) for value in factor.values()) < 0.05:
-        off = abs(np.log(np.abs(_off_centre(objects))).mean())
+        off = np.abs(np.log(_off_centre(objects))).mean()
         if off < abs(np.log(scale)) / 2 and abs(np.log(scale)) > np.log(CROPPED):
             return f"2D boxes look like pixels of an image {scale:.2f} times as large as that of K"
         return f"K looks like that of an image {1 / scale:.2f} times as large as that of the 2D boxes"
-    wrong = [f"{name} {1 / value:.2f} times" for name, value in factor.items() if value > 0 and abs(value - 1) > 0.05]
+    wrong = [f"{name} {1 / value:.2f} times" for name, value in factor.items() if abs(value - 1) > 0.05]
     return f"K looks wrong ({', '.join(wrong)} that of the 2D boxes)"
 
 
@@ -303,7 +305,8 @@ def _doubt_boxes(frames, sizes, source):
     for frame, size in zip(frames, sizes, strict=True):
         boxes = given.get(frame.image, frame.labels.box)
         if np.isfinite(size).all():
-            outside = area(clip_boxes(boxes, *size)) < area(boxes) / 2
+            clipped = clip_boxes(boxes, *size)
+            outside = (area(clipped) < area(boxes) / 2) & (np.abs(clipped - boxes).max(1, initial=0) > BORDER)
             found += [(frame.id, box, size) for box in boxes[outside]]
     if not found:
         return []
@@ -315,27 +318,27 @@ def _doubt_boxes(frames, sizes, source):
 def _written_boxes(path):
     """Path of an image -> the 2D boxes (n, 4) of its objects as a JSON-lines file holds them, of the lines that can be read."""
     boxes = {}
-    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # told by the reader
-            entry = json.loads(line)
-            given = [thing["box"] for thing in entry["objects"] if "box" in thing]
-            boxes[path.parent / entry["image"]] = np.array(given, float).reshape(-1, 4)
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # told by the reader
+                entry = json.loads(line)
+                given = [thing["box"] for thing in entry["objects"] if "box" in thing]
+                boxes[path.parent / entry["image"]] = np.array(given, float).reshape(-1, 4)
     return boxes
 
 
 def _off_centre(objects):
-    """How far the principal point is from the middle of the image, as factors (2,) in x and y: 1 in the middle."""
-    middle = (objects.size - 1) / 2
-    return np.nanmedian(objects.K[:, :2, 2] / middle, 0)
+    """How far the principal point is from the middle of the image, as factors (2,) in x and y: 1 in the middle; NaN where unknown."""
+    known = objects[np.isfinite(objects.size).all(1) & (objects.K[:, :2, 2] > 0).all(1)]
+    return np.median(known.K[:, :2, 2] / ((known.size - 1) / 2), 0) if len(known) else np.full(2, np.nan)
 
 
 def _doubt_principal_point(objects):
     """A sentence where K's principal point is that of a much larger or smaller image."""
-    if not np.isfinite(objects.size).any() or min(factor := _off_centre(objects)) <= 0:
+    factor = np.log(_off_centre(objects))
+    if not (abs(factor).min() > np.log(CROPPED) and abs(factor[0] - factor[1]) < np.log(CROPPED)):
         return []
-    size = np.sqrt(factor.prod())
-    if abs(np.log(factor)).min() < np.log(CROPPED) or abs(np.log(factor[0] / factor[1])) > np.log(CROPPED):
-        return []
+    size = np.exp(factor.mean())
     return [f"K looks like that of an image about {size:.1f} times as large as the files: its principal point is not near their middle"]
 
 
