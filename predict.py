@@ -7,9 +7,12 @@ is searched with all folders below it, or a quoted pattern such as 'drives/*/lef
 it, turned where its EXIF says so. In FILE.jsonl every line has an `image`, relative to that file, and its `K`, as in formats/jsonl.py;
 nothing else of a line is read, so labels and predictions will do.
 
-Written to DIR: predictions.jsonl (the JSON lines of formats/jsonl.py, in each image's camera frame; a video has a line per frame, named
-VIDEO.mp4/000000 and so on), results/NAME.txt of images (KITTI result format; in rectified camera 0 with --calib) and pictures/NAME.png, of
-videos pictures/NAME.mp4 with as many frames at the same rate, without sound. NAME is the place below the folder that was given.
+Written to DIR, where NAME is the place of a file below the folder that was given:
+    predictions.jsonl    JSON lines as in formats/jsonl.py, in each image's own camera frame, of images and of every frame of a video,
+                         which is called VIDEO.mp4/000000 and so on
+    results/NAME.txt     KITTI result format, of images; in rectified camera 0 with --calib
+    pictures/NAME.png    the boxes on the image and from above; of a video pictures/NAME.mp4 with its frames and rate, without sound
+
 Exit code 1: something could not be read and was passed over; 2: nothing was done, for the reason given.
 """
 
@@ -47,7 +50,6 @@ from model import Detector, to_labels
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # what is looked for in folders
 VIDEO_RANGE = 60.0  # metres of the bird's-eye view, which would jump if every frame had its own
-
 THREADS = min(usable_cores(), 8)  # that read, and as many that write; the reading of pixels and most of drawing leave Python's lock
 ONE_THING = 0.5  # IoU of visible boxes above which people are shown the best one, whatever the classes
 
@@ -91,19 +93,8 @@ def find_inputs(given: Iterable[str], out: Path) -> dict[Path, str]:
     """
     found = {}
     for text in given:
-        path, pattern = Path(text), glob.has_magic(text)
-        if path.is_file():
-            matches, base = [path], path.parent
-        elif path.is_dir() or (pattern and not path.exists()):
-            fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
-            base = path if path.is_dir() else Path(*fixed)
-            matches = [path] if path.is_dir() else map(Path, sorted(glob.glob(text, recursive=True)))
-            matches = [file for match in matches for file in _search(match) if not _inside(file, out)]
-            if not matches:
-                raise ValueError(f"{text}: no image or video there, looked for {', '.join(IMAGES + video.SUFFIXES)}")
-        else:
-            raise FileNotFoundError(f"{text}: no such image, video or folder{_near(path)}")
-        for file in matches:
+        files, base = _expand(text, out)
+        for file in files:
             found.setdefault(Path(os.path.abspath(file)), file.relative_to(base))
     everything = Path(os.path.commonpath([path.parent for path in found]))
     whole = [path.relative_to(everything) for path in found]
@@ -111,6 +102,24 @@ def find_inputs(given: Iterable[str], out: Path) -> dict[Path, str]:
         if len({*names}) == len(names):
             break
     return {path: name.as_posix() for path, name in zip(found, names, strict=True)}
+
+
+def _expand(text, out):
+    """The files that a path given stands for, and the folder below which their names begin."""
+    path = Path(text)
+    if path.is_file():
+        return [path], path.parent
+    if path.is_dir():
+        base, roots = path, [path]
+    elif glob.has_magic(text):
+        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        roots = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+    else:
+        raise FileNotFoundError(f"{text}: no such image, video or folder{_near(path)}")
+    files = [file for root in roots for file in _search(root) if not _inside(file, out)]
+    if not files:
+        raise ValueError(f"{text}: no image or video there, looked for {', '.join(IMAGES + video.SUFFIXES)}")
+    return files, base
 
 
 def _search(path):
@@ -182,7 +191,7 @@ def check_first(paths: Iterable[Path], camera: Camera) -> None:
             else:
                 with opened(path) as file:
                     size = upright(file).size
-        except OSError:
+        except (OSError, StopIteration):
             continue  # reported when its turn comes
         check_camera(path, camera(path, size)[0], size)
         return
@@ -271,7 +280,9 @@ def draw_shot(shot: Shot, max_range: float | None = None) -> Image.Image:
     return draw_frame(shot.pixels, K, shot.frame.labels, min_score=0.0, max_range=max_range)
 
 
-def predict_images(detector, images, camera, options, report):
+def predict_images(
+    detector: Detector, images: dict[Path, str], camera: Camera, options: argparse.Namespace, report: Callable[[Exception], None]
+) -> Iterator[Shot]:
     """Shots of images {path: name} with their labels; writes their result files and pictures, and reports what cannot be read."""
 
     def read(item):
@@ -295,7 +306,9 @@ def predict_images(detector, images, camera, options, report):
         yield from tqdm(written, "predicting", len(images), unit=" images", disable=None)
 
 
-def predict_video(detector, path, name, camera, options, report):
+def predict_video(
+    detector: Detector, path: Path, name: str, camera: Camera, options: argparse.Namespace, report: Callable[[Exception], None]
+) -> Iterator[Shot]:
     """Shots of the frames of a video with their labels; writes it with its boxes, and reports where it cannot be read."""
 
     def read(number):

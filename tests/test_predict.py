@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -433,6 +434,25 @@ def test_a_video_comes_back_with_its_boxes(run, image, tmp_path, capsys):
     assert "broken.mp4: cannot read the video: " in told
     assert "clip.mov: cannot read the video after " in told, told
     assert tree(tmp_path / "less") == ["predictions.jsonl"]
+
+
+def test_a_turned_video_is_seen_upright(tmp_path):
+    """As telephones store it: on its side, with a matrix in the track header that turns it clockwise."""
+    pytest.importorskip("av", reason="videos need PyAV")
+    upright = np.zeros((96, 320, 3), np.uint8)
+    upright[:40, :120] = 255
+    with video.written_video(tmp_path / "side.mp4", Fraction(10)) as add:
+        add(Image.fromarray(np.rot90(upright)))
+    content = bytearray((tmp_path / "side.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40  # ISO 14496-12, track header box of version 0
+    assert struct.unpack(">9i", content[matrix : matrix + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "side.mp4").write_bytes(content)
+    with video.opened_video(tmp_path / "side.mp4") as (frames, rate, _):
+        assert rate == 10
+        [seen] = frames
+    assert seen.shape == upright.shape
+    assert np.abs(seen.astype(int) - upright).mean() < 5
 
 
 def test_a_video_without_its_package_is_told_before_anything_is_loaded(run, tmp_path, capsys, monkeypatch):
