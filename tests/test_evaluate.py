@@ -312,8 +312,8 @@ def testing_half(run, tmp_path_factory):
 def test_a_submission_is_what_the_server_takes(run, testing_half, capsys, tmp_path, monkeypatch):
     detect = Detector.detect
 
-    def blind_once(self, image, K):  # the first frame holds nothing
-        found = detect(self, image, K)
+    def blind_once(self, image, K, flip):  # the first frame holds nothing
+        found = detect(self, image, K, flip)
         return [{key: value[:0] for key, value in found[0].items()}, *found[1:]] if len(found) == 2 else found
 
     monkeypatch.setattr(Detector, "detect", blind_once)
