@@ -2,7 +2,7 @@
 
 Each usual mistake (an order of the sizes, a bottom centre, another angle, a K of another resolution) is undone on the clear objects:
 unoccluded, untruncated, away from the image's border. One that makes the projections fit much better than the labels as they are is
-named. 2D boxes that are projections themselves always fit; then typical sizes, the ground and the principal point are all there is.
+named. 2D boxes that are projections themselves always fit; then typical sizes, the ground below the camera and the principal point remain.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ def diagnose(frames: Sequence[Frame], sizes: np.ndarray, reading: Reading = JSON
         named = ", ".join(derived)
         notes.append(
             f"{named}: the 2D boxes are the projected 3D boxes, so they confirm neither K nor sizes nor angles; typical sizes, the ground "
-            "and the principal point were looked at instead"
+            "below the camera and the principal point were looked at instead"
         )
     if len(checked):
         overlap = np.median(checked.fit(checked.project()))
@@ -367,18 +367,22 @@ def _doubt_sizes(objects, reading):
 
 
 def _doubt_ground(objects, reading):
-    """A sentence where the boxes of a frame stand on one ground only if their centres are meant otherwise.
+    """A sentence where boxes of usual classes stand on one ground, below the camera, only if their centres are meant otherwise.
 
     The bottom of a box whose given centre is its bottom centre is taken for too low by half its height, so the bottoms of a frame fall
-    by half a metre for every metre of height. On KITTI's labels they rise by .07 +- .07 m (60 frames at a time).
+    by half a metre for every metre of height; by a whole one where y points up. On KITTI's labels they rise by .07 +- .07 m (60 frames
+    at a time).
     """
-    near = objects[objects.labels.center[:, 2] < 40]
+    usual = np.isin([name.lower() for name in objects.labels.name.astype(str)], list(TYPICAL))
+    near = objects[usual & (objects.labels.center[:, 2] < 40)]
     near = near[np.bincount(near.frame)[near.frame] > 1] if len(near) else near
     height = near.labels.size[:, 1]
     bottom = near.labels.center[:, 1] + height / 2
     if len(near) < 5 * LEAST or (above := _from_mean(height, near.frame)).std() < 0.15:
         return []
     slope = float(above @ _from_mean(bottom, near.frame) / (above @ above))
+    if np.median(bottom) < 0 or (slope > 0.75 and not reading.bottom):
+        return ["center looks like its y points up: only so do boxes stand on one ground below the camera"]
     other = -0.5 if reading.bottom else 0.5
     if abs(slope - other) > abs(slope) - 0.05:
         return []

@@ -196,6 +196,7 @@ def derive(frames, edit):
             ["center looks like the bottom centre where the geometric centre is expected: only so "],
         ),
         (lambda l, K: {"K": scaled(K, 0.5, 0.5, 0.5, 0.5)}, ["K looks like that of an image about 0.5 times as large as the files"]),
+        (lambda l, K: {"center": l.center * [1, -1, 1]}, ["center looks like its y points up: "]),
         (lambda l, K: {"size": l.size * 3.28, "center": l.center * 3.28}, ["Car: size looks 3.2"]),
     ],
 )
