@@ -1,6 +1,6 @@
 """From sources of frames to batches: reading, augmentation, collation, and the order of a run.
 
-A source (KITTI folder, JSON lines, built-in world) is a list of frames. Every random
+A source (KITTI folder, JSON lines, nuScenes tables, built-in world) is a list of frames. Every random
 draw is a pure function of (seed, epoch, index), never of a worker's state, so the loader gives a step the same pixels on any machine.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from formats import jsonl, kitti, world
+from formats import jsonl, kitti, nuscenes, world
 from frames import decode, join, opened, place_image, place_labels, random_view, reduction_of, upright, whole_view
 from geometry import camera_problem, project_boxes
 
@@ -41,12 +41,14 @@ def user_errors():
 class Source:
     """One list of frames. Several sources with different cameras may be listed together."""
 
-    kind: str = "kitti"  # 'kitti' folder, 'jsonl' file, 'synthetic' built-in world (rendered on first use)
+    kind: str = "kitti"  # 'kitti' folder, 'jsonl' file, 'nuscenes' folder, 'synthetic' built-in world (rendered on first use)
     root: str = ""  # folder or .jsonl file; empty: data.root
-    split: tuple[str, ...] = ("train",)  # ImageSets/<split>.txt, one after another; 'all' images; 'testing': KITTI's, no labels
+    split: tuple[str, ...] = ("train",)  # ImageSets/<split>.txt; 'all' images; 'testing': KITTI's, no labels; or nuScenes' official ones
     repeat: int = 1  # how many times each frame is listed in an epoch
     limit: int = 0  # use only the first frames of the list; 0: all
     rename: dict[str, str] = dataclasses.field(default_factory=dict)  # class names of the source -> the model's
+    version: str = ""  # of nuScenes' tables, such as v1.0-mini; empty: the only one that root holds
+    cameras: tuple[str, ...] = ()  # of nuScenes, such as CAM_FRONT; empty: all
     world_frames: int = 600  # of the built-in world's split
     world_seed: int = 0  # another world for every number
 
@@ -124,8 +126,10 @@ def read_source(source, config, problems=None):
         frames = [frame for folder, split in folders for frame in kitti.read_frames(folder, (split,), problems)]
     elif source.kind == "jsonl":
         frames = jsonl.read_frames(root, problems)
+    elif source.kind == "nuscenes":
+        frames = nuscenes.read_frames(root, source.split, source.version, source.cameras, problems)
     else:
-        raise ValueError(f"data source kind is {source.kind!r}, expected 'kitti', 'jsonl' or 'synthetic'")
+        raise ValueError(f"data source kind is {source.kind!r}, expected 'kitti', 'jsonl', 'nuscenes' or 'synthetic'")
     frames = frames[: source.limit or None]
     if source.rename:
         for number, frame in enumerate(frames):

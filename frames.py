@@ -132,6 +132,8 @@ class Frame:
     K: np.ndarray  # (3, 3) px
     labels: Labels  # in the image's own camera frame and pixels; all classes; DontCare rows are ignore regions
     offset: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))  # m: camera frame = source frame + offset
+    group: str = ""  # frames of one moment, seen by several cameras, share it
+    pose: np.ndarray | None = None  # (4, 4) camera -> global frame, m
 
 
 @contextlib.contextmanager

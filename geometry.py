@@ -26,6 +26,7 @@ LIMITS = {"box": (5.0,) * 4, "depth": (10.0, 5.0), "height": (4.0, 5.0), "size":
 # Corner order: four at the bottom (+y), then four at the top; x forward, z left of a box at yaw 0 seen from above.
 CORNER_SIGNS = np.array([[+1, +1, +1], [+1, +1, -1], [-1, +1, -1], [-1, +1, +1],
                          [+1, -1, +1], [+1, -1, -1], [-1, -1, -1], [-1, -1, +1]], dtype=np.float64) / 2  # fmt: skip
+FACES = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]])
 EDGES = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]])
 
 
@@ -125,6 +126,30 @@ def project_boxes(center, size, yaw, K):
     return full_box, (corners[..., 2] < NEAR).any(-1)
 
 
+def visible_boxes(corners, K, width, height):
+    """Extent of what an image of that size shows of boxes: the `box` of those that nothing hides. Numpy.
+
+    corners (n, 8, 3) m in the order of `box_corners`; K (3, 3). Returns (n, 4) px within [0, width - 1] x [0, height - 1], NaN where
+    nothing shows. Tighter than a clipped `full_box` where the border cuts a box: each face is cut there, in homogeneous pixels.
+    """
+    sides = np.array([[1, 0, 0], [-1, 0, width - 1], [0, 1, 0], [0, -1, height - 1]], float)
+    homogeneous = corners @ np.asarray(K, float).T
+    outside = np.concatenate([homogeneous @ sides.T < 0, homogeneous[..., 2:] < NEAR], -1).all(1).any(-1)  # wholly beyond one border
+    box, rows = np.full((len(corners), 4), np.nan), np.flatnonzero(~outside)
+    if not len(rows):
+        return box
+    polygon = homogeneous[rows][:, FACES].reshape(-1, 4, 3)
+    polygon = _clip_polygons(polygon, polygon[..., 2] - NEAR)
+    for side in sides:
+        polygon = _clip_polygons(polygon, polygon @ side)
+    shown = polygon[..., 2:] > 0  # what is cut away wholly is all zero
+    pixels = polygon[..., :2] / np.where(shown, polygon[..., 2:], 1.0)
+    low, high = (np.where(shown, pixels, blank).reshape(len(rows), -1, 2) for blank in (np.inf, -np.inf))
+    extent = np.concatenate([low.min(1, initial=np.inf), high.max(1, initial=-np.inf)], -1)
+    box[rows] = np.where(np.isfinite(extent), np.clip(extent, 0, [width - 1, height - 1] * 2), np.nan)
+    return box
+
+
 def camera_problem(K, width=None, height=None):
     """What is wrong with K (3, 3), for an image of that size where it is known, in words; None when nothing is."""
     if K.shape != (3, 3):
@@ -222,18 +247,18 @@ def _clipped_area(a, b):
 
 
 def _clip_polygons(polygon, inside):
-    """Keep the part of polygons (n, v, 2) where inside (n, v), a signed distance at each vertex, is not negative.
+    """Keep the part of polygons (n, v, 2 or 3) where inside (n, v), a signed distance at each vertex, is not negative.
 
-    Returns (n, u, 2): u is the largest vertex count, shorter polygons repeat their last vertex, empty ones are all zero.
+    Returns (n, u, 2 or 3): u is the largest vertex count, shorter polygons repeat their last vertex, empty ones are all zero.
     """
     after, after_inside = np.roll(polygon, -1, 1), np.roll(inside, -1, 1)
     crosses = (inside >= 0) != (after_inside >= 0)
     t = inside / np.where(crosses, inside - after_inside, 1.0)
     cut = polygon + t[..., None] * (after - polygon)
-    points = np.stack([polygon, cut], 2).reshape(len(polygon), -1, 2)  # (n, 2v, 2)
+    points = np.stack([polygon, cut], 2).reshape(len(polygon), -1, polygon.shape[2])  # (n, 2v, 2 or 3)
     kept = np.stack([inside >= 0, crosses], 2).reshape(len(polygon), -1)
     count, place = kept.sum(1), np.cumsum(kept, 1) - 1
-    clipped = np.zeros((len(polygon), count.max(), 2))
+    clipped = np.zeros((len(polygon), count.max(), polygon.shape[2]))
     row, column = np.nonzero(kept)
     clipped[row, place[row, column]] = points[row, column]
     last = np.minimum(np.arange(clipped.shape[1]), np.maximum(count - 1, 0)[:, None])

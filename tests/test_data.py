@@ -272,7 +272,7 @@ def test_json_lines_train_beside_kitti(folder):
     [
         ((Source(root="/nowhere"),), r"/nowhere: expected a KITTI folder with training/image_2"),
         ((Source(split=("test",)),), r"ImageSets/test\.txt: no such split file; there are train, val"),
-        ((Source(kind="coco"),), r"data source kind is 'coco', expected 'kitti', 'jsonl' or 'synthetic'"),
+        ((Source(kind="coco"),), r"data source kind is 'coco', expected 'kitti', 'jsonl', 'nuscenes' or 'synthetic'"),
         ((Source(repeat=0),), r"repeat 0 and limit 0, expected >= 1 and >= 0"),
         ((Source(split=("train", "train")),), r"frame 000000 is listed 2 times in data\.val; use repeat="),
         ((Source(kind="jsonl", root="/nowhere.jsonl"),), r"/nowhere\.jsonl"),

@@ -24,6 +24,7 @@ from geometry import (
     project_boxes,
     ray_angle,
     unproject,
+    visible_boxes,
     wrap_angle,
     yaw_to_alpha,
 )
@@ -143,6 +144,43 @@ def test_project_boxes_behind_and_across_the_camera():
     x1, y1, x2, y2 = full[1]  # x from 1 to 2, z from .1 to 3
     np.testing.assert_allclose([x1, x2], [600 + 700 * 1 / 3, 600 + 700 * 2 / 0.1])
     np.testing.assert_allclose([y1, y2], [180 - 710 / 0.1, 180 + 710 / 0.1])
+
+
+def test_visible_boxes_by_hand():
+    wall = box_corners(np.array([[-6.0, 0, 12.5]]), np.array([[15, 2, 1e-9]]), np.array([-np.pi / 2]))  # along z, 5 to 20 m ahead
+    border = 6 * 700 / 600  # m: where it leaves the image at u = 0
+    expected = [[0, 180 - 710 / border, 600 - 6 * 700 / 20, 180 + 710 / border]]
+    np.testing.assert_allclose(visible_boxes(wall, K, 1200, 360), expected, atol=1e-5)  # the full box is 142 px high either side of 180
+
+
+def test_visible_boxes_hold_what_the_image_shows_of_a_box_and_no_more():
+    rng = np.random.default_rng(1)
+    n, width, height = 60, 1200, 360
+    center, size, yaw = rng.uniform([-12, -2, -3], [12, 2, 25], (n, 3)), rng.uniform(0.5, 8, (n, 3)), rng.uniform(-4, 4, n)
+    box = visible_boxes(box_corners(center, size, yaw), K, width, height)
+    full, crosses = project_boxes(center, size, yaw, K)
+    whole = ~crosses & (clip_boxes(full, width, height) == full).all(1)
+    np.testing.assert_allclose(box[whole], full[whole], atol=1e-9)
+    assert whole.sum() > 5
+    share = np.linspace(-0.5, 0.5, 25)  # a lattice through each solid box; what the image shows of it
+    inside = np.stack(np.meshgrid(share, share, share), -1).reshape(-1, 3)
+    seen = 0
+    for i in range(n):
+        cosine, sine = np.cos(yaw[i]), np.sin(yaw[i])
+        points = center[i] + inside * size[i] @ [[cosine, 0, -sine], [0, 1, 0], [sine, 0, cosine]]
+        pixels = project(points[points[:, 2] >= NEAR], K)
+        pixels = pixels[((pixels >= 0) & (pixels <= [width - 1, height - 1])).all(1)]
+        if np.isnan(box[i]).any():
+            assert not len(pixels)
+        elif len(pixels) > 200:
+            seen += 1
+            extent = np.concatenate([pixels.min(0), pixels.max(0)])
+            assert (extent[:2] >= box[i, :2] - 1e-9).all()
+            assert (extent[2:] <= box[i, 2:] + 1e-9).all()
+            near = 700 / max(points[:, 2].min(), 1) * size[i].max() / 24  # px between points of the lattice
+            assert np.abs(extent - box[i]).max() < 3 * near
+    assert seen > 20
+    assert visible_boxes(np.zeros((0, 8, 3)), K, width, height).shape == (0, 4)
 
 
 def test_project_boxes_without_boxes():

@@ -1,0 +1,299 @@
+"""nuScenes: the reader of its tables, the evaluator and the merge of six cameras, against what the official devkit says.
+
+data/nuscenes_invented.tar.xz holds invented tables and result files (free of nuScenes content) and the output of nuscenes-devkit 1.2.0.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED
+from PIL import Image
+
+from data import DataConfig, Source, build_dataset, read_source
+from formats import nuscenes
+from geometry import box_iou, wrap_angle
+
+SAMPLE = SHARED / "nuscenes_sample"
+
+
+@pytest.fixture(scope="session")
+def invented(tmp_path_factory):
+    """Folder with v1.0-mini, result files and what the official devkit says; it holds no pictures."""
+    folder = tmp_path_factory.mktemp("invented")
+    with tarfile.open(Path(__file__).parent / "data/nuscenes_invented.tar.xz") as file:
+        file.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def frames(invented):
+    return nuscenes.read_frames(invented, ("mini_train", "mini_val"), images=False)
+
+
+def table(root, name):
+    return json.loads((root / "v1.0-mini" / f"{name}.json").read_text())
+
+
+def changed(root, folder, name, change):
+    """A folder with the same tables, but what `change` makes of the rows of one; None removes it."""
+    (folder / "v1.0-mini").mkdir()
+    for path in (root / "v1.0-mini").iterdir():
+        (folder / "v1.0-mini" / path.name).symlink_to(path)
+    (folder / "v1.0-mini" / f"{name}.json").unlink()
+    if change is not None:
+        rows = table(root, name)
+        change(rows)
+        (folder / "v1.0-mini" / f"{name}.json").write_text(json.dumps(rows))
+    return folder
+
+
+# ---- reader
+
+
+def test_every_row_of_the_official_transforms_agrees(invented, frames):
+    annotations = {row["token"]: row for row in table(invented, "sample_annotation")}
+    frame_of = {str(frame.image.relative_to(invented)): frame for frame in frames}
+    rows, labelled = json.loads((invented / "cameras.json").read_text())["rows"], 0
+    for row in rows:
+        annotation, frame = annotations[row["annotation"]], frame_of[row["filename"]]
+        assert frame.group == annotation["sample_token"]
+        assert row["channel"] in frame.id
+        center = frame.pose[:3, :3].T @ (np.array(annotation["translation"]) - frame.pose[:3, 3])
+        np.testing.assert_allclose(center, row["center"], atol=1e-6)
+        np.testing.assert_allclose((frame.K @ center)[:2] / center[2], row["uv"], atol=1e-4)
+        at = np.flatnonzero(np.abs(frame.labels.center - row["center"]).max(1) < 1e-6)
+        points = annotation["num_lidar_pts"] + annotation["num_radar_pts"]
+        assert len(at) == 1 or not row["center_inside"] or not points, row  # the reader also labels some that box_in_image leaves out
+        if len(at):
+            labelled, one = labelled + 1, frame.labels[int(at[0])]
+            assert one.name[0] == nuscenes.CLASS_OF.get(row["category"], row["category"])
+            np.testing.assert_allclose(one.size[0], np.array(row["size_wlh"])[[1, 2, 0]], atol=1e-6)
+            np.testing.assert_allclose(wrap_angle(one.yaw - row["yaw"]), 0, atol=1e-6)
+            np.testing.assert_allclose(one.velocity[0], np.nan if row["velocity"] is None else row["velocity"], atol=1e-6)
+            assert row["in_front"]
+    assert len(rows) == 215
+    assert labelled > 120
+
+
+def test_every_velocity_is_the_official_one(invented):
+    samples = nuscenes.read_samples(invented / "v1.0-mini", ("mini_train", "mini_val"))
+    boxes, _ = nuscenes.read_annotations(invented / "v1.0-mini", samples)
+    expected = json.loads((invented / "velocities.json").read_text())
+    tokens = [row["token"] for s in samples for row in table(invented, "sample_annotation") if row["sample_token"] == s.token]
+    assert len(tokens) == len(expected) == len(boxes.sample) == 1497
+    velocity = np.array([[np.nan] * 3 if expected[token] is None else expected[token] for token in tokens])
+    np.testing.assert_allclose(boxes.velocity, velocity, atol=1e-6)
+    assert np.isnan(velocity[:, 0]).sum() == 98
+
+
+def test_frames_come_by_scene_time_and_camera_whatever_the_order_of_the_tables(invented, frames, tmp_path):
+    names = [frame.id.split("/") for frame in frames]
+    assert len(frames) == 48 * 6
+    assert len({frame.id for frame in frames}) == len(frames)
+    assert [scene for scene, _, _ in names] == sorted(scene for scene, _, _ in names)
+    assert [camera for _, camera, _ in names[:6]] == sorted({camera for _, camera, _ in names})
+    assert [len({frame.group for frame in frames[i : i + 6]}) for i in range(0, len(frames), 6)] == [1] * 48
+    again = nuscenes.read_frames(changed(invented, tmp_path, "sample_data", list.reverse), ("mini_val", "mini_train"), images=False)
+    assert [frame.id for frame in again] == [frame.id for frame in frames]
+
+
+def test_objects_without_points_and_behind_the_camera_are_ignore_regions(frames):
+    labels = [frame.labels for frame in frames]
+    assert min(one.center[one.is_3d, 2].min(initial=1) for one in labels) > 0
+    regions = sum((one.name == "DontCare").sum() for one in labels)
+    assert regions > 150
+    assert all((one.is_3d == (one.name != "DontCare")).all() for one in labels)
+    for one in labels:
+        assert ((one.box[:, 2:] - one.box[:, :2]) >= 1).all()
+        assert (one.box >= 0).all()
+        assert (one.box <= [1599, 899, 1599, 899]).all()
+        assert np.isin(one.occlusion[one.is_3d], range(4)).all()
+        assert ((one.truncation[one.is_3d] >= 0) & (one.truncation[one.is_3d] <= 1)).all()
+
+
+def test_visibility_becomes_the_occlusion_level(invented, frames):
+    levels = {row["token"]: row["level"] for row in table(invented, "visibility")}
+    expected = {"v80-100": 0, "v60-80": 1, "v40-60": 2, "v0-40": 3}
+    checked = 0
+    for row in table(invented, "sample_annotation"):
+        for frame in (f for f in frames if f.group == row["sample_token"]):
+            center = frame.pose[:3, :3].T @ (np.array(row["translation"]) - frame.pose[:3, 3])
+            at = np.flatnonzero(np.abs(frame.labels.center - center).max(1) < 1e-6)
+            checked += len(at)
+            assert all(frame.labels.occlusion[i] == expected[levels[row["visibility_token"]]] for i in at)
+    assert checked > 1500
+
+
+def test_the_splits_are_the_official_ones():
+    numbers = {split: set(nuscenes.scenes_of(split)) for split in nuscenes.SPLITS}
+    assert {split: len(scenes) for split, scenes in numbers.items()} == {
+        "mini_train": 8, "mini_val": 2, "train": 700, "val": 150, "test": 150
+    }  # fmt: skip
+    assert len(numbers["train"] | numbers["val"] | numbers["test"]) == 1000
+    assert numbers["mini_val"] <= numbers["val"]
+    assert numbers["mini_train"] <= numbers["train"] | numbers["val"]
+    assert {"scene-0001", "scene-0061", "scene-1110"} <= numbers["train"]
+    assert {"scene-0003", "scene-0103", "scene-1073"} <= numbers["val"]
+
+
+def remove_last_camera(rows):
+    rows.remove(next(row for row in rows if row["filename"].startswith("samples/CAM_BACK/")))
+
+
+def without(key):
+    return lambda rows: rows[3].pop(key)
+
+
+def put(key, value):
+    return lambda rows: rows[3].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("ego_pose", None, r"v1.0-mini/ego_pose.json: no such table"),
+        ("sample_annotation", without("size"), r"sample_annotation.json: a row lacks 'size', expected token, sample_token, "),
+        ("sample", lambda rows: rows.append(7), r"sample.json: not a JSON list of rows"),
+        ("sample_annotation", put("translation", [1.0, float("nan"), 0.0]), r"translation of \w+ is \[1.0, nan, 0.0\], expected 3 finite"),
+        ("sample_annotation", put("size", [1.0, 0.0, 2.0]), r"annotation \w+ has size \[1.0, 0.0, 2.0\], expected metres > 0"),
+        ("sample_annotation", put("rotation", [0, 0, 0, 0]), r"rotation of \w+ is \[0, 0, 0, 0\], expected 4 finite"),
+        ("sample_annotation", put("attribute_tokens", ["a", "b"]), r"annotation \w+ has 2 attributes, expected at most one"),
+        ("sample_annotation", put("instance_token", "x"), r"an annotation refers to 'x', which no table of .* holds"),
+        ("sample_data", remove_last_camera, r"CAM_BACK of sample \w{32}: sample_data.json holds no key frame of it"),
+        ("ego_pose", lambda rows: rows.clear(), r"ego_pose.json: there is no pose '\w+', which sample_data.json refers to"),
+        ("scene", lambda rows: [row.update(name="scene-0001") for row in rows], r"scene.json: it holds no scene of split 'mini_val'"),
+    ],
+)
+def test_mistakes_in_the_tables_are_one_sentence(invented, tmp_path, name, change, sentence):
+    root = changed(invented, tmp_path, name, change)
+    with pytest.raises((ValueError, OSError), match=sentence):
+        nuscenes.read_frames(root, ("mini_val",), images=False)
+
+
+def test_a_version_split_or_camera_that_is_not_there_is_named(invented, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no version 'v1.0-trainval', only v1.0-mini"):
+        nuscenes.read_frames(invented, ("train",), "v1.0-trainval")
+    with pytest.raises(FileNotFoundError, match=r"expected a nuScenes folder with its tables in v1.0-mini"):
+        nuscenes.read_frames(tmp_path, ("train",))
+    for split in ("val", "nonsense"):
+        with pytest.raises(ValueError, match=rf"v1.0-mini: there is no split '{split}', expected mini_train, mini_val"):
+            nuscenes.read_frames(invented, (split,))
+    with pytest.raises(ValueError, match=r"there is no camera 'CAM_FRNT', only CAM_BACK, CAM_BACK_LEFT"):
+        nuscenes.read_frames(invented, ("mini_val",), cameras=("CAM_FRNT",))
+    for name in ("v1.0-mini", "v1.0-trainval"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"there are v1.0-mini, v1.0-trainval, expected version to name one of them"):
+        nuscenes.read_frames(tmp_path, ("val",))
+
+
+def test_a_missing_picture_is_named_or_listed_among_the_problems(invented):
+    with pytest.raises(FileNotFoundError, match=r"v1.0-mini: CAM_BACK of sample \w{32}: no such image .*samples/CAM_BACK/invented"):
+        nuscenes.read_frames(invented, ("mini_val",))
+    problems = []
+    assert nuscenes.read_frames(invented, ("mini_val",), cameras=("CAM_FRONT", "CAM_BACK"), problems=problems) == []
+    assert len(problems) == 80
+
+
+@pytest.fixture(scope="session")
+def pictured(invented, frames, tmp_path_factory):
+    """The invented tables of mini_train with grey pictures."""
+    root = tmp_path_factory.mktemp("pictured")
+    (root / "v1.0-mini").symlink_to(invented / "v1.0-mini")
+    Image.new("RGB", (1600, 900), (120, 130, 140)).save(root / "grey.jpg")
+    for frame in (f for f in frames if f.id.startswith("scene-0061")):
+        path = root / frame.image.relative_to(invented)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(root / "grey.jpg")
+    return root
+
+
+def test_a_source_reads_any_cameras_and_its_frames_train(pictured):
+    source = Source(kind="nuscenes", root=str(pictured), split=("mini_train",), cameras=("CAM_FRONT", "CAM_BACK"))
+    listed = read_source(source, DataConfig())
+    assert [frame.id.split("/")[1] for frame in listed[:2]] == ["CAM_FRONT", "CAM_BACK"]
+    assert len(listed) == 16
+    dataset = build_dataset(DataConfig(neighbours=("animal",)), (source,), ("car", "pedestrian"), (288, 512), training=True)
+    assert "trained: car" in dataset.summary()
+    sample = dataset[0]
+    assert sample["image"].shape == (288, 512, 3)
+
+
+# ---- one real sample
+
+
+def quaternion(matrix):
+    """w, x, y, z of a rotation matrix (3, 3): the eigenvector of its largest eigenvalue (Bar-Itzhack 2000)."""
+    (a, b, c), (d, e, f), (g, h, i) = matrix
+    symmetric = np.array([[a - e - i, 0, 0, 0], [d + b, e - a - i, 0, 0], [g + c, h + f, i - a - e, 0], [h - f, c - g, d - b, a + e + i]])
+    return np.linalg.eigh(symmetric / 3)[1][[3, 0, 1, 2], -1].tolist()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """(root, info): a folder in nuScenes' layout made from the real sample, and what mmdet3d's file says of it."""
+    if not (SAMPLE / "sample.json").is_file():
+        pytest.skip(f"the real sample is not here: {SAMPLE}")
+    content = json.loads((SAMPLE / "sample.json").read_text())
+    info, names = content["data_list"][0], {i: name for name, i in content["metainfo"]["categories"].items()}
+    root = tmp_path_factory.mktemp("real")
+    (root / "samples").symlink_to(SAMPLE / "images")
+    category = {name: key for key, name in nuscenes.CLASS_OF.items()}
+    to_global = np.array(info["ego2global"]) @ np.array(info["lidar_points"]["lidar2ego"])
+    rows = {name: [] for name in ("sensor", "calibrated_sensor", "ego_pose", "sample_data", "sample_annotation", "instance")}
+    for channel, camera in info["images"].items():
+        mount = np.array(camera["cam2ego"])
+        pose = to_global @ np.linalg.inv(camera["lidar2cam"]) @ np.linalg.inv(mount)
+        rows["sensor"].append({"token": channel, "channel": channel, "modality": "camera"})
+        calibrated = {"sensor_token": channel, "camera_intrinsic": camera["cam2img"], "token": channel}
+        for name, matrix, more in (("calibrated_sensor", mount, calibrated), ("ego_pose", pose, {"token": channel})):
+            rows[name].append({**more, "translation": matrix[:3, 3].tolist(), "rotation": quaternion(matrix[:3, :3])})
+        rows["sample_data"].append(
+            {"sample_token": "s", "calibrated_sensor_token": channel, "ego_pose_token": channel, "is_key_frame": True, "width": 1600,
+             "height": 900, "timestamp": round(1e6 * camera["timestamp"]), "filename": f"samples/{camera['img_path']}"}
+        )  # fmt: skip
+    for number, box in enumerate(info["instances"]):
+        x, y, z, l, w, h, yaw = box["bbox_3d"]
+        ahead = to_global[:3, :3] @ [np.cos(yaw), np.sin(yaw), 0]
+        half = np.arctan2(ahead[1], ahead[0]) / 2  # real boxes stand upright on the global ground
+        center = (to_global @ [x, y, z, 1])[:3].tolist()
+        rows["instance"].append({"token": str(number), "category_token": names.get(box["bbox_label_3d"], "animal")})
+        rows["sample_annotation"].append(
+            {"token": str(number), "sample_token": "s", "instance_token": str(number), "visibility_token": "4", "attribute_tokens": [],
+             "translation": center, "size": [w, l, h], "rotation": [np.cos(half), 0, 0, np.sin(half)], "prev": "", "next": "",
+             "num_lidar_pts": box["num_lidar_pts"], "num_radar_pts": box["num_radar_pts"]}
+        )  # fmt: skip
+    rows["category"] = [{"token": name, "name": category[name]} for name in names.values()] + [{"token": "animal", "name": "animal"}]
+    rows |= {"scene": [{"token": "a", "name": "scene-0061"}], "attribute": [], "visibility": [{"token": "4", "level": "v80-100"}]}
+    rows["sample"] = [{"token": "s", "scene_token": "a", "timestamp": round(1e6 * info["timestamp"])}]
+    (root / "v1.0-mini").mkdir()
+    for name, content in rows.items():
+        (root / "v1.0-mini" / f"{name}.json").write_text(json.dumps(content))
+    return root, info
+
+
+def test_the_boxes_of_a_real_sample_meet_their_pixels(real):
+    root, info = real
+    bare = [box["bbox_3d"][3:6] for box in info["instances"] if box["num_lidar_pts"] + box["num_radar_pts"] == 0]
+    found = nuscenes.read_frames(root, ("mini_train",))
+    assert len(found) == 6
+    matched, fits = 0, []
+    for frame in found:
+        labels = frame.labels
+        pixels = (labels.center @ frame.K.T)[:, :2] / labels.center[:, 2:]
+        for box in info["cam_instances"][frame.id.split("/")[1]]:
+            l, h, w = box["bbox_3d"][3:6]
+            if any(np.allclose([l, w, h], size) for size in bare):
+                continue
+            row = int(np.argmin(np.abs(pixels - box["center_2d"]).max(1)))
+            assert np.abs(pixels[row] - box["center_2d"]).max() < 0.02
+            assert abs(labels.center[row, 2] - box["depth"]) < 1e-3
+            np.testing.assert_allclose(labels.size[row], [l, h, w], atol=1e-6)
+            np.testing.assert_allclose(wrap_angle(labels.yaw[row] - box["bbox_3d"][6]), 0, atol=5e-3)
+            fits.append(box_iou(labels.box[row], np.array(box["bbox"])))
+            matched += 1
+    assert matched == 81
+    assert np.median(fits) > 0.99
+    assert sum((frame.labels.name == "DontCare").sum() for frame in found) == 3
