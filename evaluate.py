@@ -1,10 +1,11 @@
-"""Evaluate a trained run, or any detector's result files, with KITTI's average precision.
+"""Evaluate a trained run, or any detector's result files, with KITTI's average precision or nuScenes' detection score.
 
     accelerate launch evaluate.py RUN [key=value ...]       the best checkpoint of a run folder, or a checkpoint folder
     python evaluate.py --labels DIR --results DIR [--split FILE] [--json OUT]      KITTI label and result files
     accelerate launch evaluate.py RUN --submission DIR [--split testing]           what KITTI's server takes; nothing is compared
+    python evaluate.py --nuscenes ROOT --split NAME --results FILE [--version NAME] [--json OUT]      nuScenes tables and a result file
 
-The second needs neither timm nor a GPU: files are read in rectified camera 0 and compared as they are.
+Files need neither timm nor a GPU: KITTI's are read in rectified camera 0, nuScenes' in the global frame, and compared as they are.
 """
 
 from __future__ import annotations  # Accelerator and Detection3D are named in signatures only, so that files need neither
@@ -15,6 +16,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +27,12 @@ from tqdm import tqdm
 
 from data import Source, UserError, loading, make_loader, user_errors
 from draw import SHOWN_FRAMES, draw_curves, draw_frames
-from formats import jsonl
+from formats import jsonl, nuscenes
 from formats.kitti import read_labels, write_labels
 from frames import Labels, make_labels
 from metrics.kitti import CLASSES, MIN_OVERLAP, format_table, kitti_ap, object_errors
+from metrics.nuscenes import format_table as format_nuscenes
+from metrics.nuscenes import nuscenes_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -285,6 +289,25 @@ def evaluate_files(options: argparse.Namespace) -> None:
         draw_curves(metrics).save(options.curves)
 
 
+def evaluate_nuscenes(options: argparse.Namespace) -> None:
+    """The nuScenes mode: prints the table; writes what the official metrics_summary.json holds where it was asked for."""
+    with user_errors():
+        truth = nuscenes.read_truth(options.nuscenes, (options.split,), options.version or "")
+        if not len(truth.boxes):
+            raise ValueError(f"{options.nuscenes}: split {options.split} holds no annotation, expected some to evaluate against")
+        results, meta = nuscenes.read_results(options.results, truth.tokens)
+        start = time.perf_counter()
+        metrics = nuscenes_metrics(truth, results)
+    print(format_nuscenes(metrics))
+    mixed = np.flatnonzero(results.sample != results.listed)
+    if len(mixed):
+        first = truth.tokens[results.listed[mixed[0]]]
+        print(f"{len(mixed)} boxes name another sample than the one they are listed under, and count there; the first is under {first}")
+    if options.json:
+        metrics |= {"meta": meta, "eval_time": time.perf_counter() - start}
+        Path(options.json).write_text(json.dumps(metrics, indent=1))
+
+
 # ---- runs
 
 
@@ -368,16 +391,18 @@ def stay_at_home(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Namespace of the command line. Exits with code 2 and one sentence when neither a run nor both folders are given."""
+    """Namespace of the command line. Exits with code 2 and one sentence when the options do not fit together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder or checkpoint folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, such as data.root=/data/kitti")
     parser.add_argument("--labels", metavar="DIR", help="KITTI label files, one per frame")
-    parser.add_argument("--results", metavar="DIR", help="KITTI result files (16 fields a line), one per frame")
-    parser.add_argument("--split", metavar="FILE", help="frame ids to evaluate, one a line; default: every label file; see --submission")
+    parser.add_argument("--results", metavar="DIR", help="KITTI result files (16 fields a line), one per frame; or nuScenes' one file")
+    parser.add_argument("--split", metavar="FILE", help="frame ids to evaluate, one a line; default: every label file; or a split's name")
     parser.add_argument(
         "--submission", metavar="DIR", help="write DIR/data for KITTI's server; here --split names a split (default: testing)"
     )
+    parser.add_argument("--nuscenes", metavar="ROOT", help="nuScenes folder, whose tables are in ROOT/v1.0-*")
+    parser.add_argument("--version", help="of its tables, such as v1.0-mini; default: the only one there is")
     parser.add_argument("--classes", nargs="+", help=f"class names of the files; default: {' '.join(CLASSES)}")
     parser.add_argument("--metric", choices=("R40", "R11"), help="recall positions of the table; default: R40")
     parser.add_argument("--overlap", choices=tuple(MIN_OVERLAP), help="overlap thresholds; default: strict")
@@ -388,6 +413,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--curves", metavar="OUT.png", help="draw the precision-recall curves here")
     parser.add_argument("--out", metavar="DIR", help="where a run's evaluation goes; default: RUN/evaluation")
     options = parser.parse_intermixed_args(arguments)  # key=value may follow an option
+    if options.nuscenes is not None:
+        return _nuscenes_options(parser, options)
+    if options.version is not None:
+        parser.exit(2, "evaluate.py: --version belongs to --nuscenes ROOT\n")
     files = options.labels is not None or options.results is not None
     if options.submission is not None:
         judging = ("labels", "results", "classes", "metric", "overlap", "repeat", "errors", "json", "curves", "out")
@@ -412,12 +441,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
+def _nuscenes_options(parser, options):
+    """The options of the nuScenes mode; exits with one sentence where one is missing, or given in vain."""
+    own = ("nuscenes", "version", "split", "results", "json")
+    vain = [name for name, value in vars(options).items() if name not in own and value != parser.get_default(name) and value != []]
+    if vain:
+        name = vain[0] if vain[0] in ("run", "overrides") else f"--{vain[0]}"
+        parser.exit(2, f"evaluate.py: {name} does not go with --nuscenes, which takes --split, --results, --version and --json\n")
+    for name in ("split", "results"):
+        if getattr(options, name) is None:
+            parser.exit(2, f"evaluate.py: --nuscenes needs --{name} as well (--help shows it)\n")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a user's mistake is one sentence on stderr and exit code 2."""
     options = parse_arguments(arguments)
     try:
         if options.submission is not None:
             submit_run(options)
+        elif options.nuscenes is not None:
+            evaluate_nuscenes(options)
         else:
             evaluate_files(options) if options.run is None else evaluate_run(options)
     except UserError as error:

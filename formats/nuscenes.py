@@ -9,7 +9,7 @@ keeps its category ('animal', 'static_object.bicycle_rack'), and is background u
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -25,6 +25,7 @@ ATTRIBUTES = {  # the ten detection classes in the official order: the attribute
     "car": VEHICLE, "truck": VEHICLE, "bus": VEHICLE, "trailer": VEHICLE, "construction_vehicle": VEHICLE,
     "pedestrian": PERSON, "motorcycle": CYCLE, "bicycle": CYCLE, "traffic_cone": (), "barrier": (),
 }  # fmt: skip
+STATES = (*PERSON, *CYCLE, *VEHICLE)  # every attribute, in the official order
 CLASS_OF = {  # category: detection class; the others have none
     "movable_object.barrier": "barrier",
     "vehicle.bicycle": "bicycle",
@@ -45,6 +46,8 @@ RACK = "static_object.bicycle_rack"
 OCCLUSION = {"v80-100": 0, "v60-80": 1, "v40-60": 2, "v0-40": 3}  # share seen by all cameras together, in percent: KITTI's level
 LONGEST_GAP = 1.5  # s between the two annotations that a velocity is taken from, and twice that around one between them
 
+MOST_BOXES = 500  # of a sample, all cameras together
+
 SPLITS = {  # name: the version's ending, and the numbers of its scenes (nuscenes/utils/splits.py)
     "mini_train": ("mini", "61 553 655 757 796 1077 1094 1100"),
     "mini_val": ("mini", "103 916"),
@@ -64,17 +67,22 @@ SPLITS = {  # name: the version's ending, and the numbers of its scenes (nuscene
 class Boxes:
     """n boxes in the global frame (metres, z up), annotated or detected, as columns; each is one of a list of samples."""
 
-    sample: np.ndarray  # (n,) index of the sample
+    sample: np.ndarray  # (n,) index of the sample that the box names
+    listed: np.ndarray  # (n,) index of the sample that it is listed under: another one only in a file that mixes them up
     name: np.ndarray  # (n,) str
     center: np.ndarray  # (n, 3) geometric centre, m
     size: np.ndarray  # (n, 3) l, h, w, m
     rotation: np.ndarray  # (n, 3, 3) its columns are the box's own axes: forward, to the left, up
-    velocity: np.ndarray  # (n, 3) m/s, NaN unknown
+    velocity: np.ndarray  # (n, 3) m/s, NaN unknown; a detection's has no vertical part
     attribute: np.ndarray  # (n,) str, "" unknown
     score: np.ndarray  # (n,) -1 for annotations
     points: np.ndarray  # (n,) of lidar and radar together, -1 for detections
 
+    def __len__(self):
+        return len(self.name)
+
     def __getitem__(self, rows):
+        """Rows by index array, mask or slice."""
         return Boxes(*(column[rows] for column in vars(self).values()))
 
 
@@ -107,7 +115,7 @@ def read_frames(
     folder = find_version(root, version)
     samples = read_samples(folder, splits)
     boxes, occlusion = read_annotations(folder, samples)
-    rows_of = np.split(np.arange(len(boxes.sample)), np.searchsorted(boxes.sample, np.arange(1, len(samples))))
+    rows_of = np.split(np.arange(len(boxes)), np.searchsorted(boxes.sample, np.arange(1, len(samples))))
     views = _read_views(folder, samples, cameras)
     there = {path for parent in {(Path(root) / view.file).parent for view in views} if parent.is_dir() for path in parent.iterdir()}
     frames = []
@@ -132,8 +140,165 @@ def _check_view(view, path, there, place):
         raise ValueError(f"{place}: sample_data.json holds no key frame of it")
     if there is not None and path not in there:
         raise FileNotFoundError(f"{place}: no such image {path}")
-    if problem := camera_problem(view.K, *view.size):
+    if view.K.size and (problem := camera_problem(view.K, *view.size)):
         raise ValueError(f"{place}: its camera_intrinsic: {problem}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What detections of some samples are evaluated against."""
+
+    tokens: list[str]  # of the s samples
+    boxes: Boxes  # of the ten classes, by sample, in the order of the table
+    vehicle: np.ndarray  # (s, 2) m, where the vehicle stands at the time of LIDAR_TOP's key frame
+    racks: np.ndarray  # (m, 4, 3) m, bicycle racks: a corner, and the other ends of the three edges from it
+    rack_sample: np.ndarray  # (m,) index of the sample
+
+    def only(self, tokens: Collection[str]) -> "Truth":
+        """The truth of those samples that `tokens` names, such as the groups of a few frames."""
+        chosen = np.array([token in tokens for token in self.tokens], bool)
+        number, own, racks = np.cumsum(chosen) - 1, chosen[self.boxes.sample], chosen[self.rack_sample]
+        boxes, sample = self.boxes[own], number[self.boxes.sample[own]]
+        return Truth(
+            tokens=[token for token in self.tokens if token in tokens],
+            boxes=dataclasses.replace(boxes, sample=sample, listed=sample),
+            vehicle=self.vehicle[chosen],
+            racks=self.racks[racks],
+            rack_sample=number[self.rack_sample[racks]],
+        )
+
+
+def read_truth(root: str | Path, splits: Sequence[str], version: str = "") -> Truth:
+    """The ground truth of some splits. Raises as `read_frames` does."""
+    folder = find_version(root, version)
+    samples = read_samples(folder, splits)
+    boxes, _ = read_annotations(folder, samples)
+    racks = boxes[boxes.name == RACK]
+    views = _read_views(folder, samples, ("LIDAR_TOP",))
+    for view in views:
+        _check_view(view, None, None, f"{folder}: LIDAR_TOP of sample {samples[view.sample].token}")
+    return Truth(
+        tokens=[sample.token for sample in samples],
+        boxes=boxes[np.isin(boxes.name.astype(str), list(ATTRIBUTES))],
+        vehicle=np.array([view.vehicle[:2] for view in views]).reshape(-1, 2),
+        racks=_edges(racks),
+        rack_sample=racks.sample,
+    )
+
+
+def _edges(boxes):
+    """Of n boxes (n, 4, 3): a corner, then its neighbours along the box's length, width and height.
+
+    Multiplied as the devkit multiplies them, all eight at once, to agree on points that lie on a face to the last bit.
+    """
+    l, h, w = (boxes.size[:, axis, None] / 2 for axis in range(3))
+    signs = np.array([[1, 1, 1, 1, -1, -1, -1, -1], [1, -1, -1, 1, 1, -1, -1, 1], [1, 1, -1, -1, 1, 1, -1, -1]])
+    corners = boxes.rotation @ np.stack([l * signs[0], w * signs[1], h * signs[2]], 1) + boxes.center[:, :, None]
+    return corners[:, :, [0, 4, 1, 3]].transpose(0, 2, 1)
+
+
+def read_results(path: str | Path, tokens: Sequence[str]) -> tuple[Boxes, dict]:
+    """The detections of a result file in the official format, for samples named by `tokens`, in the file's order, and its meta.
+
+    Raises FileNotFoundError or ValueError naming the file and, where there is one, the sample and the box: whatever the official
+    evaluator refuses, and a box whose sample_token is none of the samples.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such result file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    for key in ("results", "meta"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+            raise ValueError(f'{path}: expected an object {{"meta": {{...}}, "results": {{sample token: [box, ...]}}}}, found no {key!r}')
+    if not any(content["results"].values()):
+        raise ValueError(f"{path}: it holds no box at all, which the official evaluator refuses")
+    try:
+        return parse_results(content["results"], tokens), content["meta"]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_results(results: dict[str, list[dict]], tokens: Sequence[str]) -> Boxes:
+    """Sample token -> boxes in the official format, as `Boxes` in that order. Raises ValueError naming the sample and the box."""
+    index = {token: i for i, token in enumerate(tokens)}
+    if missing := index.keys() - results.keys():
+        raise ValueError(f"{len(missing)} of {len(tokens)} samples are missing, the first is {min(missing)}; without detections: []")
+    if extra := results.keys() - index.keys():
+        raise ValueError(f"{len(extra)} samples are none of the split's, the first is {min(extra)}")
+    for token, boxes in results.items():
+        if not isinstance(boxes, list):
+            raise ValueError(f"sample {token} holds {str(boxes)[:80]}, expected a list of boxes")
+        if len(boxes) > MOST_BOXES:
+            raise ValueError(f"sample {token} holds {len(boxes)} boxes, expected at most {MOST_BOXES}")
+    keys, counts = list(results), [len(boxes) for boxes in results.values()]
+    starts = np.cumsum([0, *counts])
+
+    def place(row):
+        place = np.searchsorted(starts, row, "right") - 1
+        return f"sample {keys[place]}, box {row - starts[place]}"
+
+    entries = [box for boxes in results.values() for box in boxes]
+    size, velocity = _vectors(entries, "size", 3, place), _vectors(entries, "velocity", 2, place, finite=False)
+    return Boxes(
+        sample=np.array(_column(entries, "sample_token", "one of the samples", index.__getitem__, place), int),
+        listed=np.repeat(np.array([index[key] for key in keys], int), counts),
+        name=np.array(_column(entries, "detection_name", f"one of {', '.join(ATTRIBUTES)}", _one_of(ATTRIBUTES), place), dtype=object),
+        center=_vectors(entries, "translation", 3, place),
+        size=size[:, [1, 2, 0]],  # file: w, l, h
+        rotation=rotations(_vectors(entries, "rotation", 4, place)),
+        velocity=np.concatenate([velocity, np.zeros((len(entries), 1))], 1),
+        attribute=np.array(
+            _column(entries, "attribute_name", f"one of {', '.join(STATES)} or ''", _one_of(("", *STATES)), place), dtype=object
+        ),
+        score=np.array(_column(entries, "detection_score", "a number", _score, place, -1.0), float),
+        points=np.array(_column(entries, "num_pts", "an integer", int, place, -1), int),
+    )
+
+
+def _column(entries, key, expected, convert, place, *default):
+    """The converted values of one key of boxes; place: index -> words for where the box stands."""
+    found = []
+    for row, entry in enumerate(entries):
+        try:
+            found.append(convert(entry.get(key, *default) if default else entry[key]))
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+            value = f"{key} is {str(entry.get(key, 'missing'))[:80]!r}" if isinstance(entry, dict) else str(entry)[:80]
+            raise ValueError(f"{place(row)}: {value}, expected {expected}") from None
+    return found
+
+
+def _vectors(entries, key, length, place, finite=True):
+    """The values of one key of boxes, lists of that many numbers: (n, length). With `finite`, none may be NaN, as officially."""
+
+    def numbers(value):
+        if len(value) != length or not all(type(v) in (int, float) and not (finite and v != v) for v in value):
+            raise ValueError
+        return value
+
+    array = _column(entries, key, f"{length} numbers", numbers, place)
+    return np.array(array, float).reshape(len(entries), length)
+
+
+def _one_of(names):
+    """What returns a value that is one of some names, and raises ValueError for another."""
+
+    def check(value):
+        if value not in names:
+            raise ValueError
+        return value
+
+    return check
+
+
+def _score(value):
+    """A number, also from text as officially, but not NaN."""
+    number = float(value)
+    if np.isnan(number):
+        raise ValueError
+    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +321,7 @@ class View:
     size: tuple[int, int] = (0, 0)  # width, height, px
     K: np.ndarray | None = None  # (3, 3) px
     pose: np.ndarray | None = None  # (4, 4) sensor -> global, m
+    vehicle: np.ndarray | None = None  # (3,) m, where it stands in the global frame at that time
 
 
 def find_version(root: str | Path, version: str = "") -> Path:
@@ -243,9 +409,11 @@ def read_annotations(folder, samples):
     if (size <= 0).any():
         row = int(np.flatnonzero((size <= 0).any(1))[0])
         raise ValueError(f"{place}: annotation {token[row]} has size {size[row].tolist()}, expected metres > 0")
+    at = np.array([index[key] for key in sample], int)
     seconds = np.array([1e-6 * samples[index[key]].time for key in sample])  # rounded to floats before they are subtracted, as officially
     boxes = Boxes(
-        sample=np.array([index[key] for key in sample], int),
+        sample=at,
+        listed=at,
         name=np.array([CLASS_OF.get(name, name) for name in names], dtype=object),
         center=center,
         size=size[:, [1, 2, 0]],  # file: w, l, h
@@ -294,7 +462,7 @@ def _read_views(folder, samples, cameras):
         row = row_of[key]
         name = name_of[sensor[row]]
         found[index[token], name] = View(
-            index[token], name, file, time, (width, height), np.array(K[row], float), driven[pose] @ mounted[row]
+            index[token], name, file, time, (width, height), np.array(K[row], float), driven[pose] @ mounted[row], driven[pose][:3, 3]
         )
     return [found.get((i, name), View(i, name)) for i in range(len(samples)) for name in cameras]
 

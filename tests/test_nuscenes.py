@@ -3,7 +3,9 @@
 data/nuscenes_invented.tar.xz holds invented tables and result files (free of nuScenes content) and the output of nuscenes-devkit 1.2.0.
 """
 
+import gzip
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import pytest
 from conftest import SHARED
 from PIL import Image
 
+import evaluate
 from data import DataConfig, Source, build_dataset, read_source
 from formats import nuscenes
 from geometry import box_iou, wrap_angle
+from metrics.nuscenes import RANGE, nuscenes_metrics
 
 SAMPLE = SHARED / "nuscenes_sample"
 
@@ -83,7 +87,7 @@ def test_every_velocity_is_the_official_one(invented):
     boxes, _ = nuscenes.read_annotations(invented / "v1.0-mini", samples)
     expected = json.loads((invented / "velocities.json").read_text())
     tokens = [row["token"] for s in samples for row in table(invented, "sample_annotation") if row["sample_token"] == s.token]
-    assert len(tokens) == len(expected) == len(boxes.sample) == 1497
+    assert len(tokens) == len(expected) == len(boxes) == 1497
     velocity = np.array([[np.nan] * 3 if expected[token] is None else expected[token] for token in tokens])
     np.testing.assert_allclose(boxes.velocity, velocity, atol=1e-6)
     assert np.isnan(velocity[:, 0]).sum() == 98
@@ -297,3 +301,233 @@ def test_the_boxes_of_a_real_sample_meet_their_pixels(real):
     assert matched == 81
     assert np.median(fits) > 0.99
     assert sum((frame.labels.name == "DontCare").sum() for frame in found) == 3
+
+
+# ---- evaluator
+
+
+@pytest.fixture(scope="session")
+def truths(invented):
+    return {split: nuscenes.read_truth(invented, (split,)) for split in ("mini_train", "mini_val")}
+
+
+def numbers_of(metrics, path=""):
+    """Path -> every number of a metrics_summary.json but the time and the settings."""
+    found = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict) and key not in ("cfg", "meta"):
+            found |= numbers_of(value, f"{path}{key}/")
+        elif isinstance(value, float) and key != "eval_time":
+            found[path + key] = value
+    return found
+
+
+JOBS = ["results_perfect", "results_noisy", "results_nasty", "results_scale", "results_train"] + [
+    f"cases/{case}" for case in (
+        "perfect_score_one", "perfect_with_zero_points", "ties_all_equal", "ties_rounded", "duplicates", "borders", "range", "racks", "yaw",
+        "attributes", "missing_class", "score_zero", "low_recall", "nan_first", "boxes_500", "one_box", "only_false", "high_scores",
+        "recall_plateaus", "recall_end_on_grid",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_number_is_the_official_one(invented, truths, tmp_path, job):
+    expected = json.loads((invented / "expected.json").read_text())[job]
+    path = invented / f"{job}.json"
+    if job == "results_scale":  # too large to be kept here
+        packed = SHARED / "nuscenes_eval/invented/results_scale.json.gz"
+        if not packed.is_file():
+            pytest.skip(f"the large result file is not here: {packed}")
+        path = tmp_path / "scale.json"
+        path.write_bytes(gzip.decompress(packed.read_bytes()))
+    truth = truths[expected["eval_set"]]
+    metrics = nuscenes_metrics(truth, nuscenes.read_results(path, truth.tokens)[0])
+    found, official = numbers_of(metrics), numbers_of(expected)
+    assert found.keys() == official.keys()
+    assert len(found) == 10 * (4 + 1 + 5) + 12
+    for key, number in official.items():
+        assert found[key] == pytest.approx(number, abs=1e-9, nan_ok=True), key
+    assert {**metrics["cfg"], "dist_ths": list(metrics["cfg"]["dist_ths"])} == expected["cfg"]
+
+
+def test_one_truth_serves_samples_of_choice(invented, truths):
+    whole = truths["mini_val"]
+    results = json.loads((invented / "results_noisy.json").read_text())["results"]
+    part = whole.only(set(whole.tokens[5:30]))
+    assert part.tokens == whole.tokens[5:30]
+    assert 0 < len(part.boxes) < len(whole.boxes)
+    chosen = {token: results[token] if token in part.tokens else [] for token in results}
+    found = nuscenes_metrics(part, nuscenes.parse_results({token: chosen[token] for token in results if token in part.tokens}, part.tokens))
+    expected = nuscenes_metrics(whole, nuscenes.parse_results(chosen, whole.tokens))
+    for name in RANGE:  # the same hits and misses, of fewer objects
+        assert found["mean_dist_aps"][name] >= expected["mean_dist_aps"][name]
+    assert found["mean_ap"] > expected["mean_ap"]
+    assert whole.only(set(whole.tokens)).boxes.center.tolist() == whole.boxes.center.tolist()
+
+
+def test_readers_and_metrics_know_the_same_classes():
+    assert list(RANGE) == list(nuscenes.ATTRIBUTES)
+    assert set(nuscenes.CLASS_OF.values()) == set(RANGE)
+
+
+def patched(content, ops):
+    """A result file changed as errors.json says."""
+    for op in ops:
+        kind, results = op["op"], content["results"]
+        if kind in ("set", "del", "repeat"):
+            *path, last = op["path"]
+            place = content
+            for key in path:
+                place = place[key]
+            if kind == "del":
+                del place[last]
+            else:
+                place[last] = op["value"] if kind == "set" else [op["box"]] * op["count"]
+        elif kind == "clear":
+            content["results"] = {token: [] for token in results}
+        else:
+            own = [(token, box) for token, boxes in results.items() for box in boxes if box["detection_name"] == op["cls"]]
+            for number, (token, box) in enumerate(own):
+                if kind == "size":
+                    box["size"] = op["value"]
+                elif number % 2:
+                    box["detection_score"] *= -1
+                else:
+                    results[token].remove(box)
+    return content
+
+
+SENTENCES = {  # name in errors.json: what is said here
+    "boxes_501": r"sample 54854a83\w+ holds 501 boxes, expected at most 500",
+    "sample_missing": r"1 of 40 samples are missing, the first is 54854a83\w+",
+    "sample_of_another_split": r"1 samples are none of the split's, the first is 16936b12",
+    "sample_unknown": r"1 samples are none of the split's, the first is ffffffff",
+    "class_unknown": r"sample 54854a83\w+, box 0: detection_name is 'tram', expected one of car, truck",
+    "attribute_unknown": r"sample 54854a83\w+, box 0: attribute_name is 'vehicle.flying', expected one of pedestrian.moving",
+    "attribute_missing": r"sample 54854a83\w+, box 0: attribute_name is 'missing'",
+    "velocity_missing": r"sample 54854a83\w+, box 0: velocity is 'missing', expected 2 numbers",
+    "velocity_three_numbers": r"sample 54854a83\w+, box 0: velocity is '\[0.0, 0.0, 0.0\]', expected 2 numbers",
+    "translation_two_numbers": r"sample 54854a83\w+, box 0: translation is '\[0.0, 0.0\]', expected 3 numbers",
+    "translation_nan": r"sample 54854a83\w+, box 0: translation is '\[nan, 0.0, 0.0\]', expected 3 numbers",
+    "size_nan": r"sample 54854a83\w+, box 0: size is '\[1.0, nan, 1.0\]', expected 3 numbers",
+    "score_nan": r"sample 54854a83\w+, box 0: detection_score is 'nan', expected a number",
+    "velocity_nan": None,
+    "size_zero_matched": r"sample \w{32}, box \d+: its l, h, w are \[4.0, 1.5, 0.0\] m, expected all > 0",
+    "size_negative_matched": r"sample \w{32}, box \d+: its l, h, w are \[4.0, 1.5, -2.0\] m, expected all > 0",
+    "all_lists_empty": r"it holds no box at all, which the official evaluator refuses",
+    "no_meta": r"expected an object .* found no 'meta'",
+    "no_results": r"expected an object .* found no 'results'",
+    "negative_scores_low_recall": r"the scores of car reach from -0.\d+ to -0.\d+, expected finite ones not below 0",
+}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_what_the_official_evaluator_refuses_is_refused(invented, truths, tmp_path, name):
+    cases = {case["name"]: case for case in json.loads((invented / "errors.json").read_text())}
+    assert cases.keys() == SENTENCES.keys()
+    case, truth, path = cases[name], truths["mini_val"], tmp_path / "results.json"
+    path.write_text(json.dumps(patched(json.loads((invented / case["base"]).read_text()), case["ops"])))
+    if SENTENCES[name] is None:
+        metrics = nuscenes_metrics(truth, nuscenes.read_results(path, truth.tokens)[0])
+        assert metrics["nd_score"] == pytest.approx(case["nd_score"], abs=1e-9)
+        assert metrics["tp_errors"] == pytest.approx(case["tp_errors"], abs=1e-9)
+    else:
+        assert case["exception"]
+        with pytest.raises(ValueError, match=SENTENCES[name]):
+            nuscenes_metrics(truth, nuscenes.read_results(path, truth.tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sample_token": "nowhere"}, "sample_token is 'nowhere', expected one of the samples"),
+        ({"sample_token": None}, "sample_token is 'None', expected one of the samples"),
+        ({"rotation": [0, 0, 1]}, r"rotation is '\[0, 0, 1\]', expected 4 numbers"),
+        ({"translation": ["1", 2, 3]}, r"translation is .* expected 3 numbers"),
+        ({"detection_name": ["car"]}, r"detection_name is .* expected one of car"),
+        ({"num_pts": float("nan")}, "num_pts is 'nan', expected an integer"),
+        ({"detection_score": "high"}, "detection_score is 'high', expected a number"),
+    ],
+)
+def test_a_malformed_box_is_named(invented, truths, change, sentence):
+    results = json.loads((invented / "results_perfect.json").read_text())["results"]
+    token = list(results)[3]
+    results[token][2] |= change
+    with pytest.raises(ValueError, match=f"sample {token}, box 2: {sentence}"):
+        nuscenes.parse_results(results, truths["mini_val"].tokens)
+    results[token] = "none"
+    with pytest.raises(ValueError, match=f"sample {token} holds none, expected a list of boxes"):
+        nuscenes.parse_results(results, truths["mini_val"].tokens)
+    results[token] = [7]
+    with pytest.raises(ValueError, match=f"sample {token}, box 0: 7, expected 3 numbers"):
+        nuscenes.parse_results(results, truths["mini_val"].tokens)
+
+
+def test_results_without_a_box_score_nothing(truths):
+    truth = truths["mini_val"]
+    metrics = nuscenes_metrics(truth, nuscenes.parse_results({token: [] for token in truth.tokens}, truth.tokens))
+    assert metrics["mean_ap"] == metrics["nd_score"] == 0
+    assert set(metrics["tp_errors"].values()) == {1.0}
+
+
+def test_the_command_prints_a_table_and_writes_the_official_keys(invented, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    command = ["--nuscenes", invented, "--version", "v1.0-mini", "--split", "mini_val", "--results", invented / "results_noisy.json"]
+    evaluate.main([str(part) for part in [*command, "--json", out]])
+    printed = capsys.readouterr().out.splitlines()
+    official = json.loads((invented / "expected.json").read_text())["results_noisy"]
+    assert printed[0].split() == re.findall(r"\S+", "class AP @0.5 m @1 m @2 m @4 m ATE m ASE AOE rad AVE m/s AAE")
+    rows = {line.split()[0]: line.split()[1:] for line in printed[1:12]}
+    assert list(rows) == [*RANGE, "mean"]
+    assert rows["car"] == [f"{number:.4f}" for number in (official["mean_dist_aps"]["car"], *official["label_aps"]["car"].values(),
+                                                          *official["label_tp_errors"]["car"].values())]  # fmt: skip
+    assert rows["traffic_cone"][-3:] == ["-"] * 3
+    assert printed[12:] == [f"mAP {official['mean_ap']:.4f}   NDS {official['nd_score']:.4f}"]
+    written = json.loads(out.read_text())
+    assert written.keys() == official.keys() - {"file", "eval_set"}
+    assert written["meta"] == official["meta"]
+
+
+def test_boxes_that_name_another_sample_count_there_and_are_told(invented, tmp_path, capsys):
+    content = json.loads((invented / "results_perfect.json").read_text())
+    first, second = [token for token, boxes in content["results"].items() if boxes][:2]
+    content["results"][first][0]["sample_token"] = second
+    (tmp_path / "mixed.json").write_text(json.dumps(content))
+    evaluate.main(["--nuscenes", str(invented), "--split", "mini_val", "--results", str(tmp_path / "mixed.json")])
+    assert (
+        f"1 boxes name another sample than the one they are listed under, and count there; the first is under {first}"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ([], "--nuscenes needs --results as well"),
+        (["--results", "x", "--errors"], "--errors does not go with --nuscenes"),
+        (["--results", "x", "--overlap", "loose"], "--overlap does not go with --nuscenes"),
+        (["--results", "x", "--labels", "y"], "--labels does not go with --nuscenes"),
+        (["--results", "x", "runs/a"], "run does not go with --nuscenes"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(more, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--nuscenes", "x", "--split", "mini_val", *more])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(invented, tmp_path, capsys):
+    for arguments, sentence in (
+        (["--version", "x", "--labels", "a", "--results", "b"], "--version belongs to --nuscenes ROOT"),
+        (["--nuscenes", tmp_path, "--split", "val", "--results", "b"], "expected a nuScenes folder with its tables"),
+        (["--nuscenes", invented, "--split", "mini_val", "--results", tmp_path / "b"], f"{tmp_path / 'b'}: no such result file"),
+        (["--nuscenes", invented, "--split", "mini_val", "--results", invented / "expected.json"], "found no 'results'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main([str(argument) for argument in arguments])
+        told = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert sentence in told
+        assert re.fullmatch(r"evaluate\.py: [^\n]*\n", told)

@@ -1,0 +1,214 @@
+"""nuScenes' detection metrics: mAP, five errors of true positives, NDS; equal to nuscenes-devkit 1.2.0 (detection_cvpr_2019).
+
+Caesar et al., nuScenes, CVPR 2020, section 3.1. Details that change numbers are marked where they are decided: of equal scores the later
+box in the file comes first; of equal distances the first annotation in the table; a class without ground truth counts as AP 0, errors 1.
+"""
+
+from __future__ import annotations  # Boxes and Truth are named in signatures only: metrics know no files
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from formats.nuscenes import Boxes, Truth
+
+RANGE = {  # m from the vehicle, per class, in the official order
+    "car": 50, "truck": 50, "bus": 50, "trailer": 50, "construction_vehicle": 50, "pedestrian": 40, "motorcycle": 40, "bicycle": 40,
+    "traffic_cone": 30, "barrier": 30,
+}  # fmt: skip
+DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, between centres seen from above: a match is nearer
+ERROR_DISTANCE = 2.0  # m, of the matches whose errors count
+ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
+UNDEFINED = {"traffic_cone": ("orient_err", "vel_err", "attr_err"), "barrier": ("vel_err", "attr_err")}
+IN_RACKS = ("motorcycle", "bicycle")  # left out where they stand in a bicycle rack
+DETECTIONS_AT_ONCE = 100_000  # whose distances stand in memory together
+RECALL = np.linspace(0, 1, 101)  # not arange(101) / 100: some points differ in the last bit, and with them what is reached
+FIRST = 11  # index of the lowest recall that counts, above 0.1
+LOWEST_PRECISION = 0.1
+AP_WEIGHT = 5  # of mAP in NDS, beside the five errors
+SETTINGS = {  # as metrics_summary.json holds them
+    "class_range": RANGE, "dist_fcn": "center_distance", "dist_ths": list(DISTANCES), "dist_th_tp": ERROR_DISTANCE, "min_recall": 0.1,
+    "min_precision": LOWEST_PRECISION, "max_boxes_per_sample": 500, "mean_ap_weight": AP_WEIGHT,
+}  # fmt: skip
+
+
+def nuscenes_metrics(truth: Truth, results: Boxes) -> dict:
+    """Every number of the official metrics_summary.json, under its keys.
+
+    truth and results as formats.nuscenes reads them; results in the order of their file. Returns label_aps (class -> "0.5", "1.0", "2.0",
+    "4.0" -> AP), mean_dist_aps (class -> AP), mean_ap, label_tp_errors (class -> trans_err m, scale_err 1 - IoU, orient_err radians,
+    vel_err m/s, attr_err 1 - accuracy; NaN where undefined), tp_errors and tp_scores (error -> mean, 1 - mean), nd_score, and the settings
+    as cfg. Raises ValueError, naming sample and box, for a matched box without volume, and for scores below 0 where recall stays
+    below 1, which the official evaluator refuses too.
+    """
+    found = _counted(results, truth)
+    known = _counted(truth.boxes, truth)
+    aps, errors = {}, {}
+    for name in RANGE:
+        own, real = found[results.name[found] == name], known[truth.boxes.name[known] == name]
+        own = own[np.argsort(results.score[own], kind="stable")[::-1]]  # of equal scores the later in the file comes first
+        matches = _match(truth, results, own, real)
+        curves = {distance: _curves(results.score[own], match, len(real), name) for distance, match in matches.items()}
+        aps[name] = {str(distance): _average(precision) for distance, (precision, _) in curves.items()}
+        match, (_, confidence) = matches[ERROR_DISTANCE], curves[ERROR_DISTANCE]
+        rows = own[match >= 0]
+        parts = _errors(truth.boxes[match[match >= 0]], results[rows], np.pi if name == "barrier" else 2 * np.pi)
+        errors[name] = {
+            error: np.nan if error in UNDEFINED.get(name, ()) else _mean_error(parts[error], results.score[rows], confidence)
+            for error in ERRORS
+        }
+    return _summary(aps, errors)
+
+
+def _summary(aps, errors):
+    """The official dict of a class -> distance -> AP and a class -> error -> mean."""
+    mean_aps = {name: float(np.mean(list(of_class.values()))) for name, of_class in aps.items()}
+    mean_ap = float(np.mean(list(mean_aps.values())))
+    tp_errors = {error: float(np.nanmean([of_class[error] for of_class in errors.values()])) for error in ERRORS}
+    tp_scores = {error: max(0.0, 1.0 - mean) for error, mean in tp_errors.items()}
+    return {
+        "label_aps": aps,
+        "mean_dist_aps": mean_aps,
+        "mean_ap": mean_ap,
+        "label_tp_errors": errors,
+        "tp_errors": tp_errors,
+        "tp_scores": tp_scores,
+        "nd_score": float(AP_WEIGHT * mean_ap + np.sum(list(tp_scores.values()))) / (AP_WEIGHT + len(tp_scores)),
+        "cfg": SETTINGS,
+    }
+
+
+def _counted(boxes, truth):
+    """Rows of the boxes that count: within their class's range, not without points, not in a rack of the sample they are listed under."""
+    offset = boxes.center[:, :2] - truth.vehicle[boxes.listed]
+    reach = np.array([RANGE[name] for name in boxes.name], float)
+    counted = (np.sqrt((offset**2).sum(1)) < reach) & (boxes.points != 0)
+    order = np.argsort(truth.rack_sample, kind="stable")
+    racks, first = truth.racks[order], np.searchsorted(truth.rack_sample[order], np.arange(len(truth.tokens) + 1))
+    parkable = counted & np.isin(boxes.name.astype(str), IN_RACKS) & (np.diff(first) > 0)[boxes.listed]
+    for row in np.flatnonzero(parkable):
+        sample = boxes.listed[row]
+        counted[row] = not any(_inside(boxes.center[row], rack) for rack in racks[first[sample] : first[sample + 1]])
+    return np.flatnonzero(counted)
+
+
+def _inside(point, rack):
+    """Whether a point (3,) is in a rack (4, 3): a corner and the ends of its three edges; on a face counts."""
+    offset = (point - rack[0]).reshape(3, 1)  # products of the devkit's shapes: one bit decides on a face
+    along = [(edge @ offset, edge @ edge) for edge in rack[1:] - rack[0]]
+    return all(0 <= part <= whole for part, whole in along)
+
+
+def _norm(vectors):
+    """Lengths (n,) of vectors (n, 2), by the same product as numpy's norm of a single one: a last bit decides at a distance's border."""
+    return np.sqrt((vectors[:, None, :] @ vectors[:, :, None])[:, 0, 0])
+
+
+def _match(truth, results, own, real):
+    """Distance -> the matched row of truth.boxes, or -1, of each detection in `own` (rows by falling score): its nearest that is free.
+
+    own, real: rows of one class. Raises ValueError for a matched box without volume.
+    """
+    rank, row, distance = _near_pairs(truth, results, own, real)
+    flat = (results.size[own] <= 0).any(1)
+    matches = {}
+    for limit in DISTANCES:
+        match, taken = np.full(len(own), -1), set()
+        near = distance < limit
+        for i, j in zip(rank[near].tolist(), row[near].tolist(), strict=True):
+            if match[i] < 0 and j not in taken:
+                match[i] = j
+                taken.add(j)
+        if (flat & (match >= 0)).any():
+            bad = own[np.flatnonzero(flat & (match >= 0))[0]]
+            box = bad - np.flatnonzero(results.listed == results.listed[bad])[0]
+            place = f"sample {truth.tokens[results.listed[bad]]}, box {box}"
+            raise ValueError(f"{place}: its l, h, w are {results.size[bad].tolist()} m, expected all > 0 of a box that matches an object")
+        matches[limit] = match
+    return matches
+
+
+def _near_pairs(truth, results, own, real):
+    """Every pair of one sample that is near enough for any match: rank in `own`, row of truth.boxes, distance.
+
+    By rank, then distance, then row: of equally near objects the first in the table is taken.
+    """
+    sample = truth.boxes.sample[real]  # rising, as truth.boxes are ordered by it
+    first, last = (np.searchsorted(sample, results.sample[own], side) for side in ("left", "right"))
+    parts = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+    for start in range(0, len(own), DETECTIONS_AT_ONCE):
+        count = (last - first)[start : start + DETECTIONS_AT_ONCE]
+        rank = np.repeat(np.arange(start, start + len(count)), count)
+        row = real[np.arange(len(rank)) - np.repeat(np.cumsum(count) - count, count) + first[rank]]
+        offset = results.center[own[rank], :2] - truth.boxes.center[row, :2]
+        near = (np.abs(offset) <= DISTANCES[-1]).all(1)
+        rank, row, distance = rank[near], row[near], _norm(offset[near])
+        order = np.lexsort((row, distance, rank))
+        parts.append((rank[order], row[order], distance[order]))
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def _curves(score, match, objects, name):
+    """Precision (101,) and confidence (101,) at `RECALL`, of detections by falling score; 0 beyond what is reached."""
+    if not objects or not (match >= 0).any():
+        return np.zeros(len(RECALL)), np.zeros(len(RECALL))
+    hits, misses = np.cumsum(match >= 0).astype(float), np.cumsum(match < 0).astype(float)
+    recall = hits / objects
+    precision = np.interp(RECALL, recall, hits / (misses + hits), right=0)
+    confidence = np.interp(RECALL, recall, score, right=0)
+    if not (confidence[1:] <= confidence[:-1]).all():
+        raise ValueError(f"the scores of {name} reach from {score.min():g} to {score.max():g}, expected finite ones not below 0")
+    return precision, confidence
+
+
+def _average(precision):
+    """AP: mean precision above the lowest one that counts, over the recalls that count, scaled to 1."""
+    return float(np.mean(np.maximum(precision[FIRST:] - LOWEST_PRECISION, 0))) / (1.0 - LOWEST_PRECISION)
+
+
+def _errors(real, found, period):
+    """Error -> (n,) of n matches, by falling score; NaN where it is unknown."""
+    l, h, w = (np.minimum(real.size[:, axis], found.size[:, axis]) for axis in range(3))
+    both = l * h * w
+    yaw_real, yaw_found = (np.arctan2(boxes.rotation[:, 1, 0], boxes.rotation[:, 0, 0]) for boxes in (real, found))
+    turn = (yaw_real - yaw_found + period / 2) % period - period / 2
+    return {
+        "trans_err": _norm(found.center[:, :2] - real.center[:, :2]),
+        "scale_err": 1 - both / (real.size.prod(1) + found.size.prod(1) - both),
+        "orient_err": np.abs(turn),
+        "vel_err": _norm(found.velocity[:, :2] - real.velocity[:, :2]),
+        "attr_err": np.where(real.attribute == "", np.nan, real.attribute != found.attribute),
+    }
+
+
+def _mean_error(error, score, confidence):
+    """Mean of the running mean of an error, read off at the confidences of the recalls that count; 1 where none of them is reached.
+
+    The running mean leaves NaN out and is 0 until the first number; where all are NaN, the error is 1.
+    """
+    reached = np.flatnonzero(confidence)
+    if not len(reached) or reached[-1] < FIRST:
+        return 1.0
+    known = ~np.isnan(error)
+    count = np.cumsum(known)
+    running = np.nancumsum(error) / np.maximum(count, 1) if known.any() else np.ones(len(error))
+    at_recall = np.interp(confidence[::-1], score[::-1], running[::-1])[::-1]
+    return float(np.mean(at_recall[FIRST : reached[-1] + 1]))
+
+
+def format_table(metrics: Mapping) -> str:
+    """The result as text: a row per class with AP, AP by distance and errors; their means; NDS."""
+    titles = ("AP", *(f"@{distance:g} m" for distance in DISTANCES), "ATE m", "ASE", "AOE rad", "AVE m/s", "AAE")
+    lines = ["".join([f"{'class':20}", *(f"{title:>9}" for title in titles)])]
+
+    def line(title, numbers):
+        lines.append("".join([f"{title:20}", *(f"{'-' if np.isnan(number) else format(number, '.4f'):>9}" for number in numbers)]))
+
+    aps, errors = metrics["label_aps"], metrics["label_tp_errors"]
+    for name in RANGE:
+        line(name, [metrics["mean_dist_aps"][name], *aps[name].values(), *errors[name].values()])
+    means = [np.mean([aps[name][str(distance)] for name in RANGE]) for distance in DISTANCES]
+    line("mean", [metrics["mean_ap"], *means, *metrics["tp_errors"].values()])
+    return "\n".join([*lines, f"mAP {metrics['mean_ap']:.4f}   NDS {metrics['nd_score']:.4f}"])
