@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import nuscenes_cases
 import pytest
 from conftest import SHARED
 from PIL import Image
@@ -531,3 +532,23 @@ def test_mistakes_on_the_command_line_are_one_sentence(invented, tmp_path, capsy
         assert stopped.value.code == 2
         assert sentence in told
         assert re.fullmatch(r"evaluate\.py: [^\n]*\n", told)
+
+
+def test_random_cases_agree_with_the_official_devkit(tmp_path):
+    devkit = nuscenes_cases.load_devkit()
+    if devkit is None:
+        pytest.skip("the official devkit is not installed: pip install --no-deps nuscenes-devkit pyquaternion")
+    assert {split: sorted(devkit.splits.create_splits_scenes()[split]) for split in nuscenes.SPLITS} == {
+        split: sorted(nuscenes.scenes_of(split)) for split in nuscenes.SPLITS
+    }
+    assert max(nuscenes_cases.compare(devkit, seed, tmp_path) for seed in range(20)) < 1e-9
+
+
+def test_random_cases_hold_what_they_are_meant_to():
+    tables, content = zip(*(nuscenes_cases.make_case(np.random.default_rng(seed)) for seed in range(20)), strict=True)
+    rows = [row for case in tables for row in case["sample_annotation"]]
+    boxes = [box for case in content for own in case["results"].values() for box in own]
+    assert sum(row["category_name"] == nuscenes.RACK for row in rows) > 50
+    assert sum(row["prev"] != "" for row in rows) > 50
+    assert sum(box["detection_score"] == 0.5 for box in boxes) > 100
+    assert sum(np.isnan(box["velocity"]).any() for box in boxes) > 50
