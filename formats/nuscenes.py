@@ -1,4 +1,4 @@
-"""nuScenes: its tables -> frames and ground truth. Needs the tables of v1.0-*, not their devkit.
+"""nuScenes: tables -> frames and ground truth; detections of six cameras <-> result files. Needs v1.0-*'s tables, not the devkit.
 
 The only place that knows the global frame's quaternions and (w, l, h). Format: https://www.nuscenes.org/nuscenes#data-format (Caesar et
 al., CVPR 2020); rules are those of nuscenes-devkit 1.2.0, which the tests compare with.
@@ -9,13 +9,13 @@ keeps its category ('animal', 'static_object.bicycle_rack'), and is background u
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
-from frames import LARGEST, Frame, make_labels
+from frames import LARGEST, Frame, Labels, make_labels
 from geometry import CORNER_SIGNS, camera_problem, project_boxes, visible_boxes
 
 VEHICLE = ("vehicle.moving", "vehicle.parked", "vehicle.stopped")
@@ -46,6 +46,12 @@ RACK = "static_object.bicycle_rack"
 OCCLUSION = {"v80-100": 0, "v60-80": 1, "v40-60": 2, "v0-40": 3}  # share seen by all cameras together, in percent: KITTI's level
 LONGEST_GAP = 1.5  # s between the two annotations that a velocity is taken from, and twice that around one between them
 
+USUAL = {  # attribute of a class that is not told: its most frequent one among the 5441 boxes of mini_val, as in FCOS3D
+    "car": "vehicle.parked", "truck": "vehicle.parked", "bus": "vehicle.moving", "trailer": "vehicle.parked",
+    "construction_vehicle": "vehicle.parked", "pedestrian": "pedestrian.moving", "motorcycle": "cycle.without_rider",
+    "bicycle": "cycle.without_rider", "traffic_cone": "", "barrier": "",
+}  # fmt: skip
+SAME_DISTANCE = 1.0  # m: nearer detections of one class by two cameras are one object; more mAP than any overlap from above, as is 2 m
 MOST_BOXES = 500  # of a sample, all cameras together
 
 SPLITS = {  # name: the version's ending, and the numbers of its scenes (nuscenes/utils/splits.py)
@@ -299,6 +305,93 @@ def _score(value):
     if np.isnan(number):
         raise ValueError
     return number
+
+
+def merge_cameras(frames: Iterable[Frame], predictions: Mapping[str, Labels], distance: float = SAME_DISTANCE) -> dict[str, list[dict]]:
+    """Detections of the cameras of each sample as one list: sample token -> at most 500 boxes in the official format, best score first.
+
+    frames: with group and pose, in any order; predictions: frame id -> Labels in that frame's camera. Of two detections of one class by
+    different cameras, whose centres seen from above are nearer than `distance` m, the one with the lower score is left out, and of equal
+    scores the one with the larger depth sigma. An unknown velocity becomes 0, an attribute of another family than the class's its most
+    frequent one; classes that nuScenes does not detect are left out.
+    """
+    groups = {}
+    for frame in sorted(frames, key=lambda frame: frame.id):  # so that the order of frames changes nothing, not even among equal scores
+        if not frame.group or frame.pose is None:
+            raise ValueError(f"frame {frame.id} has no group or no pose, expected frames of a nuScenes source")
+        groups.setdefault(frame.group, []).append(_in_global(predictions[frame.id], frame.pose))
+    merged = {}
+    for token, parts in groups.items():
+        camera = np.repeat(np.arange(len(parts)), [len(part["score"]) for part in parts])
+        boxes = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        order = np.lexsort((boxes["sigma"], -boxes["score"]))
+        kept = _first_of_each(boxes["name"][order], boxes["center"][order, :2], camera[order], distance)
+        merged[token] = [_official(token, boxes, row) for row in order[kept][:MOST_BOXES]]
+    return merged
+
+
+def _in_global(labels, pose):
+    """Columns of the detections of one camera, posed (4, 4), in the global frame."""
+    labels = labels[np.isin(labels.name.astype(str), list(ATTRIBUTES))]
+    turn, n = pose[:3, :3], len(labels)
+    center = labels.center @ turn.T + pose[:3, 3]
+    ahead = _on_ground(np.stack([np.cos(labels.yaw), -np.sin(labels.yaw)], -1), turn)
+    yaw = np.arctan2(ahead[:, 1], ahead[:, 0])
+    velocity = np.zeros((n, 2)) if labels.velocity is None else _on_ground(labels.velocity[:, [0, 2]], turn)
+    given = np.full(n, "", object) if labels.attribute is None else labels.attribute
+    fits = [state in ATTRIBUTES[name] for name, state in zip(labels.name, given, strict=True)]
+    return {
+        "name": labels.name,
+        "center": center,
+        "size": labels.size,
+        "yaw": yaw,
+        "velocity": np.nan_to_num(velocity),
+        "attribute": np.array([g if fit else USUAL[name] for g, fit, name in zip(given, fits, labels.name, strict=True)], dtype=object),
+        "score": labels.score,
+        "sigma": np.full(n, np.inf) if labels.sigma is None else np.nan_to_num(labels.sigma, nan=np.inf),
+    }
+
+
+def _on_ground(vectors, turn):
+    """The level vectors (n, 2) of the global frame whose parts along a camera's x and z are `vectors` (n, 2); turn: camera -> global.
+
+    The exact inverse of a yaw or velocity read off in the camera's xz plane, also for a camera that looks up or down.
+    """
+    seen = vectors @ turn[:, [0, 2]].T
+    return (seen - seen[:, 2:] / turn[2, 1] * turn[:, 1])[:, :2]
+
+
+def _first_of_each(name, ground, camera, distance):
+    """(n,) bool: of n detections, best first, those that are no other camera's view of one that is kept. ground (n, 2) m."""
+    first, second = np.triu_indices(len(name), 1)
+    same = (name[first] == name[second]) & (camera[first] != camera[second])
+    same &= np.hypot(*(ground[first] - ground[second]).T) < distance
+    kept = np.ones(len(name), bool)
+    for i, j in zip(first[same].tolist(), second[same].tolist(), strict=True):
+        kept[j] &= not kept[i]
+    return kept
+
+
+def _official(token, boxes, row):
+    """One box of a result file."""
+    l, h, w = boxes["size"][row].tolist()
+    half = boxes["yaw"][row] / 2
+    return {
+        "sample_token": token,
+        "translation": boxes["center"][row].tolist(),
+        "size": [w, l, h],
+        "rotation": [float(np.cos(half)), 0.0, 0.0, float(np.sin(half))],
+        "velocity": boxes["velocity"][row].tolist(),
+        "detection_name": boxes["name"][row],
+        "detection_score": float(boxes["score"][row]),
+        "attribute_name": boxes["attribute"][row],
+    }
+
+
+def write_results(path: str | Path, samples: dict[str, list[dict]]) -> None:
+    """Sample token -> boxes, as `merge_cameras` gives them, as a result file of a camera-only method in the official format."""
+    used = {f"use_{sensor}": sensor == "camera" for sensor in ("camera", "lidar", "radar", "map", "external")}
+    Path(path).write_text(json.dumps({"meta": used, "results": samples}, allow_nan=False), encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)

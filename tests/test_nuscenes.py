@@ -3,6 +3,7 @@
 data/nuscenes_invented.tar.xz holds invented tables and result files (free of nuScenes content) and the output of nuscenes-devkit 1.2.0.
 """
 
+import dataclasses
 import gzip
 import json
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 import evaluate
 from data import DataConfig, Source, build_dataset, read_source
 from formats import nuscenes
+from frames import join, make_labels
 from geometry import box_iou, wrap_angle
 from metrics.nuscenes import RANGE, nuscenes_metrics
 
@@ -532,6 +534,95 @@ def test_mistakes_on_the_command_line_are_one_sentence(invented, tmp_path, capsy
         assert stopped.value.code == 2
         assert sentence in told
         assert re.fullmatch(r"evaluate\.py: [^\n]*\n", told)
+
+
+# ---- six cameras
+
+
+def found_in(frames, **columns):
+    """The objects of the ten classes as detections: frame id -> Labels; columns: name -> function of the Labels."""
+    found = {}
+    for frame in frames:
+        labels = frame.labels[np.isin(frame.labels.name.astype(str), list(RANGE))]
+        found[frame.id] = dataclasses.replace(labels, **{name: column(labels) for name, column in columns.items()})
+    return found
+
+
+def test_ground_truth_through_cameras_merge_and_file_is_perfect(frames, truths, tmp_path):
+    truth = truths["mini_val"]
+    own = [frame for frame in frames if frame.group in truth.tokens]
+    found = found_in(own)
+    merged = nuscenes.merge_cameras(own, found)
+    views, objects = sum(map(len, found.values())), sum(map(len, merged.values()))
+    assert (views, objects) == (1264, 1012)  # an object seen by two cameras counts once, and none is lost
+    nuscenes.write_results(tmp_path / "results.json", merged)
+    results, meta = nuscenes.read_results(tmp_path / "results.json", truth.tokens)
+    metrics = nuscenes_metrics(truth, results)
+    present = [name for name in RANGE if name != "construction_vehicle"]  # mini_val has none
+    assert meta == {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
+    assert all(ap == pytest.approx(1, abs=1e-9) for name in present for ap in metrics["label_aps"][name].values())
+    for name in present:
+        errors = metrics["label_tp_errors"][name]
+        assert max(errors["trans_err"], errors["scale_err"]) < 1e-9
+        assert not errors["orient_err"] > 1e-3  # boxes that are pitched and rolled lose that
+        assert not errors["vel_err"] > 1e-3  # and moving ones their vertical speed
+        assert not errors["attr_err"] > 0
+    double = nuscenes_metrics(truth, nuscenes.parse_results(nuscenes.merge_cameras(own, found, distance=0), truth.tokens))
+    assert double["mean_ap"] < 0.75
+
+
+def test_the_order_of_frames_does_not_matter(frames):
+    rng = np.random.default_rng(0)
+    own = frames[:60]
+    found = found_in(own, score=lambda labels: rng.choice([0.25, 0.5], len(labels)), center=lambda labels: labels.center * 1.02)
+    merged = nuscenes.merge_cameras(own, found)
+    assert merged == nuscenes.merge_cameras([own[i] for i in rng.permutation(60)], dict(reversed(found.items())))
+    assert len(merged) == 10
+
+
+def test_of_two_views_the_better_score_wins_and_then_the_smaller_sigma(frames):
+    front, right = (frame for frame in frames[:6] if frame.id.split("/")[1] in ("CAM_FRONT", "CAM_FRONT_RIGHT"))
+    place = front.pose @ [2.0, 1.0, 12.0, 1.0]
+
+    def seen(frame, score, sigma, height):
+        center = (np.linalg.inv(frame.pose) @ place)[:3]
+        return make_labels(["car"], [[0, 0, 9, 9]], [[4, height, 2]], [center], [0.3], score=[score], sigma=np.array([sigma]))
+
+    def heights(a, b, **options):
+        merged = nuscenes.merge_cameras([front, right], {front.id: a, right.id: b}, **options)
+        return [box["size"][2] for box in merged[front.group]]
+
+    assert heights(seen(front, 0.5, 9, 1.5), seen(right, 0.6, 9, 1.6)) == [1.6]
+    assert heights(seen(front, 0.6, 9, 1.5), seen(right, 0.6, 8, 1.6)) == [1.6]
+    assert heights(seen(front, 0.6, 8, 1.5), seen(right, 0.6, np.nan, 1.6)) == [1.5]
+    assert heights(seen(front, 0.5, 9, 1.5), seen(right, 0.6, 9, 1.6), distance=0.0) == [1.6, 1.5]
+    both = join([seen(front, 0.5, 9, 1.5), seen(front, 0.6, 9, 1.6)])  # neighbours in one image are its own suppression's business
+    assert heights(both, make_labels([], [], [], [], [])) == [1.6, 1.5]
+
+
+def test_what_a_detector_does_not_tell_is_filled_and_500_boxes_are_kept(frames):
+    frame = frames[0]
+    n = 700
+    center = np.stack([np.linspace(-300, 300, n), np.zeros(n), np.full(n, 20.0)], -1)
+    names = ["car", "pedestrian", "barrier", "Van"] * (n // 4)
+    labels = make_labels(names, np.zeros((n, 4)), np.ones((n, 3)), center, np.zeros(n), score=np.linspace(0, 1, n))
+    boxes = nuscenes.merge_cameras([frame], {frame.id: labels})[frame.group]
+    assert len(boxes) == 500
+    assert [box["detection_score"] for box in boxes] == sorted((box["detection_score"] for box in boxes), reverse=True)
+    assert {box["detection_name"]: box["attribute_name"] for box in boxes} == {
+        "car": "vehicle.parked", "pedestrian": "pedestrian.moving", "barrier": ""
+    }  # fmt: skip
+    assert {tuple(box["velocity"]) for box in boxes} == {(0.0, 0.0)}
+    told = dataclasses.replace(labels, attribute=np.full(n, "vehicle.moving", object), velocity=np.tile([1.0, np.nan, 0.0], (n, 1)))
+    boxes = nuscenes.merge_cameras([frame], {frame.id: told})[frame.group]
+    assert {box["attribute_name"] for box in boxes} == {"vehicle.moving", "pedestrian.moving", ""}
+    ahead = frame.pose[:2, 0]
+    np.testing.assert_allclose(boxes[0]["velocity"], ahead, atol=1e-3)
+    with pytest.raises(ValueError, match=f"frame {frame.id} has no group or no pose"):
+        nuscenes.merge_cameras([dataclasses.replace(frame, pose=None)], {frame.id: labels})
+
+
+# ---- the devkit itself
 
 
 def test_random_cases_agree_with_the_official_devkit(tmp_path):
