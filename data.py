@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from formats import jsonl, kitti, nuscenes, world
+from formats import jsonl, kitti, nuscenes, nuscenes_world, world
 from frames import decode, join, opened, place_image, place_labels, random_view, reduction_of, upright, whole_view
 from geometry import camera_problem, project_boxes
 
@@ -49,7 +49,7 @@ class Source:
     rename: dict[str, str] = dataclasses.field(default_factory=dict)  # class names of the source -> the model's
     version: str = ""  # of nuScenes' tables, such as v1.0-mini; empty: the only one that root holds
     cameras: tuple[str, ...] = ()  # of nuScenes, such as CAM_FRONT; empty: all
-    world_frames: int = 600  # of the built-in world's split
+    world_frames: int = 600  # of the built-in world's split: 'train' or 'val' in front of a car, 'mini_train' or 'mini_val' all around one
     world_seed: int = 0  # another world for every number
 
 
@@ -108,6 +108,14 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def read_world(source, root, split, problems=None):
+    """Frames of one split of the built-in world, which is rendered when it is not there."""
+    wanted = root, split, source.world_frames, source.world_seed, usable_cores()
+    if split in nuscenes_world.SPLITS:
+        return nuscenes.read_frames(nuscenes_world.build_nuscenes_world(*wanted), (split,), source.version, source.cameras, problems)
+    return kitti.read_frames(world.build_world(*wanted[:4], workers=wanted[4]), (split,), problems)
+
+
 def read_source(source, config, problems=None):
     """Frames of one `Source`, renamed and limited, not repeated.
 
@@ -119,11 +127,7 @@ def read_source(source, config, problems=None):
     if source.kind == "kitti":
         frames = kitti.read_frames(root, source.split, problems)
     elif source.kind == "synthetic":
-        folders = [
-            (world.build_world(root, split, source.world_frames, source.world_seed, workers=usable_cores()), split)
-            for split in source.split
-        ]
-        frames = [frame for folder, split in folders for frame in kitti.read_frames(folder, (split,), problems)]
+        frames = [frame for split in source.split for frame in read_world(source, root, split, problems)]
     elif source.kind == "jsonl":
         frames = jsonl.read_frames(root, problems)
     elif source.kind == "nuscenes":

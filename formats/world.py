@@ -46,6 +46,8 @@ SIZES = {  # mean l, h, w in metres; see draw_objects for the spread
     "sedan": (4.45, 1.45, 1.76), "hatchback": (3.75, 1.5, 1.66), "suv": (4.4, 1.7, 1.82), "van": (4.9, 2.1, 1.92),
     "truck": (8.2, 3.2, 2.5), "pedestrian": (0.75, 1.75, 0.62), "cyclist": (1.76, 1.74, 0.6),
     "pole": (0.16, 5.5, 0.16), "tree": (2.6, 5.5, 2.6), "bin": (0.6, 1.1, 0.6),
+    "bus": (11.2, 3.4, 2.85), "trailer": (10.5, 3.6, 2.6), "bicycle": (1.76, 1.02, 0.6), "motorcyclist": (2.1, 1.7, 0.8),
+    "cone": (0.4, 0.9, 0.4), "barrier": (0.5, 1.0, 2.4),
 }  # fmt: skip
 CLASSES = {
     "sedan": "Car", "hatchback": "Car", "suv": "Car", "van": "Van", "truck": "Truck", "pedestrian": "Pedestrian", "cyclist": "Cyclist",
@@ -160,7 +162,39 @@ def pedestrian_parts():
     return parts + bar((0.0, -0.37), (0.0, -0.33), (0.07, 0), 0.1, SKIN) + head_parts(0.02, -0.43, 0.16, 0.07, 0.16)
 
 
-def cyclist_parts():
+def bus_parts():
+    body = prism([(-0.5, 0.4), (-0.5, -0.46), (-0.48, -0.5), (0.48, -0.5), (0.5, -0.44), (0.5, 0.4)], (0.48, 0.5), PAINT)
+    panes = tuple((0.05 + 0.13 * i, 0.16 + 0.13 * i) for i in range(7))
+    window = prism([(-0.47, 0.05), (-0.47, -0.34), (0.47, -0.34), (0.47, 0.05)], np.interp((-0.34, 0.05), (-0.5, 0.4), (0.48, 0.5)), PAINT)
+    parts = body + wheels(0.32, 0.13, 0.3, 0.06)
+    for side in window[:2]:
+        parts += patches(side, (0.02, 0.98), panes, GLASS)
+    parts += patches(body[2], (0.1, 0.3), OUTER, TAIL) + patches(body[2], (0.55, 0.92), WHOLE, GLASS)
+    return parts + patches(body[6], (0.1, 0.65), WHOLE, GLASS) + patches(body[6], (0.8, 0.92), OUTER, LAMP)
+
+
+def trailer_parts():
+    cargo = prism([(-0.5, 0.22), (-0.5, -0.5), (0.5, -0.5), (0.5, 0.22)], (0.5, 0.5), PLATE)
+    chassis = prism([(-0.48, 0.36), (-0.48, 0.22), (0.48, 0.22), (0.48, 0.36)], (0.3, 0.3), DARK)
+    parts = cargo + chassis + wheels(0.36, 0.14, 0.34, 0.08) + patches(cargo[2], (0.0, 0.08), OUTER, TAIL)
+    return parts + [part for face in cargo[:2] for part in patches(face, (0.3, 0.75), ((0.12, 0.85),), PAINT)]
+
+
+def cone_parts():
+    outline = [(-0.34, 0.42), (-0.06, -0.5), (0.06, -0.5), (0.34, 0.42)]
+    parts = prism([(-0.5, 0.5), (-0.5, 0.42), (0.5, 0.42), (0.5, 0.5)], (0.5, 0.5), DARK) + prism(outline, (0.06, 0.34), TAIL)
+    ring = prism([(-0.24, 0.1), (-0.15, -0.2), (0.15, -0.2), (0.24, 0.1)], (0.15, 0.24), LAMP)
+    return parts + [(face, inside, LAMP, 1) for face, inside, _, _ in ring]
+
+
+def barrier_parts():
+    body = prism([(-0.5, 0.5), (-0.5, 0.3), (-0.18, -0.5), (0.18, -0.5), (0.5, 0.3), (0.5, 0.5)], (0.5, 0.5), TAIL)
+    stripes = ((0.1, 0.3), (0.4, 0.6), (0.7, 0.9))
+    return body + [part for face in (body[3], body[5]) for part in patches(face, (0.15, 0.85), stripes, LAMP)]
+
+
+def bicycle_parts():
+    """A bicycle below y = -0.085, as a cyclist rides it."""
     parts, hub, pedals, saddle, steer = [], (-0.307, 0.3), (-0.05, 0.28), (-0.12, 0.0), (0.2, 0.03)
     for x in (-0.307, 0.307):  # rings, so that one sees through the wheels
         outer, inner = disc(x, 0.303, 0.193, 0.197, 12), disc(x, 0.303, 0.165, 0.168, 12)
@@ -169,7 +203,25 @@ def cyclist_parts():
     for start, end in ((hub, pedals), (pedals, saddle), (saddle, steer), (pedals, steer), (hub, saddle)):
         parts += bar(start, end, (0.008, 0.014), 0.03, PAINT)
     parts += bar((0.2, -0.06), (0.307, 0.3), (0.014, 0), 0.04, PAINT) + bar((0.2, -0.07), (0.24, -0.07), (0, 0.015), 0.5, DARK)
-    parts += bar((-0.2, -0.01), (-0.06, -0.01), (0, 0.015), 0.12, DARK) + bar((-0.5, 0.22), (-0.47, 0.22), (0, 0.02), 0.06, TAIL)
+    return parts + bar((-0.2, -0.01), (-0.06, -0.01), (0, 0.015), 0.12, DARK) + bar((-0.5, 0.22), (-0.47, 0.22), (0, 0.02), 0.06, TAIL)
+
+
+def stretched(parts, top):
+    """Parts that reach from y = top to the floor, as tall as the unit box."""
+    place = lambda p: np.stack([p[..., 0], 0.5 - (0.5 - p[..., 1]) / (0.5 - top), p[..., 2]], -1)  # noqa: E731
+    return [(place(ring), place(inside), material, layer) for ring, inside, material, layer in parts]
+
+
+def motorcycle_parts():
+    parts = bar((0.2, -0.06), (0.307, 0.3), (0.02, 0), 0.1, METAL) + bar((0.2, -0.07), (0.24, -0.07), (0, 0.015), 0.5, DARK)
+    for x in (-0.307, 0.307):
+        parts += prism(disc(x, 0.303, 0.193, 0.197), (0.09, 0.09), RUBBER)
+    parts += prism([(-0.3, 0.2), (-0.42, -0.02), (-0.1, 0.0), (0.2, -0.08), (0.22, 0.1), (0.1, 0.4), (-0.15, 0.4)], (0.14, 0.18), PAINT)
+    return parts + bar((0.21, -0.04), (0.25, 0.02), (0.02, 0), 0.12, LAMP) + bar((-0.45, 0.0), (-0.41, 0.0), (0, 0.03), 0.1, TAIL)
+
+
+def rider_parts():
+    parts = []
     for knee, foot, z in (((0.09, 0.11), (0.0, 0.36), 0.2), ((0.05, 0.03), (-0.08, 0.27), -0.2)):
         parts += bar((-0.12, -0.03), knee, (0.02, 0.035), 0.12, TROUSERS, z) + bar(knee, foot, (0.035, 0), 0.1, TROUSERS, z)
         parts += bar((foot[0] - 0.03, foot[1]), (foot[0] + 0.09, foot[1]), (0, 0.018), 0.09, DARK, z)
@@ -189,7 +241,10 @@ SHAPES = {
     "sedan": partial(car_parts, -0.42, -0.25, 0.05, 0.26, -0.11, 0.33),
     "hatchback": partial(car_parts, -0.49, -0.39, 0.08, 0.29, -0.1, 0.4),
     "suv": partial(car_parts, -0.49, -0.43, 0.1, 0.28, -0.08, 0.38),
-    "van": van_parts, "truck": truck_parts, "pedestrian": pedestrian_parts, "cyclist": cyclist_parts, "tree": tree_parts,
+    "van": van_parts, "truck": truck_parts, "pedestrian": pedestrian_parts, "tree": tree_parts,
+    "bus": bus_parts, "trailer": trailer_parts, "cone": cone_parts, "barrier": barrier_parts,
+    "bicycle": lambda: stretched(bicycle_parts(), -0.085),
+    "cyclist": lambda: bicycle_parts() + rider_parts(), "motorcyclist": lambda: motorcycle_parts() + rider_parts(),
     "pole": partial(POST, METAL), "bin": partial(POST, PAINT),
 }  # fmt: skip
 
@@ -291,12 +346,16 @@ class Objects(namedtuple("Objects", "kind size center yaw colour")):
 
 
 class View(
-    namedtuple("View", "K size normal height heading offset half_road lane pavement wall crossing sunlight haze_range sun ambient haze")
+    namedtuple(
+        "View",
+        "K size normal height heading offset half_road lane pavement wall crossing sunlight haze_range sun ambient haze start",
+        defaults=(0.0,),
+    )
 ):
     """Camera, road and light of one frame; all but arrays and size (width, height) are plain floats.
 
     Ground: normal . X = height in the camera frame. Road frame: s metres along the road, t to the right of its middle; the camera is at
-    s = 0, t = offset; heading: of the road, radians from z towards x. Half road, pavement and wall end at these |t|; a side street
+    s = start, t = offset; heading: of the road, radians from z towards x. Half road, pavement and wall end at these |t|; a side street
     starts at s = crossing. sun: unit vector towards it, sunlight its strength; ambient, haze: (3, 1, 1) colours; haze_range: metres.
     """
 
@@ -446,7 +505,7 @@ def paint_sky(rng, view, u, down):
 
 def paint_ground(rng, view, objects, top, z, u, across, along):
     """Asphalt, markings, kerb, pavement and verge (3, h, W); z (h, W): depth of the ground in the rows from top on."""
-    s, t = z * along, z * across + view.offset
+    s, t = z * along + view.start, z * across + view.offset
     beside = np.abs(t)
     crossing = (s > view.crossing) & (s < view.crossing + CROSSING_WIDTH)
     band = ((beside > view.half_road).astype(np.int8) + (beside > view.half_road + 0.2) + (beside > view.pavement)) * ~crossing
@@ -504,7 +563,7 @@ def paint_walls(rng, view, across, along, down, image):
     across = np.where(np.abs(across) < 1e-3, np.float32(1e-3), across)
     right = across > 0
     z = np.where(right, view.wall - view.offset, -view.wall - view.offset).astype(np.float32) / across
-    s = z * along
+    s = z * along + view.start
     count, length = 40, float(rng.uniform(8, 18))
     lot = (np.clip(s / length + 4, 0, count - 1)).astype(int) + count * right
     kind = rng.choice(3, 2 * count, p=rng.dirichlet([2, 2, 1]))  # house, hedge, open
@@ -646,12 +705,26 @@ def write_frame(job):
 def build_world(root, split, frames, seed=0, size=(640, 192), workers=1):
     """Folder with the first frames of a split in KITTI format, rendered only if it is not there yet. Returns its Path.
 
-    root: cache folder; split: 'train' or 'val'; size: (width, height); workers: processes.
-    The folder is rendered under another name and renamed when complete: a killed or a simultaneous run leaves no half world behind.
+    root: cache folder; split: 'train' or 'val'; size: (width, height); workers: processes. See `build_folder`.
     """
     if split not in FIRST_INDEX or frames < 1:
         raise ValueError(f"the built-in world has {' and '.join(FIRST_INDEX)}, of at least one frame, got {split!r} of {frames}")
-    folder = Path(root) / f"world{WORLD_VERSION}-seed{seed}-{size[0]}x{size[1]}-{split}{frames}"
+
+    def fill(folder):
+        for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
+            (folder / name).mkdir(parents=True)
+        indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
+        (folder / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
+        render_all([(folder, seed, index, tuple(size)) for index in indices], workers, f"rendering {split}")
+
+    return build_folder(Path(root) / f"world{WORLD_VERSION}-seed{seed}-{size[0]}x{size[1]}-{split}{frames}", fill)
+
+
+def build_folder(folder, fill):
+    """A folder that `fill(folder)` fills, only if it is not there yet. Returns its path.
+
+    It is filled under another name and renamed when complete: a killed or a simultaneous run leaves no half world behind.
+    """
     if folder.is_dir():
         return folder
     remove_leftovers(folder.parent)
@@ -661,11 +734,7 @@ def build_world(root, split, frames, seed=0, size=(640, 192), workers=1):
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):  # some file systems have no locks, and then nothing is removed there either
                 held.enter_context(lock(unfinished))
-            for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
-                (unfinished / name).mkdir(parents=True)
-            indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
-            (unfinished / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
-            render_all([(unfinished, seed, index, tuple(size)) for index in indices], workers, f"rendering {split}")
+            fill(unfinished)
             os.rename(unfinished, folder)
             (folder / ".lock").unlink(missing_ok=True)
     except OSError:
@@ -703,12 +772,11 @@ def follow_parent():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def render_all(jobs, workers, title):
-    """Render with processes that import nothing again where they can be forked."""
+def render_all(jobs, workers, title, write=write_frame):
+    """[write(job), ...] by processes that import nothing again where they can be forked."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, context, follow_parent) as pool:
         try:
-            for _ in tqdm(pool.map(write_frame, jobs), title, len(jobs), unit=" frames", disable=None):
-                pass
+            return list(tqdm(pool.map(write, jobs), title, len(jobs), unit=" frames", disable=None))
         finally:
             pool.shutdown(cancel_futures=True)  # else an exception, such as a signal's, would wait for every frame
