@@ -16,7 +16,7 @@ SCENE = "scene-0103"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return build_nuscenes_world(tmp_path_factory.mktemp("world"), "mini_val", 36, seed=5)
+    return build_nuscenes_world(tmp_path_factory.mktemp("world"), "mini_val", 24, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +138,11 @@ def test_an_object_on_the_border_is_annotated_once_and_seen_by_two_cameras(root)
 
 
 def test_a_world_is_the_same_in_every_build(root, tmp_path):
-    source = Source(kind="synthetic", root=str(tmp_path), split=("mini_val",), world_frames=36, world_seed=5)
+    source = Source(kind="synthetic", root=str(tmp_path), split=("mini_val",), world_frames=24, world_seed=5)
     frames = read_source(source, DataConfig())
     assert [path.name for path in tmp_path.iterdir()] == [root.name]
     assert contents(tmp_path / root.name) == contents(root)
-    assert len(frames) == 36
+    assert len(frames) == 24
 
 
 def test_a_wrong_split_or_number_is_refused(tmp_path):
