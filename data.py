@@ -142,8 +142,11 @@ def read_source(source, config, problems=None):
     return frames
 
 
-def build_dataset(config, sources, classes, size, training, seed=0):
-    """`Detection3D` over the concatenated sources (config.train or config.val), for the model's classes and input size (H, W)."""
+def build_dataset(config, sources, classes, size, training, seed=0, velocity=False, attributes=()):
+    """`Detection3D` over the concatenated sources (config.train or config.val), for the model's classes and input size (H, W).
+
+    velocity and attributes (names in the order of their indices): whether samples hold them.
+    """
     if not sources:
         raise ValueError(f"data.{'train' if training else 'val'} lists no source, expected at least one")
     if not training and any(source.repeat > 1 for source in sources):
@@ -163,7 +166,7 @@ def build_dataset(config, sources, classes, size, training, seed=0):
     if training and (missing := [name for name in classes if name not in names]):
         there = ", ".join(sorted(names - {"DontCare"})) or "none"
         raise ValueError(f"no frame of data.train holds an object of class {missing[0]!r} of model.classes; the classes there are: {there}")
-    return Detection3D(frames, classes, size, config, training, seed)
+    return Detection3D(frames, classes, size, config, training, seed, velocity, attributes)
 
 
 class FrameCache:
@@ -216,9 +219,9 @@ class Detection3D(Dataset):
     are background. `summary()` counts what became of every label.
     """
 
-    def __init__(self, frames, classes, size, config, training, seed=0):
+    def __init__(self, frames, classes, size, config, training, seed=0, velocity=False, attributes=()):
         self.frames, self.classes, self.size, self.config = frames, tuple(classes), tuple(size), config
-        self.training, self.seed = training, seed
+        self.training, self.seed, self.velocity, self.attributes = training, seed, velocity, tuple(attributes)
         self.ids = [frame.id for frame in frames]
         self.cache = FrameCache(config.cache) if config.cache else None
         clash = set(classes) & {*config.neighbours, "DontCare"}
@@ -264,7 +267,8 @@ class Detection3D(Dataset):
         """Targets of a frame seen through a view, M objects, R ignore regions.
 
         K (3, 3); label (M,) class index; center, size (M, 3) m; yaw (M,); box, full_box (M, 4) canvas px, full_box 0 where
-        `crosses` (M,) says that the object reaches behind the camera plane; ignore (R, 4) px.
+        `crosses` (M,) says that the object reaches behind the camera plane; ignore (R, 4) px; where they are trained velocity (M, 3)
+        m/s, NaN unknown, and attribute (M,) index, -1 unknown.
         """
         K = view.camera(frame.K)
         labels = place_labels(frame.labels, view)
@@ -279,6 +283,13 @@ class Detection3D(Dataset):
         sample["label"] = torch.from_numpy(label[trained])
         sample["crosses"] = torch.from_numpy(crosses)
         sample["ignore"] = torch.from_numpy(labels.box[ignored].astype(np.float32))
+        if self.velocity:
+            known = np.full((len(objects), 3), np.nan) if objects.velocity is None else objects.velocity
+            sample["velocity"] = torch.from_numpy(known.astype(np.float32))
+        if self.attributes:
+            index = {name: i for i, name in enumerate(self.attributes)}
+            known = [""] * len(objects) if objects.attribute is None else objects.attribute
+            sample["attribute"] = torch.tensor([index.get(name, -1) for name in known], dtype=torch.long)
         return sample
 
     def roles(self, labels):
@@ -332,14 +343,16 @@ class Detection3D(Dataset):
 def collate(samples, multiple=16):
     """Samples -> batch: images (B, H, W, 3) uint8, objects padded to M, a multiple of 16, `valid` (B, M) telling them from padding.
 
-    Padding is harmless in every formula: boxes and sizes of 1, 10 m ahead. Ignore regions are padded with an empty box.
+    Padding is harmless in every formula: boxes and sizes of 1, 10 m ahead, velocity and attribute unknown. Ignore regions are padded
+    with an empty box.
     """
     whole = ("image", "colour", "covered", "K", "index", "skipped")
     batch = {name: torch.stack([s[name] for s in samples]) for name in whole if name in samples[0]}
     most = max(1, *(len(s["label"]) for s in samples))
     rows = -(-most // multiple) * multiple
     fill = {"label": 0, "center": torch.tensor([0.0, 0, 10]), "size": 1.0, "yaw": 0.0, "box": torch.tensor([0.0, 0, 1, 1]),
-            "full_box": torch.tensor([0.0, 0, 1, 1]), "crosses": True}  # fmt: skip
+            "full_box": torch.tensor([0.0, 0, 1, 1]), "crosses": True, "velocity": torch.nan, "attribute": -1}  # fmt: skip
+    fill = {name: value for name, value in fill.items() if name in samples[0]}
     for name, value in fill.items():
         first = samples[0][name]
         batch[name] = torch.empty(len(samples), rows, *first.shape[1:], dtype=first.dtype)

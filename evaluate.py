@@ -30,6 +30,7 @@ from draw import SHOWN_FRAMES, draw_curves, draw_frames
 from formats import jsonl, nuscenes
 from formats.kitti import read_labels, write_labels
 from frames import Labels, make_labels
+from geometry import yaw_to_alpha
 from metrics.kitti import CLASSES, MIN_OVERLAP, format_table, kitti_ap, object_errors
 from metrics.nuscenes import format_table as format_nuscenes
 from metrics.nuscenes import nuscenes_metrics
@@ -87,7 +88,7 @@ def predict_dataset(
                 detections = detector.detect(batch["image"].to(accelerator.device), batch["K"].to(accelerator.device), flip)
             for index, skipped, detection in zip(indices, batch["skipped"].tolist(), detections, strict=True):
                 unread += [dataset.ids[index]] * bool(skipped)
-                found.append((dataset.ids[index], to_source(detection, dataset, index, skipped)))
+                found.append((dataset.ids[index], to_source(detection, dataset, index, skipped, detector.config.attribute_names)))
     detector.train(training)
     gathered = gather_object(found)
     predictions = dict(gathered)
@@ -97,15 +98,17 @@ def predict_dataset(
     return {id: predictions[id] for id in dataset.ids}
 
 
-def to_source(detection: dict[str, torch.Tensor], dataset: Detection3D, index: int, skipped: int = 0) -> Labels:
-    """One dict of `Detector.detect` -> Labels in the source's own frame and original pixels."""
+def to_source(
+    detection: dict[str, torch.Tensor], dataset: Detection3D, index: int, skipped: int = 0, attributes: Sequence[str] = ()
+) -> Labels:
+    """One dict of `Detector.detect` -> Labels in the source's own frame and original pixels. attributes: the names of its indices."""
     from model import to_labels
 
     if skipped:
         return make_labels([], [], [], [], [])
-    found = to_labels(detection, dataset.view_of(index), dataset.classes)
+    found = to_labels(detection, dataset.view_of(index), dataset.classes, attributes=attributes)
     center = found.center - dataset.frames[index].offset  # before alpha is derived: KITTI's alpha belongs to its own file's x and z
-    return make_labels(found.name, found.box, found.size, center, found.yaw, score=found.score, sigma=found.sigma)
+    return dataclasses.replace(found, center=center, alpha=yaw_to_alpha(found.yaw, center))
 
 
 def evaluate(

@@ -281,7 +281,10 @@ def place_image(pixels, view):
 
 
 def place_labels(labels, view):
-    """Labels of an image -> of the canvas: boxes clipped to what is shown, centres and yaws mirrored by a flip. Keeps every row."""
+    """Labels of an image -> of the canvas: boxes clipped to what is shown, the rest mirrored by a flip. Keeps every row.
+
+    Velocities, like sizes, are metres of the scene: a scale leaves them alone, a flip mirrors them as it does the centres.
+    """
     x1, y1, x2, y2 = view.shown
     boxes = dataclasses.replace(view, flip=False).boxes_to_canvas(labels.box)
     boxes = np.clip(boxes, [x1, y1, x1, y1], [x2 - 1, y2 - 1, x2 - 1, y2 - 1])
@@ -294,4 +297,5 @@ def place_labels(labels, view):
         center=np.where(real[:, None], labels.center * [-1, 1, 1], labels.center),
         yaw=np.where(real, wrap_angle(np.pi - labels.yaw), labels.yaw),
         alpha=np.where(real, wrap_angle(np.pi - labels.alpha), labels.alpha),
+        velocity=None if labels.velocity is None else labels.velocity * [-1, 1, 1],
     )

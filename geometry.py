@@ -20,6 +20,7 @@ from torch import Tensor
 
 NEAR = 0.1  # metres: edges that cross this plane are cut there before projection
 MIN_DEPTH = 0.5  # metres, of virtual depth in the head's direct estimate: nothing nearer is estimated or has a usable projected centre
+SPEED = 5.0  # m/s of a velocity output of 1: usual speeds are outputs of order 1
 DIRECTION_BORDER = math.pi / 4  # alpha where the two heading bins meet: away from the common 0, +-pi/2 and pi
 LIMITS = {"box": (5.0,) * 4, "depth": (10.0, 5.0), "height": (4.0, 5.0), "size": (2.0,) * 3}  # of the head's outputs, kept smoothly
 

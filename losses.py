@@ -1,8 +1,8 @@
-"""The twelve losses: pure functions of what the head says and what it should say, always in fp32.
+"""The twelve losses, and two of outputs that only some models have: pure functions of what the head says and should say, always in fp32.
 
 Each takes positives as flat slots (B, S) with a mask, multiplies its terms by that mask after replacing the inputs of the others (a
 masked NaN is still NaN), and returns a sum; `compute_losses` divides by the number of positives over all processes. The meanings of the
-last six are our reading of the names of the system that this one succeeds.
+last six of the twelve are our reading of the names of the system that this one succeeds.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ class LossConfig:
     loss_cos: float = 1.0  # local angle
     loss_alpha_constrain: float = 0.0  # alpha + ray = yaw; needs model.predict_yaw
     loss_relative: float = 0.0  # depth differences between objects of one image
+    loss_velocity: float = 0.05  # speed along x and z, of a model with model.velocity
+    loss_attribute: float = 1.0  # moving or parked, and the like, of a model with model.attributes
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -210,8 +212,26 @@ def loss_relative(decoded, targets, objects):
     return (pairs / weight.sum((1, 2)).clamp(min=1e-6) * seen.sum(1)).sum()
 
 
+def loss_velocity(decoded, targets):
+    """Smooth L1 of the velocity along x and z of the camera, m/s, beta 1/9 as in FCOS3D. Returns a sum over positives of known velocity."""
+    mask = targets.positive & targets.velocity_ok
+    velocity = choose(mask, decoded.velocity, targets.velocity)
+    return masked_sum(F.smooth_l1_loss(velocity, targets.velocity, reduction="none", beta=1 / 9).sum(-1), mask)
+
+
+def loss_attribute(decoded, targets, possible):
+    """Cross-entropy of the attribute among those that the class may have. Returns a sum over positives of known attribute.
+
+    possible (C, A) bool: which class may have which attribute; a label that is impossible for its class counts as unknown.
+    """
+    truth = targets.attribute.clamp(min=0)
+    mask = targets.positive & (targets.attribute >= 0) & possible[targets.label].gather(-1, truth[..., None]).squeeze(-1)
+    logits = choose(mask, decoded.attribute, torch.zeros_like(decoded.attribute))
+    return masked_sum(F.cross_entropy(logits.transpose(1, 2), truth, reduction="none"), mask)
+
+
 def compute_losses(model, logits, raw, targets, batch, weights, positives):
-    """All losses of non-zero weight, unweighted, as {name: scalar}, each divided by the positives.
+    """All losses of non-zero weight whose outputs the model has, unweighted, as {name: scalar}, each divided by the positives.
 
     logits (B, N, C) and raw (B, N, F) of `model`; `targets` of the batch; weights `LossConfig`. positives: their number in the whole step,
     the mean over processes, at least 1: DDP averages gradients, so a local count would weigh processes unequally. Every output takes part
@@ -237,7 +257,11 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives):
             "loss_alpha_constrain": lambda: loss_alpha_constrain(decoded, targets),
             "loss_relative": lambda: loss_relative(decoded, targets, batch["valid"].shape[1]),
         }
-        chosen = [field.name for field in dataclasses.fields(weights) if getattr(weights, field.name)]
+        if decoded.velocity is not None:
+            terms["loss_velocity"] = lambda: loss_velocity(decoded, targets)
+        if decoded.attribute is not None:
+            terms["loss_attribute"] = lambda: loss_attribute(decoded, targets, model.attribute_possible)
+        chosen = [name for name in terms if getattr(weights, name)]
         values = torch.stack([terms[name]() for name in chosen]) / positives
         return dict(zip(chosen, values.unbind(), strict=True))
 

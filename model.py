@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou
 
 from frames import decode, make_labels, opened, place_image, reduction_of, upright, whole_view
-from geometry import LIMITS, MIN_DEPTH, alpha_to_yaw, camera_problem, heading_bin, unproject
+from geometry import LIMITS, MIN_DEPTH, SPEED, alpha_to_yaw, camera_problem, heading_bin, unproject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ class ModelConfig:
     channels: int = 128  # of the FPN and the towers
     tower_convs: int = 2  # 3x3 convolutions in each of the two towers
     predict_yaw: bool = False  # a second angle output, for loss_alpha_constrain
+    velocity: bool = False  # two outputs: speed along x and z of the camera, for loss_velocity
+    attributes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # class -> what it may be, such as vehicle.parked
     score_threshold: float = 0.05  # detections below are dropped
     nms_iou: float = 0.6  # of visible boxes, per class
     nms_across_classes: float = 0.0  # IoU of visible boxes above which the best of any class stays alone; 0: a thing may be of two classes
@@ -79,9 +81,19 @@ class ModelConfig:
             raise ValueError(f"model.centerness_share is {self.centerness_share}, expected 0 <= centerness_share < 1")
         if not self.classes or len({*self.classes}) < len(self.classes):
             raise ValueError(f"model.classes is {self.classes}, expected class names, each once")
+        if stray := [name for name in self.attributes if name not in self.classes]:
+            raise ValueError(f"model.attributes names {stray[0]!r}, which is none of model.classes: {', '.join(self.classes)}")
+        for owner, names in self.attributes.items():
+            if not all(names) or len(names) < 2 or len({*names}) < len(names):
+                raise ValueError(f"model.attributes of {owner!r} is {names}, expected two names or more, each once; leave the class out?")
         for name, expected in (("size_prior", len(self.classes)), ("depth_mean", len(self.strides)), ("depth_std", len(self.strides))):
             if len(getattr(self, name)) not in (0, expected):
                 raise ValueError(f"model.{name} has {len(getattr(self, name))} entries, expected {expected} or none")
+
+    @property
+    def attribute_names(self):
+        """Every attribute of any class, sorted: the order of the head's attribute outputs, and of the indices in samples and targets."""
+        return tuple(sorted({name for names in self.attributes.values() for name in names}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +111,11 @@ class Decoded:
     direction: Tensor  # (S, 2) logits of the heading bins
     yaw_vector: Tensor | None  # (S, 2) sine and cosine of the yaw output, with predict_yaw
     centerness: Tensor  # (S,) logit
+    velocity: Tensor | None = None  # (S, 2) along x and z of the camera, m/s, with velocity
+    attribute: Tensor | None = None  # (S, A) logits of the attributes, IMPOSSIBLE where the class has none such, with attributes
+
+
+IMPOSSIBLE = -1e9  # logit of an attribute that a class cannot have: a softmax gives it 0, with finite gradients
 
 
 MIRRORED = {  # fields that change under a mirror image: the order that its channels take, and their signs; heading bins apart
@@ -107,6 +124,7 @@ MIRRORED = {  # fields that change under a mirror image: the order that its chan
     "offset": ((0, 1), (-1, 1)),
     "alpha": ((0, 1), (-1, 1)),  # sine and cosine of 2 (pi - alpha)
     "yaw": ((0, 1), (1, -1)),  # of pi - yaw
+    "velocity": ((0, 1), (-1, 1)),
 }
 
 
@@ -197,6 +215,12 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         }
         if model.predict_yaw:
             self.fields["yaw"] = 2
+        if model.velocity:
+            self.fields["velocity"] = 2
+        if model.attributes:
+            self.fields["attribute"] = len(model.attribute_names)
+            possible = [[name in model.attributes.get(owner, ()) for name in model.attribute_names] for owner in model.classes]
+            self.register_buffer("attribute_possible", torch.tensor(possible), persistent=False)  # (C, A) bool
         self.class_predictor = nn.Conv2d(model.channels, len(model.classes), 3, padding=1)
         self.box_predictor = nn.Conv2d(model.channels, sum(self.fields.values()), 3, padding=1)
         self._initialise()
@@ -290,8 +314,11 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
     def decode(self, raw, location, label, K):
         """Meaning of raw outputs; the one place that knows it, used by losses, evaluation and prediction. Always in fp32.
 
-        raw (B, S, F) outputs gathered at location (B, S) indices; label (B, S) class whose size prior applies; K (B, 3, 3).
+        raw (B, S, F) outputs gathered at location (B, S) indices; label (B, S) class whose size prior and attributes apply; K (B, 3, 3).
         Returns `Decoded` with leading shape (B, S). `targets.encode` is its inverse.
+
+        Velocity is in real metres per second, not virtual ones: one image shows no motion that a longer lens would magnify as it brings
+        an object nearer; what tells a speed (class, heading, lane, brake lights) says the same number through any lens.
         """
         out = self.split(raw.float())
         pixel = self.location_pixel[location]  # (B, S, 2)
@@ -335,6 +362,8 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             direction=out["direction"],
             yaw_vector=unit(out["yaw"]) if "yaw" in out else None,
             centerness=out["centerness"].squeeze(-1),
+            velocity=SPEED * out["velocity"] if "velocity" in out else None,
+            attribute=torch.where(self.attribute_possible[label], out["attribute"], IMPOSSIBLE) if "attribute" in out else None,
         )
 
     def mirror(self, logits, raw):
@@ -373,7 +402,8 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         """Detections of a batch, in pixels of the network input and metres of each image's camera; with flip, of `forward_twice`.
 
         image (B, H, W, 3) uint8; K (B, 3, 3). Returns one dict per image, best score first: label (n,), score (n,), box (n, 4),
-        center (n, 3), size (n, 3), yaw (n,), sigma (n,) depth standard deviation in metres.
+        center (n, 3), size (n, 3), yaw (n,), sigma (n,) depth standard deviation in metres; of a model that has them velocity (n, 3) m/s
+        in the camera frame, 0 along y, and attribute (n,) index of the most likely one, -1 for a class without attributes.
         """
         return self.select(*(self.forward_twice if flip else self)(image, K), K)
 
@@ -412,7 +442,7 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         trust = 1 - torch.exp(-math.sqrt(2) * self.config.depth_tolerance / sigma)  # Laplace: P(|error| < tolerance)
         height, width = self.config.size
         limit = torch.tensor([width - 1, height - 1, width - 1, height - 1], device=raw.device, dtype=torch.float32)
-        return {
+        boxes = {
             "label": label,
             "score": best * trust,
             "box": decoded.box.clamp(min=0).minimum(limit),
@@ -422,6 +452,12 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
             "alpha": angle_from_double(decoded.double_alpha, decoded.direction.argmax(-1)),
             "sigma": sigma,
         }
+        if decoded.velocity is not None:
+            along_x, along_z = decoded.velocity.unbind(-1)
+            boxes["velocity"] = torch.stack([along_x, torch.zeros_like(along_x), along_z], -1)
+        if decoded.attribute is not None:
+            boxes["attribute"] = torch.where(self.attribute_possible[label].any(-1), decoded.attribute.argmax(-1), -1)
+        return boxes
 
     def predict(self, image, K, min_score=0.0, flip=False):
         """Detections of one image in its own pixels and its own camera; of a list of images, as one batch, a list of them.
@@ -445,7 +481,8 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         self.eval()
         found = self.detect(torch.from_numpy(np.stack(canvases)).to(device), torch.from_numpy(np.stack(canvas_cameras)).to(device), flip)
         self.train(training)
-        return [to_labels(one, view, self.config.classes, min_score) for one, view in zip(found, views, strict=True)]
+        classes, attributes = self.config.classes, self.config.attribute_names
+        return [to_labels(one, view, classes, min_score, attributes) for one, view in zip(found, views, strict=True)]
 
 
 def _see(image, K, size):
@@ -476,13 +513,19 @@ def _as_picture(image):
     return Image.fromarray(image)
 
 
-def to_labels(found, view, classes, min_score=0.0):
-    """One dict of `Detector.detect` and the `View` its image was seen through -> `Labels` in the image's own pixels and camera."""
+def to_labels(found, view, classes, min_score=0.0, attributes=()):
+    """One dict of `Detector.detect` and the `View` its image was seen through -> `Labels` in the image's own pixels and camera.
+
+    classes and attributes: the names that its indices stand for, `ModelConfig.classes` and `attribute_names`.
+    """
     found = {name: value.double().cpu().numpy() for name, value in found.items()}
     keep = found["score"] >= min_score
     found = {name: value[keep] for name, value in found.items()}
     names, boxes = [classes[int(i)] for i in found["label"]], view.boxes_to_image(found["box"])
-    return make_labels(names, boxes, found["size"], found["center"], found["yaw"], score=found["score"], sigma=found["sigma"])
+    optional = {name: found[name] for name in ("sigma", "velocity") if name in found}
+    if "attribute" in found:
+        optional["attribute"] = np.array([*attributes, ""], dtype=object)[found["attribute"].astype(int)]  # -1 is the last
+    return make_labels(names, boxes, found["size"], found["center"], found["yaw"], score=found["score"], **optional)
 
 
 META = "meta.json"  # of a folder of weights: what is told of it, and the SHA-256 of its files and of itself
@@ -536,6 +579,8 @@ def _meta_digest(meta):
 
 
 def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(v) for key, v in value.items()}
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 

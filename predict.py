@@ -268,7 +268,7 @@ def detect_shots(detector: Detector, shots: Iterator[Shot], options: argparse.Na
         images = torch.from_numpy(np.stack([shot.canvas for shot in batch])).to(device)
         cameras = torch.from_numpy(np.stack([shot.view.camera(shot.frame.K) for shot in batch])).to(device)
         for shot, found in zip(batch, detector.detect(images, cameras, options.flip), strict=True):
-            labels = to_labels(found, shot.view, detector.config.classes, options.min_score)
+            labels = to_labels(found, shot.view, detector.config.classes, options.min_score, detector.config.attribute_names)
             labels = labels[np.isin(labels.name.astype(str), options.classes or detector.config.classes)]
             yield dataclasses.replace(shot, frame=dataclasses.replace(shot.frame, labels=labels))
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from geometry import LIMITS, MIN_DEPTH, heading_bin, project, yaw_to_alpha
+from geometry import LIMITS, MIN_DEPTH, SPEED, heading_bin, project, yaw_to_alpha
 
 RADIUS = 1.5  # strides
 CELLS = 9  # proposals per object and level: 3x3
@@ -39,6 +39,9 @@ class Targets:
     pixel: Tensor  # (B, S, 2) px: projected 3D centre, wherever it lies
     centerness: Tensor  # (B, S) in (0, 1]
     ignored: Tensor  # (B, N) bool: negatives inside ignore regions
+    velocity: Tensor | None = None  # (B, S, 2) along x and z of the camera, m/s; where the model has the output
+    velocity_ok: Tensor | None = None  # (B, S) bool: the velocity is known
+    attribute: Tensor | None = None  # (B, S) index into the model's attribute_names, -1 unknown; where the model has the output
 
 
 def target_points(batch, height, width, projected=True):
@@ -112,6 +115,12 @@ def assign(batch, config):
         told = [batch["center"], batch["size"], batch["box"], batch["full_box"], pixel, batch["yaw"][..., None], alpha[..., None]]
         told = torch.cat(told, -1).repeat_interleave(CELLS, 1)  # at once: each operator counts more than what it moves
         center, size, box, full_box, pixel, yaw, alpha = told.split([3, 3, 4, 4, 2, 1, 1], -1)
+        motion = {}
+        if config.velocity:
+            velocity = batch["velocity"][..., ::2].repeat_interleave(CELLS, 1)
+            motion.update(velocity=velocity.nan_to_num(), velocity_ok=velocity.isfinite().all(-1))
+        if config.attributes:
+            motion["attribute"] = batch["attribute"].repeat_interleave(CELLS, 1)
         return Targets(
             location=location,
             positive=positive,
@@ -128,6 +137,7 @@ def assign(batch, config):
             pixel=pixel,
             centerness=torch.exp(-2.5 * distance.flatten(1) / (math.sqrt(2) * RADIUS)),
             ignored=inside_regions(batch["ignore"], config),
+            **motion,
         )
 
 
@@ -227,4 +237,9 @@ def encode(targets, model, K):
         "direction": torch.stack([10 - 20 * bins, 20 * bins - 10], -1),
         "yaw": torch.stack([torch.sin(targets.yaw), torch.cos(targets.yaw)], -1),
     }
+    if targets.velocity is not None:
+        fields["velocity"] = targets.velocity / SPEED
+    if targets.attribute is not None:
+        every = torch.arange(model.fields["attribute"], device=pixel.device)
+        fields["attribute"] = 20 * (targets.attribute[..., None] == every).float() - 10
     return torch.cat([fields[name] for name in model.fields], -1)

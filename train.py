@@ -60,8 +60,9 @@ def train(config, accelerator):
 
         with user_errors():
             with accelerator.main_process_first():  # the main process renders the built-in world, the others find it there
-                train_set = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True, config.seed)
-                val_set = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, False)
+                shape, extra = (config.model.classes, config.model.size), (config.model.velocity, config.model.attribute_names)
+                train_set = build_dataset(config.data, config.data.train, *shape, True, config.seed, *extra)
+                val_set = build_dataset(config.data, config.data.val, *shape, False)
             read_metric(compute_metrics({}, {}, val_set.classes), config.best)  # a typo is told now
             now = Progress(
                 processes=accelerator.num_processes,

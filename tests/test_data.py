@@ -130,8 +130,9 @@ def test_placed_boxes_end_where_the_image_ends():
 def test_flip_twice_is_nothing():
     K, size = CAMERAS[1]
     labels, view = scene(K, size, 3), View(size, (size[1], size[0]), *size, flip=True)
+    labels = dataclasses.replace(labels, velocity=np.random.default_rng(0).normal(size=(len(labels), 3)))
     twice = place_labels(place_labels(labels, view), view)
-    for field in ("center", "box"):
+    for field in ("center", "box", "velocity"):
         np.testing.assert_allclose(getattr(twice, field), getattr(labels, field), atol=1e-9)
     np.testing.assert_allclose(np.cos(twice.yaw - labels.yaw), 1)
     np.testing.assert_allclose(view.camera(view.camera(K)), K)
@@ -393,6 +394,27 @@ def test_collate_pads_without_harm(folder):
         **{k: samples[0][k].repeat_interleave(17, 0) for k in ("label", "center", "size", "yaw", "box", "full_box", "crosses")},
     }
     assert collate([many])["label"].shape == (1, 32)
+
+
+def test_velocities_and_attributes_are_sampled_where_they_are_trained(folder):
+    """A flip mirrors a velocity, a scale leaves it alone; what a source does not know, and padding, is NaN and -1."""
+    frame, names = build(folder).frames[0], ("a.moving", "a.parked")
+    labels = make_labels(["Car"] * 2, [[100, 40, 200, 95]] * 2, [[4, 1.5, 1.8]] * 2, [[1.6, 1, 12]] * 2, [1.5] * 2)
+    unknown = dataclasses.replace(frame, labels=labels)
+    moving = dataclasses.replace(labels, velocity=np.array([[3.0, 0.5, -8], [np.nan] * 3]), attribute=np.array(["a.parked", ""], object))
+    frame = dataclasses.replace(frame, labels=moving)
+    dataset = Detection3D([frame, unknown], ("Car",), (96, 320), DataConfig(), True, velocity=True, attributes=names)
+    view = View((640, 192), (96, 320), 640, 192, -100, -50, flip=True)
+    batch = collate(
+        [{**dataset.sample_from(f, view), **dict.fromkeys(("image", "index", "skipped"), torch.tensor(0))} for f in dataset.frames]
+    )
+    assert batch["velocity"][0, 0].tolist() == [-3.0, 0.5, -8.0]
+    assert batch["velocity"][0, 1:].isnan().all()
+    assert batch["velocity"][1].isnan().all()
+    assert batch["attribute"][:, :2].tolist() == [[1, -1], [-1, -1]]
+    assert (batch["attribute"][:, 2:] == -1).all()
+    plain = Detection3D([frame], ("Car",), (96, 320), DataConfig(), True).sample_from(frame, view)
+    assert not {"velocity", "attribute"} & {*plain}
 
 
 def test_objects_across_the_camera_plane_have_no_full_box(folder):

@@ -1,17 +1,19 @@
-"""The twelve losses: hand-worked values, perfect predictions, edges and extremes, and what they must not depend on."""
+"""The losses: hand-worked values, perfect predictions, edges and extremes, and what they must not depend on."""
 
 import dataclasses
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scenes import BEHIND, CAR, CROSSING, FAR, MODEL, PERSON, TRUNCATED, all_losses, make_batch, random_outputs
 
 import losses as module
 from losses import LossConfig, compute_losses, count_positives, half_angle
-from model import Decoded, Detector
+from model import IMPOSSIBLE, Decoded, Detector
 from targets import Targets, assign, encode
 
+ALL = MODEL.attribute_names
 NAMES = tuple(field.name for field in dataclasses.fields(LossConfig))
 SCENES = {
     "empty": [[]],
@@ -49,6 +51,9 @@ def hand_made(slots=1, **changes):
         pixel=row(5.0, 5.0),
         centerness=torch.ones(1, slots),
         ignored=torch.zeros(1, 2, dtype=torch.bool),
+        velocity=row(3.0, -4.0),
+        velocity_ok=one,
+        attribute=torch.zeros(1, slots, dtype=torch.long),
     )
     return dataclasses.replace(targets, **{k: torch.as_tensor(v) for k, v in changes.items()})
 
@@ -69,6 +74,8 @@ def truth_of(targets, **changes):
                                                                torch.stack([zero - 30, zero + 30], -1)),
         yaw_vector=torch.stack([torch.sin(targets.yaw), torch.cos(targets.yaw)], -1),
         centerness=zero + 40,
+        velocity=targets.velocity,
+        attribute=40 * F.one_hot(targets.attribute.clamp(min=0), 3).float() + torch.tensor([0, 0, IMPOSSIBLE]),
     )  # fmt: skip
     return dataclasses.replace(decoded, **{k: None if v is None else torch.as_tensor(v) for k, v in changes.items()})
 
@@ -77,7 +84,8 @@ CAMERA = torch.tensor([[[100.0, 0, 5], [0, 100, 5], [0, 0, 1]]])
 
 
 def value_of(name, decoded, targets):
-    extra = {"loss_location": [torch.full_like(targets.yaw, 8.0)], "loss_regress": [CAMERA], "loss_relative": [targets.yaw.shape[1]]}
+    extra = {"loss_location": [torch.full_like(targets.yaw, 8.0)], "loss_regress": [CAMERA], "loss_relative": [targets.yaw.shape[1]],
+             "loss_attribute": [torch.tensor([[True, True, False], [False, False, False]])]}  # fmt: skip
     return getattr(module, name)(decoded, targets, *extra.get(name, [])).item()
 
 
@@ -113,6 +121,15 @@ LN2, ROOT2 = math.log(2), math.sqrt(2)
         ("loss_alpha_constrain", {}, {"yaw_vector": [[[math.sin(math.pi / 3), 0.5]]]}, 0.5),
         ("loss_alpha_constrain", {"center": [[[10.0, 0.0, 10.0]]], "yaw": [[math.pi / 4]]}, {}, 0.0),  # the ray adds 45 degrees
         ("loss_alpha_constrain", {"center": [[[10.0, 0.0, 10.0]]]}, {}, 1 - math.cos(math.pi / 4)),
+        ("loss_velocity", {}, {"velocity": [[[5.0, -4.0]]]}, 2 - 1 / 18),  # m/s; smooth L1 from 1/9 on
+        ("loss_velocity", {}, {"velocity": [[[0.0, 0.0]]]}, 7 - 2 / 18),  # the sum over x and z
+        ("loss_velocity", {}, {"velocity": [[[3.1, -4.0]]]}, 0.1**2 / (2 / 9)),
+        ("loss_velocity", {"velocity_ok": [[False]]}, {"velocity": [[[5.0, -4.0]]]}, 0.0),
+        ("loss_attribute", {}, {"attribute": [[[0.0, 0.0, IMPOSSIBLE]]]}, LN2),  # the third is of another family
+        ("loss_attribute", {"attribute": [[1]]}, {"attribute": [[[0.0, math.log(3), IMPOSSIBLE]]]}, math.log(4 / 3)),
+        ("loss_attribute", {"attribute": [[-1]]}, {"attribute": [[[0.0, 0.0, IMPOSSIBLE]]]}, 0.0),
+        ("loss_attribute", {"attribute": [[2]]}, {"attribute": [[[0.0, 0.0, IMPOSSIBLE]]]}, 0.0),  # a label that is no car's
+        ("loss_attribute", {"label": [[1]]}, {"attribute": [[[IMPOSSIBLE] * 3]]}, 0.0),  # a class without attributes
     ],
 )  # fmt: skip
 def test_values_worked_by_hand(name, targets, decoded, expected):
@@ -192,6 +209,8 @@ RISES = {  # output -> the losses that must rise when it is wrong; all others mu
     "alpha": {"loss_cos", "loss_alpha_constrain"},
     "direction": {"loss_direction"},
     "yaw": {"loss_regress", "loss_alpha_constrain"},
+    "velocity": {"loss_velocity"},
+    "attribute": {"loss_attribute"},
 }
 
 
@@ -206,7 +225,7 @@ def test_a_wrong_output_raises_its_losses_and_no_other(model, field):
     rows = targets.location[0, targets.positive[0] & (targets.object[0] == 1)]  # of the car
     right = wrong[0, rows, start:end]
     turn = torch.tensor([0.7, -0.4])
-    change = {"direction": -2 * right, "alpha": turn, "yaw": turn, "depth": torch.tensor([0.3, 0])}
+    change = {"direction": -2 * right, "alpha": turn, "yaw": turn, "depth": torch.tensor([0.3, 0]), "attribute": -2 * right}
     wrong[0, rows, start:end] += change.get(field, torch.full_like(right, 0.4))
     after, _ = all_losses(model, batch, logits, wrong)
     rise = {name: (after[name] - before[name]).item() for name in NAMES}
@@ -264,7 +283,7 @@ def test_inputs_stay_as_they_were_and_twice_is_the_same(model, scene):
     kept = {f.name: getattr(targets, f.name).clone() for f in dataclasses.fields(targets)}
     second = compute_losses(model, logits, raw, targets, batch, LossConfig(), count_positives(targets).clamp(min=1))
     assert all(torch.equal(first[name], value) for name, value in second.items())
-    assert all(torch.equal(value, before[name]) for name, value in batch.items())
+    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in batch.items())  # NaN: velocity unknown
     assert all(torch.equal(value, getattr(targets, name)) for name, value in kept.items())
     assert torch.equal(logits, old[0])
     assert torch.equal(raw, old[1])
@@ -282,7 +301,7 @@ def test_the_order_of_objects_does_not_matter(model):
 def test_padding_does_not_matter(model):
     batch = make_batch([CAR, PERSON, TRUNCATED], ignore=[(10, 10, 40, 40)])
     wide = {**batch}
-    for name in ("label", "center", "size", "yaw", "box", "full_box", "crosses", "valid"):
+    for name in ("label", "center", "size", "yaw", "box", "full_box", "crosses", "velocity", "attribute", "valid"):
         rest = torch.zeros_like(batch[name]) if name == "valid" else batch[name][:, 3:4].expand_as(batch[name])
         wide[name] = torch.cat([batch[name], rest], 1)
     logits, raw = random_outputs(model, 1)
@@ -312,6 +331,33 @@ def test_images_do_not_see_each_other(model):
         losses, targets = all_losses(model, make_batch([CAR, PERSON], other), logits, raw)
         gradients.append(torch.autograd.grad(sum(losses.values()) * count_positives(targets), raw)[0][0])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_velocities_and_attributes_teach_nothing(model):
+    """Gradients reach the outputs at objects whose motion is known, and there only the attributes that the class may have."""
+    batch = make_batch([CAR, PERSON, FAR])
+    assert batch["velocity"][0, 2].isnan().all()
+    logits, raw = random_outputs(model, 1)
+    losses, targets = all_losses(model, batch, logits, raw)
+    columns = dict(zip(model.fields, torch.arange(raw.shape[-1]).split(list(model.fields.values())), strict=True))
+    learned = {name: torch.autograd.grad(losses[f"loss_{name}"], raw, retain_graph=True)[0][0] for name in ("velocity", "attribute")}
+    for name, gradient in learned.items():
+        for number, item in enumerate((CAR, PERSON, FAR)):
+            rows = targets.location[0, targets.positive[0] & (targets.object[0] == number)]
+            own = gradient[rows][:, columns[name]]
+            taught = [item is not FAR] * 2 if name == "velocity" else [n in MODEL.attributes[item[0]] and item is not FAR for n in ALL]
+            assert ((own != 0) == torch.tensor(taught)).all(), (name, item)
+            gradient[rows[:, None], columns[name]] = 0
+        assert not gradient.any()
+
+
+def test_a_model_without_the_outputs_has_the_twelve_losses():
+    plain = Detector(dataclasses.replace(MODEL, velocity=False, attributes={}))
+    losses, targets = all_losses(plain, make_batch([CAR]), *random_outputs(plain, 1))
+    assert list(losses) == list(NAMES[:12])
+    assert targets.velocity is None
+    assert targets.attribute is None
+    assert list(plain.fields)[-1] == "yaw"
 
 
 def test_division_is_by_the_positives_of_all_processes(model):

@@ -28,7 +28,8 @@ from checkpoint import (
 )
 from config import Config, to_dict
 from draw import draw_frame
-from frames import Labels
+from formats.jsonl import read_frames, write_jsonl
+from frames import Frame, Labels
 from geometry import heading_bin
 from guard import start_accelerator
 from model import Detector, ModelConfig, angle_from_double, average_duplicates, mirror_bins, unit
@@ -79,7 +80,7 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
     for field in dataclasses.fields(found):
         value = getattr(found, field.name)
         assert value is None or len(value) == len(found)
-        assert field.name == "name" or value is None or np.isfinite(value).all(), field.name
+        assert field.name in ("name", "attribute") or value is None or np.isfinite(value).all(), field.name
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,8 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
         ({"level_sizes": (64.0,)}, r"model\.level_sizes has 1 borders for 3 strides, expected one fewer"),
         ({"classes": ()}, r"model\.classes is \(\), expected class names"),
         ({"depth_mean": (1.0,)}, r"model\.depth_mean has 1 entries, expected 3 or none"),
+        ({"attributes": {"Tram": ("a", "b")}}, r"model\.attributes names 'Tram', which is none of model\.classes: Car, "),
+        ({"attributes": {"Car": ("parked",)}}, r"model\.attributes of 'Car' is \('parked',\), expected two names or more, each once"),
         ({"size_prior": ()}, r"model\.size_prior, depth_mean and depth_std are not set"),
     ],
 )
@@ -389,6 +392,24 @@ def test_predict_takes_a_path_a_picture_or_an_array(detector, picture, tmp_path)
     grey = detector.predict(picture[..., :1].repeat(3, 2), K)
     np.testing.assert_array_equal(detector.predict(deep, K).center, grey.center)
     assert (np.cos(found[0].yaw - found[0].alpha - np.arctan2(found[0].center[:, 0], found[0].center[:, 2])) > 1 - 1e-9).all()
+
+
+def test_velocity_and_attribute_come_out_in_words(detector, picture, tmp_path):
+    """From the outputs to JSON lines: metres per second on the ground plane, an attribute of the class, none where it has none."""
+    found = detector.predict(picture, K)
+    assert found.velocity.shape == (len(found), 3)
+    assert (found.velocity[:, 1] == 0).all()
+    assert np.abs(found.velocity[:, [0, 2]]).min() > 0
+    for name, attribute in zip(found.name, found.attribute, strict=True):
+        assert attribute in MODEL.attributes.get(name, ("",))
+    assert {"Car", "Cyclist"} <= {*found.name}
+    write_jsonl(tmp_path / "found.jsonl", [Frame("a", tmp_path / "a.png", K, found)])
+    back = read_frames(tmp_path / "found.jsonl", images=False)[0].labels
+    np.testing.assert_allclose(back.velocity, found.velocity, atol=1e-6)
+    assert back.attribute.tolist() == found.attribute.tolist()
+    plain = make_detector(velocity=False, attributes={}, score_threshold=0.0).predict(picture, K)
+    assert plain.velocity is None
+    assert plain.attribute is None
 
 
 def test_predict_answers_in_the_pixels_of_any_image(detector):

@@ -192,11 +192,16 @@ def test_decode_inverts_encode(model, objects):
     sine, cosine = decoded.double_alpha.unbind(-1)
     assert (torch.cos(torch.atan2(sine, cosine) - 2 * targets.alpha)[rows] > 1 - 1e-5).all()
     assert (torch.cos(torch.atan2(*decoded.yaw_vector.unbind(-1)) - targets.yaw)[rows] > 1 - 1e-5).all()
+    known = rows & targets.velocity_ok
+    torch.testing.assert_close(decoded.velocity[known], targets.velocity[known])
+    known = rows & (targets.attribute >= 0)
+    assert torch.equal(decoded.attribute.argmax(-1)[known], targets.attribute[known])
 
 
 def test_encoded_truth_is_detected_as_it_is(model):
     """The whole way: objects, targets, raw outputs, ranking, suppression, boxes."""
-    batch = make_batch([CAR, PERSON, FAR])
+    objects = [CAR, PERSON, FAR]
+    batch = make_batch(objects)
     targets = assign(batch, MODEL)
     logits = torch.full((1, len(model.location_stride), 3), -12.0)
     raw = torch.zeros(1, len(model.location_stride), sum(model.fields.values()))
@@ -216,6 +221,9 @@ def test_encoded_truth_is_detected_as_it_is(model):
         assert abs(wrap_angle(found["yaw"][row] - batch["yaw"][0, i])) < 1e-3
         assert found["label"][row] == batch["label"][0, i]
         assert found["score"][row] > 0.4
+        if objects[i] is not FAR:  # whose motion nobody knows
+            torch.testing.assert_close(found["velocity"][row], batch["velocity"][0, i])
+            assert MODEL.attribute_names[found["attribute"][row]] == objects[i][6]
 
 
 class NoHostSync(TorchDispatchMode):

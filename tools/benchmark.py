@@ -57,7 +57,8 @@ def scene(rng, objects, width, height, classes):
 def make_batch(config, images, objects, device):
     """A batch of random pictures with so many objects each."""
     rng, (height, width) = np.random.default_rng(0), config.model.size
-    data, samples = Detection3D([], config.model.classes, (height, width), config.data, training=False), []
+    more = {"velocity": config.model.velocity, "attributes": config.model.attribute_names}
+    data, samples = Detection3D([], config.model.classes, (height, width), config.data, training=False, **more), []
     for _ in range(images):
         frame = Frame("", Path(), *scene(rng, objects, width, height, config.model.classes))
         sample = data.sample_from(frame, whole_view(width, height, (height, width)))
@@ -305,7 +306,8 @@ def measure(path, overrides, images, rounds):
     found |= measure_steps(step, rounds) | measure_head(config, device, images, rounds)
     found |= measure_memory(config, images) | measure_evaluation()
     try:
-        data = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True)
+        more = {"velocity": config.model.velocity, "attributes": config.model.attribute_names}
+        data = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True, **more)
     except (ValueError, OSError) as error:
         print(f"the loader is not measured: {error}", file=sys.stderr)
         return found

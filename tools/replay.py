@@ -41,10 +41,12 @@ def replay(path):
     """
     with user_errors():
         config, model, batches = load(Path(path))
-        dataset = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True, config.seed)
+        more = config.seed, config.model.velocity, config.model.attribute_names
+        dataset = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True, *more)
     parts, findings, rows = [[dataset[sample] for sample in samples] for samples in batches], [], []
     for item in (item for items in parts for item in items):
-        names = [name for name, value in item.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+        numbers = {name: value for name, value in item.items() if value.is_floating_point() and name != "velocity"}  # NaN there: unknown
+        names = [name for name, value in numbers.items() if not torch.isfinite(value).all()]
         findings += [f"frame {dataset.ids[item['index']]}: its {name} is not finite" for name in names]
     parts = [collate(items) for items in parts]
     targets = [assign(batch, config.model) for batch in parts]
