@@ -84,8 +84,10 @@ class ModelConfig:
         if stray := [name for name in self.attributes if name not in self.classes]:
             raise ValueError(f"model.attributes names {stray[0]!r}, which is none of model.classes: {', '.join(self.classes)}")
         for owner, names in self.attributes.items():
-            if not all(names) or len(names) < 2 or len({*names}) < len(names):
-                raise ValueError(f"model.attributes of {owner!r} is {names}, expected two names or more, each once; leave the class out?")
+            if not all(names) or len({*names}) < len(names):
+                raise ValueError(f"model.attributes of {owner!r} is {names}, expected names, each once")
+        if self.attributes and not self.attribute_names:
+            raise ValueError(f"model.attributes names none for {', '.join(self.attributes)}, expected {{}} for a model without them")
         for name, expected in (("size_prior", len(self.classes)), ("depth_mean", len(self.strides)), ("depth_std", len(self.strides))):
             if len(getattr(self, name)) not in (0, expected):
                 raise ValueError(f"model.{name} has {len(getattr(self, name))} entries, expected {expected} or none")

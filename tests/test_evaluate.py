@@ -218,7 +218,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, dataset):
         super().__init__()
-        self.dataset, self.next = dataset, 0
+        self.dataset, self.next, self.config = dataset, 0, ModelConfig()
 
     def detect(self, image, K, flip=False):
         found = []

@@ -97,7 +97,8 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
         ({"classes": ()}, r"model\.classes is \(\), expected class names"),
         ({"depth_mean": (1.0,)}, r"model\.depth_mean has 1 entries, expected 3 or none"),
         ({"attributes": {"Tram": ("a", "b")}}, r"model\.attributes names 'Tram', which is none of model\.classes: Car, "),
-        ({"attributes": {"Car": ("parked",)}}, r"model\.attributes of 'Car' is \('parked',\), expected two names or more, each once"),
+        ({"attributes": {"Car": ("parked", "parked")}}, r"model\.attributes of 'Car' is \('parked', 'parked'\), expected names, each once"),
+        ({"attributes": {"Car": ()}}, r"model\.attributes names none for Car, expected \{\} for a model without them"),
         ({"size_prior": ()}, r"model\.size_prior, depth_mean and depth_std are not set"),
     ],
 )
