@@ -200,7 +200,7 @@ def draw_frames(
     found = [predictions[frame.id].moved(frame.offset) for frame in frames]
     quality = np.array([frame_quality(frame.labels, labels, classes) for frame, labels in zip(frames, found, strict=True)])
     ranked = [int(i) for i in np.argsort(-quality, kind="stable") if np.isfinite(quality[i])] or list(range(len(quality)))
-    least, pictures = best_score(metrics), {}
+    least, pictures = best_score(metrics) if "curves" in metrics else balanced_score(frames, found, classes), {}
     for side, places, count in (("best", ranked, best), ("worst", ranked[::-1], worst)):
         wanted = len(pictures) + count
         for index in places:
@@ -247,6 +247,13 @@ def best_score(metrics: dict) -> float:
         found += hits / np.maximum(np.append(curve["precision"], 1.0)[last], 1e-9)
     f1 = 2 * true / np.maximum(found + sum(objects["moderate"] for objects in counted), 1e-9)
     return float(levels[f1.argmax()]) if f1.max(initial=0) > 0 else 0.3
+
+
+def balanced_score(frames: Sequence[Frame], found: Sequence[Labels], classes: Sequence[str]) -> float:
+    """The score above which there are as many detections as labelled objects: a level for pictures, of metrics without curves."""
+    objects = sum(int((np.isin(frame.labels.name.astype(str), classes) & frame.labels.is_3d).sum()) for frame in frames)
+    scores = np.sort(np.concatenate([np.zeros(1), *(labels.score for labels in found)]))[::-1]
+    return float(scores[min(objects, len(scores) - 1)])
 
 
 def frame_quality(truth: Labels, found: Labels, classes: Sequence[str]) -> float:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import Source, UserError, loading, make_loader, user_errors
 from draw import SHOWN_FRAMES, draw_curves, draw_frames
-from formats import jsonl, nuscenes
+from formats import jsonl, nuscenes, nuscenes_world
 from formats.kitti import read_labels, write_labels
 from frames import Labels, make_labels
 from geometry import yaw_to_alpha
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from config import Config
-    from data import Detection3D
+    from data import DataConfig, Detection3D, Source
 
 
 # ---- a model on a data set
@@ -123,11 +123,17 @@ def evaluate(
 ) -> tuple[dict, dict[str, Labels]]:
     """Metrics of a model on a data set, the same on every process, and its predictions. repeat: default train.eval_repeat.
 
-    Returns the dict of `compute_metrics` and that of `predict_dataset`. Raises its `Stopped`.
+    Returns the dict of `compute_metrics`, or of `compute_sample_metrics` where frames belong to samples, and that of `predict_dataset`.
+    Raises its `Stopped`.
     """
+    from accelerate.utils import broadcast_object_list
+
     predictions = predict_dataset(
         model, dataset, accelerator, config.train.batch_size, config.data.workers, stop=stop, timeout=config.train.timeout, flip=flip
     )
+    if has_samples(dataset):  # by the main process alone: the tables of all of nuScenes fill gigabytes while they are read
+        metrics = [compute_sample_metrics(dataset, predictions, config.data) if accelerator.is_main_process else None]
+        return broadcast_object_list(metrics)[0], predictions
     truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
     repeat = config.train.eval_repeat if repeat is None else repeat
     return compute_metrics(truth, predictions, dataset.classes, overlap, repeat, config.data.overlap), predictions
@@ -150,40 +156,96 @@ def compute_metrics(
     return metrics
 
 
+def has_samples(dataset: Detection3D) -> bool:
+    """Whether each frame belongs to a sample, a moment seen by several cameras: then nuScenes' metrics are the data set's.
+
+    Raises ValueError where only some do.
+    """
+    grouped = {bool(frame.group) for frame in dataset.frames}
+    if len(grouped) > 1:
+        raise ValueError("data.val lists nuScenes and other sources, expected one kind of them: they have different metrics")
+    return grouped == {True}
+
+
+def compute_sample_metrics(dataset: Detection3D, predictions: dict[str, Labels], config: DataConfig) -> dict:
+    """nuScenes' metrics of a data set of samples under their own names, NDS and mAP first, beside those of its metrics_summary.json.
+
+    predictions: id -> Labels in the camera's frame, of every frame, in any order; the cameras of a sample are merged. The ground truth
+    is read from the tables of data.val, what no camera sees included, and only samples of the data set count.
+    """
+    tokens = {frame.group for frame in dataset.frames}
+    if len(config.val) > 1 or (config.val[0].kind == "synthetic" and len(config.val[0].split) > 1):
+        raise ValueError(
+            "data.val lists several nuScenes sources or splits of the built-in world, expected one: it is evaluated as a whole"
+        )
+    root, version = sample_tables(config.val[0], config)
+    truth = nuscenes.read_truth(root, config.val[0].split, version).only(tokens)
+    merged = nuscenes.merge_cameras(dataset.frames, predictions)
+    return name_sample_metrics(nuscenes_metrics(truth, nuscenes.parse_results(merged, truth.tokens)))
+
+
+def name_sample_metrics(metrics: dict) -> dict:
+    """The dict of `nuscenes_metrics` with its means under the names that people know: NDS, mAP, mATE, mASE, mAOE, mAVE, mAAE."""
+    errors = zip(("mATE", "mASE", "mAOE", "mAVE", "mAAE"), metrics["tp_errors"].values(), strict=True)
+    return {"NDS": metrics["nd_score"], "mAP": metrics["mean_ap"], **dict(errors), **metrics}
+
+
+def sample_tables(source: Source, config: DataConfig) -> tuple[Path, str]:
+    """Folder and version of the tables of a nuScenes source, or of the built-in world's split."""
+    root = Path(source.root or config.root)
+    if source.kind == "synthetic":  # it is there since its frames were read
+        root = nuscenes_world.build_nuscenes_world(root, source.split[0], source.world_frames, source.world_seed)
+    return root, source.version
+
+
+def blank_metrics(dataset: Detection3D) -> dict:
+    """The metrics of a data set as they are without objects and detections: every name that there will be."""
+    if not has_samples(dataset):
+        return compute_metrics({}, {}, dataset.classes)
+    none, nowhere = nuscenes.parse_results({}, []), np.zeros((0, 2))
+    return name_sample_metrics(nuscenes_metrics(nuscenes.Truth([], none, nowhere, np.zeros((0, 4, 3)), np.zeros(0, int)), none))
+
+
+def format_metrics(metrics: dict, metric: str = "R40", errors: dict | None = None) -> str:
+    """The table of an evaluation, nuScenes' or KITTI's; metric and errors as `metrics.kitti.format_table` takes them."""
+    return format_nuscenes(metrics) if "NDS" in metrics else format_table(metrics, metric, errors)
+
+
 TESTING_FRAMES = 7518  # of KITTI's testing half
 WORST = 1e9  # of a metric of which less is better, where nothing can be averaged: JSON has no infinity
 
 
 def read_metric(metrics: dict, name: str) -> float:
-    """The number under a path of keys, 'Car/3d/moderate/AP_R40'; higher is better, and for '-errors/Car/all/depth_error' lower.
+    """The number under a path of keys, 'Car/3d/moderate/AP_R40' or 'NDS'; higher is better, and for '-errors/Car/all/depth_error' lower.
 
     'mean' in place of a class is the mean over the classes that have counted objects. What cannot be averaged counts as the worst
     value. Raises ValueError naming the keys that there are.
     """
-    place, classes = metrics, metrics["settings"]["classes"]
-    keys = name.removeprefix("-").split("/")
-    if keys[0] == "mean":
+    place, keys = metrics, name.removeprefix("-").split("/")
+    if keys[0] == "mean" and "settings" in metrics:
+        classes = metrics["settings"]["classes"]
         seen = [c for c in classes if any(metrics["counted"][c].values())]
         return sum(read_metric(metrics, "/".join([c, *keys[1:]])) for c in seen or classes) / len(seen or classes)
     for key in keys:
         if not isinstance(place, dict) or key not in place:
-            there = ", ".join([*place, "mean"] if place is metrics else place) if isinstance(place, dict) else "no keys below it"
+            means = ["mean"] if place is metrics and "settings" in metrics else []
+            there = ", ".join([*place, *means]) if isinstance(place, dict) else "no keys below it"
             raise ValueError(f"best={name}: there is no {key!r} among the metrics, only {there}")
         place = place[key]
     if isinstance(place, dict | list | str):
         raise ValueError(f"best={name} is not one number, expected more keys: {', '.join(place)}")
-    return (WORST if name.startswith("-") else 0.0) if place is None else float(place)
+    return (WORST if name.startswith("-") else 0.0) if place is None or np.isnan(place) else float(place)
 
 
 def flat_metrics(metrics: dict) -> dict[str, float]:
     """Every number of an evaluation by its path, for logs; curves and settings apart."""
-    numbers, rest = {}, [("", {key: value for key, value in metrics.items() if key not in ("curves", "settings")})]
+    numbers, rest = {}, [("", {key: value for key, value in metrics.items() if key not in ("curves", "settings", "cfg")})]
     while rest:
         path, place = rest.pop()
         for key, value in place.items():
             if isinstance(value, dict):
                 rest.append((f"{path}{key}/", value))
-            elif isinstance(value, int | float):
+            elif isinstance(value, int | float) and not np.isnan(value):
                 numbers[path + key] = value
     return numbers
 
@@ -192,22 +254,29 @@ def flat_metrics(metrics: dict) -> dict[str, float]:
 
 
 def write_evaluation(folder: str | Path, dataset: Detection3D, metrics: dict, predictions: dict[str, Labels]) -> None:
-    """results/<id>.txt (KITTI format, the source's own frame and pixels), predictions.jsonl, metrics.json and pictures, into a folder."""
-    folder = Path(folder)
+    """results/<id>.txt (KITTI format, the source's own frame and pixels), predictions.jsonl, metrics.json and pictures, into a folder.
+
+    Of a data set of samples results_nusc.json, their result file in the official format, stands for results/ and the curves.
+    """
+    folder, samples = Path(folder), has_samples(dataset)
     results = folder / "results"
     if folder.is_symlink() or results.is_symlink() or (results.exists() and not (folder / "metrics.json").exists()):
         raise UserError(f"{folder} holds results of something else; --out chooses another folder")
     shutil.rmtree(results, ignore_errors=True)
-    results.mkdir(parents=True)
+    (folder if samples else results).mkdir(parents=True, exist_ok=True)
     frames = []
     for frame, (id, labels) in zip(dataset.frames, predictions.items(), strict=True):
-        path = folder / "results" / f"{id}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_labels(path, labels, scores=True, digits=4)
+        if not samples:
+            path = folder / "results" / f"{id}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_labels(path, labels, scores=True, digits=4)
         frames.append(dataclasses.replace(frame, id=id, image=frame.image.absolute(), labels=labels.moved(frame.offset)))
+    if samples:
+        nuscenes.write_results(folder / "results_nusc.json", nuscenes.merge_cameras(dataset.frames, predictions))
+    else:
+        draw_curves(metrics).save(folder / "curves.png")
     jsonl.write_jsonl(folder / "predictions.jsonl", frames)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    draw_curves(metrics).save(folder / "curves.png")
     draw_frames(dataset.frames, predictions, metrics, dataset.classes, best=0, worst=2 * SHOWN_FRAMES).save(folder / "worst.png")
 
 
@@ -327,14 +396,17 @@ def evaluate_run(options: argparse.Namespace) -> None:
         accelerator = start_accelerator(config.train.mixed_precision)
         with accelerator.main_process_first():  # the main process may have to render the built-in world
             dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
+        vain = [name for name in ("errors", "curves", "repeat") if getattr(options, name)] if has_samples(dataset) else []
+        if vain:
+            raise ValueError(f"--{vain[0]} belongs to KITTI's metrics, and the frames of data.val are nuScenes'")
     metrics, predictions = evaluate(
         model.to(accelerator.device), dataset, accelerator, config, options.overlap, options.repeat, flip=options.flip
     )
     if accelerator.is_main_process:
         out = Path(options.out) if options.out else Path(options.run) / "evaluation"
         write_evaluation(out, dataset, metrics, predictions)
-        print(format_table(metrics, options.metric, metrics["errors"] if options.errors else None))
-        print(f"{folder}: results, metrics.json, predictions.jsonl, curves.png and worst.png are in {out}")
+        print(format_metrics(metrics, options.metric, metrics["errors"] if options.errors else None))
+        print(f"{folder}: {', '.join(sorted(path.name for path in out.iterdir()))} are in {out}")
         if options.json:
             Path(options.json).write_text(json.dumps(metrics, indent=1))
         if options.curves:
@@ -387,7 +459,8 @@ def stay_at_home(config: Config, overrides: Sequence[str]) -> Config:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=""))
     for source in config.data.val if not asked & {"data.root", "data.val"} else ():
         root = Path(source.root or config.data.root)
-        rendered = any(root.glob(f"world*-seed{source.world_seed}-*-val{source.world_frames}"))
+        counts = {split: "*" if split in nuscenes_world.SPLITS else source.world_frames for split in source.split}
+        rendered = all(any(root.glob(f"world*-seed{source.world_seed}-*-{split}{count}")) for split, count in counts.items())
         if source.kind == "synthetic" and not rendered and not root.resolve().is_relative_to(Path.cwd()):
             raise ValueError(f"the run's config would render the built-in world into {root}; data.root=FOLDER says where it may")
     return config

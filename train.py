@@ -22,7 +22,7 @@ from checkpoint import Progress, amend_checkpoint, find_start, load_checkpoint, 
 from config import help_text, load_config, to_dict
 from data import StepBatches, UserError, build_dataset, change_colours, loading, make_loader, seed_of, unread, user_errors
 from draw import draw_frames
-from evaluate import compute_metrics, evaluate, flat_metrics, read_metric
+from evaluate import blank_metrics, evaluate, flat_metrics, format_metrics, read_metric
 from guard import Guard, Signals, Stopped, fail, lock_folder, start_accelerator, weights_finite
 from logbook import (
     Window,
@@ -37,7 +37,6 @@ from logbook import (
     write_log,
 )
 from losses import compute_losses, count_positives, weighted_sum
-from metrics.kitti import format_table
 from model import Detector, checkpoint_backbone
 from optimizer import Average, lr_at, make_optimizer, set_lr
 from targets import assign, measure_priors
@@ -63,7 +62,7 @@ def train(config, accelerator):
                 shape, extra = (config.model.classes, config.model.size), (config.model.velocity, config.model.attribute_names)
                 train_set = build_dataset(config.data, config.data.train, *shape, True, config.seed, *extra)
                 val_set = build_dataset(config.data, config.data.val, *shape, False)
-            read_metric(compute_metrics({}, {}, val_set.classes), config.best)  # a typo is told now
+            read_metric(blank_metrics(val_set), config.best)  # a typo is told now
             now = Progress(
                 processes=accelerator.num_processes,
                 global_batch=options.batch_size * accelerator.num_processes * options.accumulate,
@@ -215,7 +214,7 @@ def validate(config, accelerator, model, val_set, progress, stop):
     improved = not progress.best_metric or (value <= progress.best if lower else value >= progress.best)
     progress = dataclasses.replace(progress, best_metric=name, best=value if improved else progress.best, evaluated=True)
     epoch = math.ceil(step * progress.global_batch / progress.frames - 1e-9)
-    line = f"Epoch(val) [{epoch}] step {step}  {name}: {value:.2f}, best: {progress.best:.2f}"
+    line = f"Epoch(val) [{epoch}] step {step}  {name}: {value:.4f}, best: {progress.best:.4f}"
     write_log(accelerator, out, {"mode": "val", "epoch": epoch, "step": step, name: value}, line, flat_metrics(metrics))
     if accelerator.is_main_process:
         if improved:
@@ -236,7 +235,7 @@ def finish(config, accelerator, val_set, progress, metrics, predictions, nothing
         frame = val_set.frames[0]
         camera = " ".join(f"{frame.K[i]:.6g}" for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
         print(
-            f"\n{format_table(metrics)}\n\nground truth beside predictions: {out / 'predictions.png'}\n\nnext:\n"
+            f"\n{format_metrics(metrics)}\n\nground truth beside predictions: {out / 'predictions.png'}\n\nnext:\n"
             f"  python evaluate.py {out}\n  python predict.py {out} {frame.image} --intrinsics {camera}"
         )
         if nothing_to_do:

@@ -1,0 +1,137 @@
+"""nuScenes' samples through the detector and back: what the head says of six cameras, merged, written and evaluated."""
+
+import dataclasses
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from data import DataConfig, Detection3D, Source, collate
+from formats import nuscenes
+from frames import whole_view
+from metrics.nuscenes import RANGE, nuscenes_metrics
+from model import Detector, ModelConfig, to_labels
+from targets import assign, encode
+
+CLASSES = tuple(nuscenes.ATTRIBUTES)
+MODEL = ModelConfig(
+    backbone="test_resnet",
+    size=(576, 1024),
+    channels=32,
+    classes=CLASSES,
+    velocity=True,
+    attributes=nuscenes.ATTRIBUTES,
+    size_prior=(*((6.0, 2.5, 2.5),) * 5, *((1.5, 1.5, 1.0),) * 3, *((0.6, 1.0, 1.0),) * 2),
+    depth_mean=(30.0, 20.0, 10.0),
+    depth_std=(15.0, 10.0, 8.0),
+    nms_iou=1.0,  # objects that hide each other stay
+    max_detections=300,
+)
+
+
+@pytest.fixture(scope="module")
+def invented(tmp_path_factory):
+    """Folder with tables, result files and what the official devkit says of them; it holds no pictures."""
+    folder = tmp_path_factory.mktemp("invented")
+    with tarfile.open(Path(__file__).parent / "data/nuscenes_invented.tar.xz") as file:
+        file.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frames(invented):
+    """Those of the first 10 of 40 samples."""
+    return nuscenes.read_frames(invented, ("mini_val",), images=False)[: 10 * 6]
+
+
+@pytest.fixture(scope="module")
+def truth(invented, frames):
+    return nuscenes.read_truth(invented, ("mini_val",)).only({frame.group for frame in frames})
+
+
+def detect_truth(frames):
+    """Labels of each frame as `Detector.select` finds them in the outputs that `encode` makes of its objects, one location each."""
+    torch.manual_seed(0)
+    model = Detector(MODEL).eval()
+    dataset = Detection3D(frames, CLASSES, MODEL.size, DataConfig(), False, velocity=True, attributes=MODEL.attribute_names)
+    found = {}
+    for frame in frames:
+        view = whole_view(1600, 900, MODEL.size)
+        sample = dataset.sample_from(frame, view)
+        batch = collate([{**sample, **dict.fromkeys(("image", "index", "skipped"), torch.tensor(0))}])
+        targets = assign(batch, MODEL)
+        encoded = encode(targets, model, batch["K"])
+        logits = torch.full((1, len(model.location_stride), len(CLASSES)), -20.0)
+        raw = torch.zeros(1, len(model.location_stride), sum(model.fields.values()))
+        for number in range(len(sample["label"])):
+            (slots,) = torch.where(targets.positive[0] & (targets.object[0] == number))
+            slot = slots[targets.centerness[0, slots].argmax()]
+            logits[0, targets.location[0, slot], targets.label[0, slot]] = 20.0
+            raw[0, targets.location[0, slot]] = encoded[0, slot]
+        found[frame.id] = to_labels(model.select(logits, raw, batch["K"])[0], view, CLASSES, attributes=MODEL.attribute_names)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(frames):
+    return detect_truth(frames)
+
+
+def plain(boxes, truth):
+    """Boxes that a rounding to single precision leaves in range or out of it, and that stand before the cameras."""
+    distance = np.linalg.norm(boxes.center[:, :2] - truth.vehicle[boxes.listed], axis=1)
+    return boxes[(distance > 2) & (np.abs(distance - [RANGE[name] for name in boxes.name]) > 1e-3)]
+
+
+def test_ground_truth_through_the_whole_path_has_no_error(truth, frames, found, tmp_path):
+    """Encode, decode, merge, write, read, evaluate: AP 1 of every class that is there, and no error, velocity and attribute included."""
+    nuscenes.write_results(tmp_path / "results.json", nuscenes.merge_cameras(frames, found))
+    results, _ = nuscenes.read_results(tmp_path / "results.json", truth.tokens)
+    truth = dataclasses.replace(truth, boxes=plain(truth.boxes, truth), racks=truth.racks[:0], rack_sample=truth.rack_sample[:0])
+    metrics = nuscenes_metrics(truth, plain(results, truth))
+    for name in CLASSES:
+        if name == "construction_vehicle":  # of which there is none
+            continue
+        assert metrics["mean_dist_aps"][name] == pytest.approx(1, abs=1e-9), name
+        assert max(e for e in metrics["label_tp_errors"][name].values() if np.isfinite(e)) < 2e-3, name
+    assert metrics["label_tp_errors"]["bus"]["vel_err"] < 2e-3
+    assert metrics["label_tp_errors"]["bicycle"]["attr_err"] == 0
+
+
+def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found, tmp_path):
+    """NDS and mAP, whatever the order in which frames come back, and what an evaluation leaves behind."""
+    config = DataConfig(root=str(invented), val=(Source(kind="nuscenes", split=("mini_val",), version="v1.0-mini"),))
+    dataset = Detection3D(frames, CLASSES, MODEL.size, config, False)
+    assert evaluate.has_samples(dataset)
+    metrics = evaluate.compute_sample_metrics(dataset, found, config)
+    assert 0.8 < metrics["mAP"] == metrics["mean_ap"] < 0.9
+    assert evaluate.read_metric(metrics, "NDS") == metrics["nd_score"]
+    assert evaluate.read_metric(metrics, "-mATE") == metrics["tp_errors"]["trans_err"]
+    assert evaluate.read_metric(metrics, "-label_tp_errors/traffic_cone/vel_err") == evaluate.WORST  # NaN
+    numbers = evaluate.flat_metrics(metrics)
+    assert {"NDS", "mAP", "mAVE", "label_aps/car/0.5"} <= numbers.keys()
+    assert not any(name.startswith("cfg") for name in numbers)
+    assert np.isfinite(list(numbers.values())).all()
+    assert evaluate.blank_metrics(dataset).keys() == metrics.keys()
+    with pytest.raises(ValueError, match="best=NSD: there is no 'NSD' among the metrics, only NDS, mAP, mATE"):
+        evaluate.read_metric(evaluate.blank_metrics(dataset), "NSD")
+    order = np.random.default_rng(0).permutation(len(frames))
+    shuffled = evaluate.compute_sample_metrics(dataset, {frames[i].id: found[frames[i].id] for i in order}, config)
+    assert {**shuffled, "label_tp_errors": 0} == {**metrics, "label_tp_errors": 0}  # NaN is never equal
+    few = dataclasses.replace(config, val=(dataclasses.replace(config.val[0], limit=6),))
+    part = evaluate.compute_sample_metrics(Detection3D(frames[:6], CLASSES, MODEL.size, few, False), found, few)
+    assert part["label_aps"] != metrics["label_aps"]
+    evaluate.write_evaluation(tmp_path / "run", dataset, metrics, found)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"results_nusc.json", "predictions.jsonl", "metrics.json", "worst.png"}
+    again = nuscenes_metrics(truth, nuscenes.read_results(tmp_path / "run/results_nusc.json", truth.tokens)[0])
+    assert again["nd_score"] == pytest.approx(metrics["NDS"], abs=1e-6)
+    assert evaluate.format_metrics(metrics).endswith(f"NDS {metrics['NDS']:.4f}")
+
+
+def test_samples_are_not_mixed_with_single_frames(frames):
+    mixed = Detection3D([frames[0], dataclasses.replace(frames[1], group="")], CLASSES, MODEL.size, DataConfig(), False)
+    with pytest.raises(ValueError, match=r"data\.val lists nuScenes and other sources, expected one kind of them"):
+        evaluate.has_samples(mixed)
