@@ -103,7 +103,9 @@ def test_run_files_load_and_survive_json(path, tmp_path):
 
 
 def test_run_files_are_there():
-    assert {"synthetic", "kitti", "kitti_large", "kitti_overfit", "deep3d", "yardstick", "nuscenes"} == {p.stem for p in RUN_FILES}
+    assert {p.stem for p in RUN_FILES} == {
+        *("synthetic", "kitti", "kitti_large", "kitti_overfit", "deep3d", "yardstick", "nuscenes", "nuscenes_mini_world")
+    }
 
 
 def test_all_twelve_losses_run_in_deep3d():

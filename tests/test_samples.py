@@ -1,16 +1,20 @@
 """nuScenes' samples through the detector and back: what the head says of six cameras, merged, written and evaluated."""
 
 import dataclasses
+import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT
 
 import evaluate
+import train
 from data import DataConfig, Detection3D, Source, collate
-from formats import nuscenes
+from formats import nuscenes, nuscenes_world
 from frames import whole_view
 from metrics.nuscenes import RANGE, nuscenes_metrics
 from model import Detector, ModelConfig, to_labels
@@ -135,3 +139,26 @@ def test_samples_are_not_mixed_with_single_frames(frames):
     mixed = Detection3D([frames[0], dataclasses.replace(frames[1], group="")], CLASSES, MODEL.size, DataConfig(), False)
     with pytest.raises(ValueError, match=r"data\.val lists nuScenes and other sources, expected one kind of them"):
         evaluate.has_samples(mixed)
+
+
+def test_a_run_follows_nds(tmp_path, monkeypatch, capsys):
+    """Two steps on four samples of the six-camera world, then the score, the files and the words of nuScenes."""
+    world = json.dumps([{"kind": "synthetic", "split": ["mini_val"], "world_frames": 24}])
+    nuscenes_world.build_nuscenes_world(tmp_path, "mini_val", 24)  # starting workers takes longer than to draw so few
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main([
+        str(ROOT / "configs/nuscenes_mini_world.py"), f"data.root={tmp_path}", f"out={tmp_path / 'run'}", f"data.train={world}",
+        f"data.val={world}", "data.workers=0", "model.backbone=test_resnet", "model.size=96,160", "model.channels=32",
+        'model.classes=["car","pedestrian"]', 'model.attributes={"car":["vehicle.moving","vehicle.parked"]}', "train.batch_size=4",
+        "train.steps=2", "train.warmup=0", "train.log_every=1",
+    ])  # fmt: skip
+    metrics = json.loads((tmp_path / "run/best/metrics.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["NDS"] == metrics["NDS"] >= 0
+    assert all(line[name] > 0 for line in lines[:-1] for name in ("loss_velocity", "loss_attribute"))
+    said = capsys.readouterr().out
+    assert f"mAP {metrics['mAP']:.4f}   NDS {metrics['NDS']:.4f}" in said
+    assert f"NDS: {metrics['NDS']:.4f}, best: {metrics['NDS']:.4f}" in said
+    assert (tmp_path / "run/predictions.png").stat().st_size > 1000
+    AcceleratorState._reset_state(reset_partial_state=True)
