@@ -406,7 +406,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
         out = Path(options.out) if options.out else Path(options.run) / "evaluation"
         write_evaluation(out, dataset, metrics, predictions)
         print(format_metrics(metrics, options.metric, metrics["errors"] if options.errors else None))
-        print(f"{folder}: {', '.join(sorted(path.name for path in out.iterdir()))} are in {out}")
+        print(f"{folder}: {', '.join(sorted(path.name for path in out.glob('*')))} are in {out}")
         if options.json:
             Path(options.json).write_text(json.dumps(metrics, indent=1))
         if options.curves:

@@ -474,7 +474,7 @@ def test_what_predict_returns_is_indexed_drawn_and_written(detector, picture, tm
     for one in (found[0], found[np.int64(0)], found[:1], found[[0]], found[-n], found[np.arange(n) == 0]):
         assert len(one) == 1
         assert one.center.tolist() == found.center[:1].tolist()
-        assert one.velocity is None
+        assert one.velocity.tolist() == found.velocity[:1].tolist()
     assert found[-1].score[0] == found.score[-1]
     assert len(found[found.score > found.score[3]]) == 3
     for beyond in (n, -n - 1):
