@@ -111,8 +111,11 @@ def save_checkpoint(accelerator, root, config, progress, keep):
         shutil.rmtree(doomed, ignore_errors=True)  # a network file system keeps files that somebody reads
 
 
-def save_weights(folder, model, config, metrics, meta):
-    """A folder for `Detector.from_pretrained`: config.json, model.safetensors, metrics.json and their digests; replaced as a whole."""
+def save_weights(folder, model, config, metrics, meta, table=""):
+    """A folder for `Detector.from_pretrained`: config.json, model.safetensors, metrics.json and their digests; replaced as a whole.
+
+    Beside them lies README.md, the model card with that table of the metrics, which its owner may edit: it has no digest.
+    """
     folder = Path(folder)
     aside = folder.with_name(f".tmp_{folder.name}")
     with writing(aside, f"{folder}: cannot write the weights: {{}}"):
@@ -121,8 +124,19 @@ def save_weights(folder, model, config, metrics, meta):
         save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, aside / MODEL)
         (aside / CONFIG).write_text(json.dumps(config, indent=1))
         (aside / METRICS).write_text(json.dumps(metrics, indent=1))
+        results = _measured(config["data"]["val"], meta, table) if table else ""
+        model.generate_model_card(results).save(aside / "README.md")
         write_meta(aside, meta, [MODEL, CONFIG, METRICS])
         _publish(aside, folder)
+
+
+def _measured(sources, meta, table):
+    """A table of metrics as Markdown, with the data (`Source`s as dicts) and the step that it was measured on."""
+    names = []
+    for source in sources:
+        split = [] if source["kind"] == "jsonl" else [f"({', '.join(source['split'])})"]
+        names.append(" ".join([source["kind"], *Path(source["root"]).parts[-1:], *split]))
+    return f"On {' and '.join(names)}, after {meta['step']} steps:\n\n```\n{table}\n```"
 
 
 def amend_checkpoint(folder, metrics, **changes):

@@ -19,7 +19,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
@@ -185,17 +186,25 @@ class Tower(nn.Sequential):
         super().__init__(*layers)
 
 
-class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["monocular-3d-detection"], license="apache-2.0"):
+class Detector(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="deep3d",
+    tags=["monocular-3d-detection"],
+    license="apache-2.0",
+    pipeline_tag="object-detection",
+):
     """One image and its camera matrix in, 3D boxes out.
 
     `forward` gives raw outputs at every location, `decode` their meaning at chosen locations, `detect` the detections of a batch,
     `predict` those of images of any size in their own pixels. `from_pretrained(folder or hub id)`, `save_pretrained` and
-    `push_to_hub` read and write config.json and model.safetensors; other sections of a run's config.json are left alone.
+    `push_to_hub` read and write config.json, model.safetensors and README.md; other sections of a run's config.json are left alone.
     """
 
     def __init__(self, model: ModelConfig):  # named as the section of config.json that it is read from
         super().__init__()
         self.config = model
+        self.card = ""  # README.md that the weights came with
         if not (model.size_prior and model.depth_mean and model.depth_std):
             raise ValueError(
                 "model.size_prior, depth_mean and depth_std are not set: fill them with targets.measure_priors(dataset, config)"
@@ -246,7 +255,14 @@ class Detector(nn.Module, PyTorchModelHubMixin, library_name="deep3d", tags=["mo
         if (Path(model_id) / META).exists():
             verify_files(model_id)
         model = dataclasses.replace(model, pretrained=False)  # the weights are here already
-        return super()._from_pretrained(model_id=model_id, model=model, strict=strict, **options)
+        detector = super()._from_pretrained(model_id=model_id, model=model, strict=strict, **options)
+        detector.card = _read_card(model_id, options)
+        return detector
+
+    def generate_model_card(self, results=""):
+        """README.md of a folder of weights: the one that these came with, else docs/model_card.md, filled in. results: Markdown."""
+        about = self._hub_mixin_info.model_card_data
+        return ModelCard(self.card) if self.card else ModelCard.from_template(about, CARD, config=self.config, results=results)
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
@@ -528,6 +544,21 @@ def to_labels(found, view, classes, min_score=0.0, attributes=()):
     if "attribute" in found:
         optional["attribute"] = np.array([*attributes, ""], dtype=object)[found["attribute"].astype(int)]  # -1 is the last
     return make_labels(names, boxes, found["size"], found["center"], found["yaw"], score=found["score"], **optional)
+
+
+CARD = str(Path(__file__).parent / "docs" / "model_card.md")
+
+
+def _read_card(model_id, options):
+    """README.md of a folder or of a repository on the hub, "" where there is none. options: as `from_pretrained` takes them."""
+    path = Path(model_id) / "README.md"
+    if not Path(model_id).is_dir():
+        names = ("revision", "cache_dir", "force_download", "token", "local_files_only")
+        try:
+            path = Path(hf_hub_download(model_id, path.name, **{name: options[name] for name in names if name in options}))
+        except EntryNotFoundError:
+            return ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 META = "meta.json"  # of a folder of weights: what is told of it, and the SHA-256 of its files and of itself

@@ -218,7 +218,8 @@ def validate(config, accelerator, model, val_set, progress, stop):
     write_log(accelerator, out, {"mode": "val", "epoch": epoch, "step": step, name: value}, line, flat_metrics(metrics))
     if accelerator.is_main_process:
         if improved:
-            save_weights(out / "best", model, to_dict(config), metrics, {"step": step, "metric": name, "value": value})
+            about = {"step": step, "metric": name, "value": value}
+            save_weights(out / "best", model, to_dict(config), metrics, about, format_table(metrics))
         own = out / "checkpoints" / f"step_{step:08d}"
         if own.is_dir():  # resume= may name one of another run
             amend_checkpoint(own, metrics, best_metric=name, best=progress.best, evaluated=True)

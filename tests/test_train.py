@@ -143,6 +143,7 @@ def test_best_loads_and_priors_are_filled_in(tiny_run):
     _, out, _ = tiny_run
     detector = Detector.from_pretrained(out / "best")
     assert len(detector.config.size_prior) == 3
+    assert "AP_R40, per cent" in detector.card
     assert len(detector.config.depth_mean) == len(detector.config.strides)
     last = load_file(out / "checkpoints/step_00000006/model.safetensors")
     assert all(torch.equal(value, last[name]) for name, value in detector.state_dict().items())  # one evaluation, at the end
