@@ -260,9 +260,9 @@ class Detector(
         return detector
 
     def generate_model_card(self, results=""):
-        """README.md of a folder of weights: the one that these came with, else docs/model_card.md, filled in. results: Markdown."""
+        """README.md of a folder of weights: the one that these came with, else CARD filled in. results: Markdown."""
         about = self._hub_mixin_info.model_card_data
-        return ModelCard(self.card) if self.card else ModelCard.from_template(about, CARD, config=self.config, results=results)
+        return ModelCard(self.card) if self.card else ModelCard.from_template(about, template_str=CARD, config=self.config, results=results)
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
@@ -546,7 +546,41 @@ def to_labels(found, view, classes, min_score=0.0, attributes=()):
     return make_labels(names, boxes, found["size"], found["center"], found["yaw"], score=found["score"], **optional)
 
 
-CARD = str(Path(__file__).parent / "docs" / "model_card.md")
+CARD = """---
+{{ card_data }}
+---
+
+# Monocular 3D detection of {{ config.classes | join(", ") }}
+
+One image and its camera matrix in, 3D boxes out: FCOS lifted to 3D on a {{ config.backbone }} backbone, for images scaled to fit
+{{ config.size[1] }}x{{ config.size[0] }} pixels. Trained with deep3d.
+
+```python
+import numpy as np
+
+from model import Detector  # deep3d's model.py, with its folder on PYTHONPATH
+
+detector = Detector.from_pretrained(".")  # the folder of this file, or its id on the hub
+K = np.array([[700.0, 0, 320.0], [0, 700.0, 96.0], [0, 0, 1]])  # of your camera, in pixels of image.png
+found = detector.predict("image.png", K)
+print(found.name, found.score, found.center, found.size, found.yaw)
+```
+
+## Conventions
+
+Boxes are in metres in the camera of the image: x right, y down, z forward. `center` is the geometric centre, `size` is
+(length, height, width), `yaw` the rotation about +y (KITTI's rotation_y), `sigma` the standard deviation of the depth, `box` the
+visible 2D box in pixels of the image. The camera matrix is needed: depth is told relative to the focal length. Images are upright
+where EXIF turns them, and so is their camera matrix.
+
+## As measured
+
+{{ results or "Nothing was measured yet." }}
+
+## Licence
+
+The code is Apache-2.0. Weights also carry the terms of the data that they were trained on, such as CC BY-NC-SA 3.0 of KITTI.
+"""
 
 
 def _read_card(model_id, options):
