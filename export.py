@@ -65,7 +65,11 @@ def select_rows(boxes, K, config):
     flat = {name: value.flatten(0, 1) for name, value in boxes.items()}
     flat["label"] = (boxes["label"] + len(config.classes) * torch.arange(images)[:, None]).flatten()  # of other images: other classes
     apart = flat["box"] + flat["label"][:, None] * (max(config.size) + 1)  # as torchvision's batched_nms keeps classes apart
-    kept = torch.zeros_like(flat["score"]).scatter(0, nms(apart, flat["score"], config.nms_iou), 1.0)
+    keep = nms(apart, flat["score"], config.nms_iou)
+    if across := getattr(config, "nms_across_classes", 0.0):
+        images_apart = flat["box"] + (flat["label"] // len(config.classes))[:, None] * (max(config.size) + 1)
+        keep = keep[nms(images_apart[keep], flat["score"][keep], across)]
+    kept = torch.zeros_like(flat["score"]).scatter(0, keep, 1.0)
     score = flat["score"] * kept * (flat["score"] > config.score_threshold)
     best, rows = score.unflatten(0, (images, candidates)).topk(min(config.max_detections, candidates))
     rows = (rows + candidates * torch.arange(images)[:, None]).flatten()
