@@ -98,7 +98,8 @@ def test_a_run_leaves_what_it_should(tiny_run):
         "predictions.png",
         "train.log",
     ]
-    assert sorted(p.name for p in (out / "best").iterdir()) == ["config.json", "meta.json", "metrics.json", "model.safetensors"]
+    best = ["README.md", "config.json", "meta.json", "metrics.json", "model.safetensors"]
+    assert sorted(p.name for p in (out / "best").iterdir()) == best
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [f"step_0000000{i}" for i in (2, 4, 6)]
     for folder in (out / "checkpoints").iterdir():
         found = sorted(p.name for p in folder.iterdir() if p.name != "metrics.json")
