@@ -7,7 +7,8 @@ onnx_detector.py, which runs it on images of any size with numpy, Pillow and onn
 
 Inputs: image (B, H, W, 3) uint8 RGB of the canvas, K (B, 3, 3) of the canvas; B is free. Outputs, in pixels of the canvas and metres of
 each camera, S = model.candidates rows an image, as `Detector.rank` gives them before duplicates are suppressed: label (B, S), score
-(B, S), box (B, S, 4), pixel (B, S, 2), depth (B, S), size (B, S, 3), alpha (B, S), sigma (B, S). With --nms the graph does what
+(B, S), box (B, S, 4), pixel (B, S, 2), depth (B, S), size (B, S, 3), alpha (B, S), sigma (B, S),
+and velocity (B, S, 3) and attribute (B, S) of a model that has them. With --nms the graph does what
 `Detector.select` does: S = model.max_detections, best score first, center (B, S, 3) and yaw (B, S) in place of pixel, depth and alpha;
 rows with score 0 hold nothing. The metadata entry `deep3d` is JSON: the version of this layout, nms, half, and the config's section model.
 """
@@ -66,7 +67,7 @@ def select_rows(boxes, K, config):
     flat["label"] = (boxes["label"] + len(config.classes) * torch.arange(images)[:, None]).flatten()  # of other images: other classes
     apart = flat["box"] + flat["label"][:, None] * (max(config.size) + 1)  # as torchvision's batched_nms keeps classes apart
     keep = nms(apart, flat["score"], config.nms_iou)
-    if across := getattr(config, "nms_across_classes", 0.0):
+    if across := config.nms_across_classes:
         images_apart = flat["box"] + (flat["label"] // len(config.classes))[:, None] * (max(config.size) + 1)
         keep = keep[nms(images_apart[keep], flat["score"][keep], across)]
     kept = torch.zeros_like(flat["score"]).scatter(0, keep, 1.0)

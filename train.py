@@ -219,7 +219,7 @@ def validate(config, accelerator, model, val_set, progress, stop):
     if accelerator.is_main_process:
         if improved:
             about = {"step": step, "metric": name, "value": value}
-            save_weights(out / "best", model, to_dict(config), metrics, about, format_table(metrics))
+            save_weights(out / "best", model, to_dict(config), metrics, about, format_metrics(metrics))
         own = out / "checkpoints" / f"step_{step:08d}"
         if own.is_dir():  # resume= may name one of another run
             amend_checkpoint(own, metrics, best_metric=name, best=progress.best, evaluated=True)

@@ -2,9 +2,9 @@
 
 python onnx_detector.py model.onnx image.png --intrinsics FX FY CX CY
 
-Prints one line per detection. Everything is in the camera of the image: x right, y down, z forward, metres; `center` is the geometric
-centre, `size` is (l, h, w), `yaw` the rotation about +y in [-pi, pi), `sigma` the standard deviation of the depth, `box` the visible
-2D box in pixels of the image, upright where EXIF turns it. Pixel centres lie at whole numbers.
+Prints one line per detection, in the camera of the image: x right, y down, z forward, metres; `center` is the geometric centre,
+`size` (l, h, w), `yaw` the rotation about +y, `sigma` the standard deviation of the depth, `box` the visible 2D box in pixels of the
+image, upright where EXIF turns it. Pixel centres lie at whole numbers.
 """
 
 import argparse
@@ -26,6 +26,7 @@ class OnnxDetector:
         if self.about["version"] != 1:
             raise ValueError(f"{path}: layout {self.about['version']}, expected 1: take the onnx_detector.py that lies beside it")
         self.config = self.about["model"]
+        self.attributes = np.array([*sorted({name for names in self.config["attributes"].values() for name in names}), ""])
 
     def predict(self, image, K, min_score=0.0):
         """Detections of one image, best first: a path, PIL image or (H, W, 3) uint8 RGB array; K (3, 3) in its pixels."""
@@ -33,26 +34,26 @@ class OnnxDetector:
 
     def predict_batch(self, images, cameras, min_score=0.0):
         """The same for n images, each with its own K, as one batch. Returns n dicts of numpy arrays: name (k,), score (k,), box (k, 4),
-        center (k, 3), size (k, 3), yaw (k,), sigma (k,), and what else the model was trained to give."""
+        center (k, 3), size (k, 3), yaw (k,), sigma (k,), and velocity (k, 3), attribute (k,) where the model has them."""
         views = [place(read_image(image), np.asarray(K, float), self.config["size"]) for image, K in zip(images, cameras, strict=True)]
-        canvas, K = np.stack([view[0] for view in views]), np.stack([view[1] for view in views]).astype(np.float32)
+        canvas, K = np.stack([view[0] for view in views]), np.float32([view[1] for view in views])
         rows = dict(zip(self.names, self.session.run(self.names, {"image": canvas, "K": K}), strict=True))
         found = []
         for i, (_, _, scale, size) in enumerate(views):
             boxes = {name: value[i].astype(np.float64) for name, value in rows.items()}
-            if not self.about["nms"]:
-                boxes = select(boxes, K[i], self.config)
-            shown = (boxes["score"] >= min_score) & (boxes["score"] > 0)  # rows with score 0 hold nothing
-            boxes = {name: value[shown] for name, value in boxes.items()}
+            boxes = boxes if self.about["nms"] else select(boxes, K[i], self.config)
+            boxes = {name: value[boxes["score"] >= max(min_score, 1e-12)] for name, value in boxes.items()}  # rows of score 0 hold nothing
             boxes["box"] = np.clip((boxes["box"] + 0.5) / np.tile(scale, 2) - 0.5, 0, np.tile(size, 2) - 1.0)
+            if "attribute" in boxes:
+                boxes["attribute"] = self.attributes[boxes["attribute"].astype(int)]  # -1 stands for none, and is the last
             found.append({"name": np.array(self.config["classes"])[boxes.pop("label").astype(int)], **boxes})
         return found
 
 
 def read_image(image):
     """A path, PIL image or RGB array -> PIL image in RGB with 8 bits, upright."""
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image if isinstance(image, Image.Image) else Image.open(image)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257 + 0.5).astype(np.uint8))
     return image.convert("RGB")
@@ -97,7 +98,7 @@ def select(rows, K, config):
     same = rows["label"][:, None] == rows["label"]
     kept = suppress(np.arange(len(overlap)), (overlap > config["nms_iou"]) & same)
     kept = kept[rows["score"][kept] > config["score_threshold"]]
-    if config.get("nms_across_classes"):
+    if config["nms_across_classes"]:
         kept = suppress(kept, overlap > config["nms_across_classes"])
     kept = kept[: config["max_detections"]]
     found = {name: value[kept] for name, value in rows.items()}
@@ -133,15 +134,14 @@ def box_iou(a, b):
 
 
 def main():
-    """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="model.onnx")
     parser.add_argument("image")
     parser.add_argument("--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, required=True, help="pixels of the image")
     parser.add_argument("--min-score", metavar="S", type=float, default=0.25, help="default: 0.25")
     options = parser.parse_args()
-    (fx, fy, cx, cy), detector = options.intrinsics, OnnxDetector(options.model)
-    found = detector.predict(options.image, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], options.min_score)
+    fx, fy, cx, cy = options.intrinsics
+    found = OnnxDetector(options.model).predict(options.image, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], options.min_score)
     for i, name in enumerate(found["name"]):
         print(name, *(f"{key} {np.round(found[key][i], 2)}" for key in ("score", "center", "size", "yaw", "sigma", "box")))
 

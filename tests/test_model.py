@@ -484,7 +484,8 @@ def test_what_predict_returns_is_indexed_drawn_and_written(detector, picture, tm
     assert found.corners().shape == (n, 8, 3)
     assert found[0].project(K).shape == (1, 8, 2)
     told = json.loads(json.dumps(found[:2].to_dict(), allow_nan=False))
-    assert list(told) == ["name", "box", "size", "center", "yaw", "alpha", "truncation", "occlusion", "score", "sigma"]
+    columns = ["name", "box", "size", "center", "yaw", "alpha", "truncation", "occlusion", "score", "sigma", "velocity", "attribute"]
+    assert list(told) == columns
     assert told["box"] == found.box[:2].tolist()
     again = Labels(**{name: np.array(values) for name, values in told.items()})
     np.testing.assert_array_equal(again.corners(), found[:2].corners())
