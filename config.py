@@ -200,7 +200,7 @@ def to_dict(config):
 
 FREE_KEYS = {  # may change when a run goes on: they do not shape the training, or, like the global batch, are compared by themselves
     *("out", "resume", "allow_changes", "load_from", "log_with", "best"),
-    *("data." + name for name in ("root", "val", "workers", "cache", "skip_bad", "overlap")),
+    *("data." + name for name in ("root", "val", "workers", "index", "cache", "skip_bad", "overlap")),
     *("model." + name for name in ("pretrained", "score_threshold", "nms_iou", "candidates", "max_detections", "fuse_duplicates")),
     *("model." + name for name in ("nms_across_classes", "centerness_share", "depth_tolerance")),
     *("train." + name for name in ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every")),

@@ -1,7 +1,8 @@
 """From sources of frames to batches: reading, augmentation, collation, and the order of a run.
 
-A source (KITTI folder, JSON lines, nuScenes tables, built-in world) is a list of frames. Every random
-draw is a pure function of (seed, epoch, index), never of a worker's state, so the loader gives a step the same pixels on any machine.
+A source (KITTI folder, JSON lines, nuScenes tables, built-in world) is a list of frames, read once into an index that all processes map.
+Every random draw is a pure function of (seed, epoch, index), never of a worker's state, so the loader gives a step the same pixels on any
+machine.
 """
 
 import collections
@@ -18,7 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from formats import jsonl, kitti, nuscenes, nuscenes_world, world
-from frames import decode, join, opened, place_image, place_labels, random_view, reduction_of, upright, whole_view
+from formats.index import Frames
+from frames import decode, opened, place_image, place_labels, random_view, reduction_of, upright, whole_sizes, whole_view
 from geometry import camera_problem, project_boxes
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
@@ -68,6 +70,7 @@ class DataConfig:
     colour: float = 0.0  # strength of brightness, contrast and saturation changes: each factor in 1 +- colour
     overlap: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)  # class -> overlap to exceed in 2D, BEV, 3D
     workers: int = 2  # loader processes per training process
+    index: str = ""  # folder for what was read of the sources; empty: beside each, or in the user's cache folder
     cache: str = ""  # folder for decoded frames, read instead of decoding again; 1.4 MB a KITTI frame; empty: none
     skip_bad: bool = False  # replace an unreadable image by another one, count and report, instead of stopping
 
@@ -108,38 +111,57 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def read_world(source, root, split, problems=None):
-    """Frames of one split of the built-in world, which is rendered when it is not there."""
-    wanted = root, split, source.world_frames, source.world_seed, usable_cores()
-    if split in nuscenes_world.SPLITS:
-        return nuscenes.read_frames(nuscenes_world.build_nuscenes_world(*wanted), (split,), source.version, source.cameras, problems)
-    return kitti.read_frames(world.build_world(*wanted[:4], workers=wanted[4]), (split,), problems)
-
-
 def read_source(source, config, problems=None):
-    """Frames of one `Source`, renamed and limited, not repeated.
+    """The frames of one `Source` as parts of `Frames`, renamed and limited, repeated, from their index.
 
     With a list `problems`, what is wrong with single frames is added to it as a sentence, and the frame left out, instead of raised.
     """
     root = Path(source.root or config.root)
     if source.repeat < 1 or source.limit < 0:
         raise ValueError(f"data source {root}: repeat {source.repeat} and limit {source.limit}, expected >= 1 and >= 0")
-    if source.kind == "kitti":
-        frames = kitti.read_frames(root, source.split, problems)
-    elif source.kind == "synthetic":
-        frames = [frame for split in source.split for frame in read_world(source, root, split, problems)]
-    elif source.kind == "jsonl":
-        frames = jsonl.read_frames(root, problems)
-    elif source.kind == "nuscenes":
-        frames = nuscenes.read_frames(root, source.split, source.version, source.cameras, problems)
-    else:
+    parts, left = [], source.limit
+    for kind, folder, split in find_folders(source, root):
+        if problems is None:
+            part = open_part(kind, folder, split, source, config.index, left)
+        else:
+            [part] = Frames.of(list_frames(kind, folder, split, source, problems)).parts
+        count = min(part.count, left) if source.limit else part.count
+        parts.append(dataclasses.replace(part, count=count, rename=source.rename))
+        left -= count
+    return parts
+
+
+def find_folders(source, root):
+    """[(kind, folder or file, splits)] that a source is read from; the built-in world is rendered where it is not there."""
+    if source.kind in ("kitti", "jsonl", "nuscenes"):
+        return [(source.kind, root, source.split)]
+    if source.kind != "synthetic":
         raise ValueError(f"data source kind is {source.kind!r}, expected 'kitti', 'jsonl', 'nuscenes' or 'synthetic'")
-    frames = frames[: source.limit or None]
-    if source.rename:
-        for number, frame in enumerate(frames):
-            names = np.array([source.rename.get(name, name) for name in frame.labels.name], dtype=object)
-            frames[number] = dataclasses.replace(frame, labels=dataclasses.replace(frame.labels, name=names))
-    return frames
+    found, wanted = [], (source.world_frames, source.world_seed)
+    for split in source.split:
+        if split in nuscenes_world.SPLITS:
+            found.append(("nuscenes", nuscenes_world.build_nuscenes_world(root, split, *wanted, usable_cores()), (split,)))
+        else:
+            found.append(("kitti", world.build_world(root, split, *wanted, workers=usable_cores()), (split,)))
+    return found
+
+
+def open_part(kind, folder, split, source, index, limit):
+    """`Part` with the frames of a folder or file, from its index; of JSON lines, no more than the limit need be read."""
+    if kind == "jsonl":
+        return jsonl.open_frames(folder, index, limit, usable_cores())
+    if kind == "nuscenes":
+        return nuscenes.open_frames(folder, split, source.version, source.cameras, index)
+    return kitti.open_frames(folder, split, index, usable_cores())
+
+
+def list_frames(kind, folder, split, source, problems):
+    """The frames of a folder or file, one by one; what is wrong with some is added to problems."""
+    if kind == "jsonl":
+        return jsonl.read_frames(folder, problems)
+    if kind == "nuscenes":
+        return nuscenes.read_frames(folder, split, source.version, source.cameras, problems)
+    return kitti.read_frames(folder, split, problems)
 
 
 def build_dataset(config, sources, classes, size, training, seed=0, velocity=False, attributes=()):
@@ -147,25 +169,22 @@ def build_dataset(config, sources, classes, size, training, seed=0, velocity=Fal
 
     velocity and attributes (names in the order of their indices): whether samples hold them.
     """
+    name = f"data.{'train' if training else 'val'}"
     if not sources:
-        raise ValueError(f"data.{'train' if training else 'val'} lists no source, expected at least one")
+        raise ValueError(f"{name} lists no source, expected at least one")
     if not training and any(source.repeat > 1 for source in sources):
         raise ValueError("data.val lists frames more than once, expected repeat=1; train.eval_repeat counts each frame several times")
-    frames, ids = [], collections.Counter()
-    for number, source in enumerate(sources):
-        mark = f"{number}_" if len(sources) > 1 else ""
-        listed = [dataclasses.replace(f, id=mark + f.id) for f in read_source(source, config)]
-        ids.update(f.id for f in listed)
-        frames += listed * source.repeat
-    twice = [id for id, count in ids.items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"frame {twice[0]} is listed {ids[twice[0]]} times in data.{'train' if training else 'val'}; use repeat= to repeat"
-        )
-    names = {name for frame in frames for name in frame.labels.name}
-    if training and (missing := [name for name in classes if name not in names]):
-        there = ", ".join(sorted(names - {"DontCare"})) or "none"
-        raise ValueError(f"no frame of data.train holds an object of class {missing[0]!r} of model.classes; the classes there are: {there}")
+    listed = [read_source(source, config) for source in sources]
+    marks = [f"{number}_" if len(sources) > 1 else "" for number in range(len(sources))]
+    listed = [[dataclasses.replace(part, mark=mark) for part in own] for own, mark in zip(listed, marks, strict=True)]
+    if twice := next((twice for own in listed if (twice := Frames(own).repeated())), None):
+        raise ValueError(f"frame {twice[0]} is listed {twice[1]} times in {name}; use repeat= to repeat")
+    frames = Frames([part for source, own in zip(sources, listed, strict=True) for part in own * source.repeat])
+    if training:
+        names = frames.count_names()
+        if missing := [wanted for wanted in classes if wanted not in names]:
+            there = ", ".join(sorted(names.keys() - {"DontCare"})) or "none"
+            raise ValueError(f"no frame of {name} holds an object of class {missing[0]!r} of model.classes; the classes there are: {there}")
     return Detection3D(frames, classes, size, config, training, seed, velocity, attributes)
 
 
@@ -213,16 +232,17 @@ class FrameCache:
 
 
 class Detection3D(Dataset):
-    """Frames as tensors. Index with i, or (epoch, i) for training, where the epoch varies the augmentation.
+    """`Frames`, or any list of `Frame`s, as tensors. Index with i, or (epoch, i) for training, where the epoch varies the augmentation.
 
     `classes` are the trained classes in order; rows named by config.neighbours or DontCare become ignore regions; all other classes
     are background. `summary()` counts what became of every label.
     """
 
     def __init__(self, frames, classes, size, config, training, seed=0, velocity=False, attributes=()):
-        self.frames, self.classes, self.size, self.config = frames, tuple(classes), tuple(size), config
+        self.frames = frames if isinstance(frames, Frames) else Frames.of(frames)
+        self.classes, self.size, self.config = tuple(classes), tuple(size), config
         self.training, self.seed, self.velocity, self.attributes = training, seed, velocity, tuple(attributes)
-        self.ids = [frame.id for frame in frames]
+        self.ids = self.frames.ids
         self.cache = FrameCache(config.cache) if config.cache else None
         clash = set(classes) & {*config.neighbours, "DontCare"}
         if clash:
@@ -244,14 +264,16 @@ class Detection3D(Dataset):
     def load(self, epoch, index, skipped=0):
         """The sample of frame `index`: the tensors of `sample_from`, image (H, W, 3) uint8, and for `change_colours` colour and covered."""
         frame = self.frames[index]
-        with opened(frame.image) as file:
+        with opened(frame.image, self.frames.place(index)) as file:
             image = upright(file)
             size, reduction = image.size, reduction_of(image, self.size, max(1.0, self.config.scale[1]) if self.training else 1.0)
             kept = self.cache.read(frame.image, (size[0] // reduction, size[1] // reduction), reduction) if self.cache else None
             pixels = np.array(decode(image, reduction)) if kept is None else kept
-        problem = camera_problem(frame.K, *size)
-        if problem:
+        if problem := camera_problem(frame.K, *size):
             raise UserError(f"{frame.image}: its camera matrix: {problem}")
+        if (known := self.frames.image_size(index) or size) != size:
+            was = f"{known[0]}x{known[1]} when its source was read"
+            raise UserError(f"{frame.image}: the image is {size[0]}x{size[1]}, and was {was}: touch the source to read it anew")
         if self.cache and kept is None:
             self.cache.write(frame.image, pixels, reduction)
         rng = np.random.default_rng((self.seed, epoch, index))
@@ -292,52 +314,102 @@ class Detection3D(Dataset):
             sample["attribute"] = torch.tensor([index.get(name, -1) for name in known], dtype=torch.long)
         return sample
 
-    def roles(self, labels):
-        """Class index (n,), -1 for none, and which of n boxes on the canvas are trained and which ignored: (n,) bool each."""
-        index = {name: i for i, name in enumerate(self.classes)}
-        label = np.array([index.get(name, -1) for name in labels.name], dtype=np.int64)
+    def roles(self, labels, names=None):
+        """Class index (n,), -1 for none, and which of n boxes on the canvas are trained and which ignored: (n,) bool each.
+
+        With names (c,), labels.name holds places in them, as in `Part.labels`.
+        """
+        known, index = labels.name if names is None else names, {name: i for i, name in enumerate(self.classes)}
+        label = np.array([index.get(name, -1) for name in known], dtype=np.int64)
+        ignored = np.array([name in ("DontCare", *self.config.neighbours) for name in known], dtype=bool)
+        if names is not None:
+            label, ignored = label[labels.name], ignored[labels.name]
         hard = (labels.box[:, 3] - labels.box[:, 1] < self.config.min_height) | (labels.occlusion > self.config.max_occlusion)
         trained = (label >= 0) & labels.is_3d & ~(hard & self.training)
-        return label, trained, np.isin(labels.name.astype(str), ["DontCare", *self.config.neighbours]) | ((label >= 0) & ~trained)
+        return label, trained, ignored | ((label >= 0) & ~trained)
 
     def view_of(self, index):
-        """The `View` through which frame `index` is seen in evaluation. Opens the image's header only."""
+        """The `View` through which frame `index` is seen in evaluation. Opens the image's header, where its size is not known."""
+        if size := self.frames.image_size(index):
+            return whole_view(*size, self.size)
         with opened(self.frames[index].image) as image:
             return whole_view(*upright(image).size, self.size)
 
     def truth(self, index):
         """All labels of a frame in its source's own frame and pixels, as evaluation wants them."""
-        return self.frames[index].labels.moved(-self.frames[index].offset)
+        frame = self.frames[index]
+        return frame.labels.moved(-frame.offset)
 
     def digest(self):
         """SHA-256 of all labels, cameras, ids and their order, as hex digits. Images are not read."""
-        found = hashlib.sha256()
-        for frame in self.frames:
-            columns = [frame.K, frame.offset, *(value for value in vars(frame.labels).values() if value is not None)]
-            found.update(f"{frame.id} {[list(c.shape) for c in columns]}".encode())
-            for column in columns:
-                found.update(repr(column.tolist()).encode() if column.dtype == object else np.ascontiguousarray(column).tobytes())
-        return found.hexdigest()
+        return self.frames.digest()
+
+    def blocks(self):
+        """All frames in blocks, each part of them once: part, index of its first frame, rows of the frames and of their objects."""
+        for part in dict.fromkeys(self.frames.parts):
+            first = self.frames.ends[self.frames.parts.index(part)] - part.count
+            for frames, objects in part.blocks():
+                yield part, first, frames, objects
+
+    def sizes(self, part, first, frames, strict):
+        """Sizes (n, 2) of the images of a block; those that are not known are looked up, and 0 where they cannot be read.
+
+        strict: an image that cannot be read raises OSError, unless data.skip_bad passes it over.
+        """
+        sizes = part.columns["image_size"][frames].copy()
+        for row in np.flatnonzero(sizes[:, 0] == 0).tolist():
+            try:
+                sizes[row] = self.view_of(first + frames.start + row).image_size
+            except OSError:
+                if strict and not self.config.skip_bad:
+                    raise
+        return sizes
+
+    def whole_objects(self):
+        """The objects to train on as `sample_from` gives them when images are shown whole, in blocks, each frame once.
+
+        Yields tensors label (P,), size (P, 3) m, box (P, 4) canvas px, depth (P,) m, focal (P,): fy of the canvas, px. Raises OSError for
+        an image that cannot be read, unless data.skip_bad passes it over.
+        """
+        for part, first, frames, objects in self.blocks():
+            sizes, owner = self.sizes(part, first, frames, strict=True), part.owners(frames)
+            shown = whole_sizes(np.maximum(sizes, 1), self.size)
+            scale = shown / np.maximum(sizes, 1)
+            labels = part.labels(objects)
+            boxes = labels.box * np.tile(scale, 2)[owner] + np.tile(0.5 * scale - 0.5, 2)[owner]
+            boxes = np.clip(boxes, 0, np.tile(shown - 1, 2)[owner])
+            label, trained, _ = self.roles(dataclasses.replace(labels, box=boxes), part.names)
+            rows = np.flatnonzero(trained & (sizes[owner, 0] > 0) & ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1))
+            focal = (scale[:, 1] * part.columns["K"][frames, 4])[owner[rows]]
+            columns = labels.size[rows], boxes[rows], labels.center[rows, 2], focal
+            yield torch.from_numpy(label[rows]), *(torch.from_numpy(column.astype(np.float32)) for column in columns)
 
     def summary(self):
         """One line: frames, and how many labels of each name are trained, ignored or background, in images shown whole.
 
-        Opens the images' headers where data.min_height needs their sizes.
+        Opens the images' headers where data.min_height needs sizes that are not known.
         """
-        labels, scale = join([frame.labels for frame in self.frames]), np.ones(len(self))
-        if self.training and self.config.min_height:
-            for index in range(len(self)):
-                with contextlib.suppress(OSError):  # reported or replaced when it is read
-                    view = self.view_of(index)
-                    scale[index] = view.height / view.image_size[1]
-        box = labels.box * np.repeat(scale, [len(frame.labels) for frame in self.frames])[:, None]
-        _, trained, ignored = self.roles(dataclasses.replace(labels, box=box))
-        parts = []
-        for title, rows in (("trained", trained), ("ignored", ignored), ("background", ~trained & ~ignored)):
-            count = collections.Counter(labels.name[rows])
-            if names := self.classes if title == "trained" else sorted(count):
-                parts.append(f"{title}: " + ", ".join(f"{name} {count[name]}" for name in names))
-        return f"{len(self)} frames; " + "; ".join(parts)
+        found, times = (
+            {title: collections.Counter() for title in ("trained", "ignored", "background")},
+            collections.Counter(self.frames.parts),
+        )
+        for part, first, frames, objects in self.blocks():
+            labels, names = part.labels(objects), part.names
+            if self.training and self.config.min_height:
+                sizes = self.sizes(part, first, frames, strict=False)
+                scale = np.where(sizes[:, 1] > 0, whole_sizes(np.maximum(sizes, 1), self.size)[:, 1] / np.maximum(sizes[:, 1], 1), 1.0)
+                labels = dataclasses.replace(labels, box=labels.box * scale[part.owners(frames)][:, None])
+            _, trained, ignored = self.roles(labels, names)
+            for title, rows in (("trained", trained), ("ignored", ignored), ("background", ~trained & ~ignored)):
+                for name, count in zip(names, np.bincount(labels.name[rows], minlength=len(names)).tolist(), strict=True):
+                    found[title][name] += count * times[part]
+        parts = [f"{len(self)} frames"]
+        for title, counts in found.items():
+            if names := self.classes if title == "trained" else sorted(+counts):
+                parts.append(f"{title}: " + ", ".join(f"{name} {counts[name]}" for name in names))
+        if dropped := self.frames.dropped():
+            parts.append(f"left out, as they cannot be seen: {dropped}")
+        return "; ".join(parts)
 
 
 def collate(samples, multiple=16):

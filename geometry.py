@@ -113,13 +113,14 @@ def clip_edges(corners, near=NEAR):
 def project_boxes(center, size, yaw, K):
     """Extent of projected 3D boxes, edges cut at z = 0.1 m: the `full_box`. Numpy.
 
-    center (n, 3), size (n, 3) as l, h, w, yaw (n,), K (3, 3). Returns full_box (n, 4), possibly far outside the image and NaN for
-    boxes wholly behind the camera, and crosses (n,), True where the box reaches behind the plane.
+    center (n, 3), size (n, 3) as l, h, w, yaw (n,), K (3, 3) or (n, 3, 3). Returns full_box (n, 4), possibly far outside the image and
+    NaN for boxes wholly behind the camera, and crosses (n,), True where the box reaches behind the plane.
     """
     corners = box_corners(np.asarray(center, float), np.asarray(size, float), np.asarray(yaw, float))
     edges, visible = clip_edges(corners)
     shown = visible[..., None, None]
-    pixels = project(np.where(shown, edges, [0.0, 0.0, 1.0]), np.asarray(K, float))
+    K = np.asarray(K, float)
+    pixels = project(np.where(shown, edges, [0.0, 0.0, 1.0]), K if K.ndim == 2 else K[:, None, None])
     low = np.where(shown, pixels, np.inf).min((1, 2), initial=np.inf)
     high = np.where(shown, pixels, -np.inf).max((1, 2), initial=-np.inf)
     full_box = np.concatenate([low, high], -1)

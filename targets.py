@@ -179,17 +179,9 @@ def measure_priors(dataset, config):
     """
     if config.size_prior and config.depth_mean and config.depth_std:
         return config
-    found = []  # labels, sizes, levels and depths of each frame
-    for index in sorted({id: i for i, id in enumerate(dataset.ids)}.values()):
-        try:
-            view = dataset.view_of(index)
-        except OSError:
-            if not dataset.config.skip_bad:
-                raise
-            continue  # the loader replaces, counts and reports it
-        sample = dataset.sample_from(dataset.frames[index], view)
-        depth, level = sample["center"][:, 2], level_of(sample["box"], config.level_sizes)
-        columns = sample["label"], sample["size"], level, depth * config.virtual_focal / sample["K"][1, 1]
+    found = []  # labels, sizes, levels and depths of some thousand frames
+    for label, size, box, depth, focal in dataset.whole_objects():
+        columns = label.to(torch.int16), size, level_of(box, config.level_sizes).to(torch.int8), depth * config.virtual_focal / focal
         found.append([column[depth > MIN_DEPTH] for column in columns])
     if not any(len(label) for label, *_ in found):
         raise ValueError(f"none of the {len(dataset)} training frames holds an object of {', '.join(config.classes)}")

@@ -10,12 +10,14 @@ keeps its category ('animal', 'static_object.bicycle_rack'), and is background u
 import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
-from frames import LARGEST, Frame, Labels, make_labels
+from formats.index import Part, Reading, chunk_of, find_columns
+from frames import LARGEST, Frame, Labels, image_size, make_labels
 from geometry import CORNER_SIGNS, camera_problem, project_boxes, visible_boxes
 
 VEHICLE = ("vehicle.moving", "vehicle.parked", "vehicle.stopped")
@@ -138,6 +140,34 @@ def read_frames(
         id = f"{sample.scene}/{view.channel}/{view.time}"
         frames.append(Frame(id, Path(root) / view.file, view.K, labels, group=sample.token, pose=view.pose))
     return frames
+
+
+def open_frames(root: str | Path, splits: Sequence[str], version: str = "", cameras: Sequence[str] = (), folder: str = "") -> Part:
+    """`Part` with what `read_frames` gives, from its index in `folder` (`find_columns`). Raises what `read_frames` raises."""
+    root, tables = Path(root), find_version(root, version)
+    files = sorted(tables.glob("*.json"))
+    how = Reading(
+        source=root,
+        choice=f"nuscenes {tables.name} {' '.join(splits)} of {' '.join(cameras)}",
+        folder=root,
+        made_from=lambda: " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files),
+        jobs=[splits],  # at once: the tables are
+        read=partial(_read_chunk, root, tables.name, cameras),
+    )
+    columns = find_columns(how, folder)
+    return Part(columns, root, len(columns))
+
+
+def _read_chunk(root, version, cameras, splits):
+    """The frames of some splits as a `Chunk`, with the sizes of their images."""
+    frames, sizes = read_frames(root, splits, version, cameras), []
+    for frame in frames:
+        try:
+            sizes.append(image_size(frame.image))
+        except OSError:
+            sizes.append((0, 0))  # the loader names it, or passes it over
+    images = [frame.image.relative_to(root).as_posix() for frame in frames]
+    return dataclasses.replace(chunk_of(frames), image=images, image_size=np.array(sizes).reshape(-1, 2))
 
 
 def _check_view(view, path, there, place):

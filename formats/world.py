@@ -7,16 +7,11 @@ raised at random, so the ground is the plane normal . X = height; boxes stand on
 import contextlib
 import itertools
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
-import threading
 import time
 import zlib
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from formats.kitti import write_calib, write_labels
+from formats.pool import lock, processes
 from frames import make_labels
 from geometry import NEAR, box_corners, clip_boxes, project_boxes, wrap_angle
 
@@ -733,7 +729,7 @@ def build_folder(folder, fill):
     try:
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):  # some file systems have no locks, and then nothing is removed there either
-                held.enter_context(lock(unfinished))
+                held.enter_context(lock(unfinished / ".lock"))
             fill(unfinished)
             os.rename(unfinished, folder)
             (folder / ".lock").unlink(missing_ok=True)
@@ -745,38 +741,15 @@ def build_folder(folder, fill):
     return folder
 
 
-@contextlib.contextmanager
-def lock(folder):
-    """Hold a folder until the block ends or the process dies; nothing on Windows. Raises OSError when another process holds it."""
-    if not fcntl:
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
 def remove_leftovers(root):
     """Remove what killed processes left half rendered under root; without file locks (Windows), what is a day old."""
     for path in Path(root).glob("world*.partial-*"):
-        with contextlib.suppress(OSError), lock(path):
+        with contextlib.suppress(OSError), lock(path / ".lock"):
             if fcntl or time.time() - path.stat().st_ctime > 86400:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def follow_parent():
-    """For the processes of a pool: end with the parent, however it ends, and of SIGTERM; other signals are the parent's to handle."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for name in {"SIGINT", "SIGUSR1"} & set(dir(signal)):  # Windows has one of them
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 def render_all(jobs, workers, title, write=write_frame):
     """[write(job), ...] by processes that import nothing again where they can be forked."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, follow_parent) as pool:
-        try:
-            return list(tqdm(pool.map(write, jobs), title, len(jobs), unit=" frames", disable=None))
-        finally:
-            pool.shutdown(cancel_futures=True)  # else an exception, such as a signal's, would wait for every frame
+    with processes(workers) as pool:
+        return list(tqdm(pool.map(write, jobs), title, len(jobs), unit=" frames", disable=None))

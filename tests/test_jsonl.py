@@ -146,6 +146,33 @@ def test_round_trip_from_another_folder(folder):
     assert [to_json(r, folder) for r in again] == [to_json(r, folder) for r in frames]
 
 
+UNSEEN = [
+    ({"center": [0, 0, -5]}, "objects[0] is centred behind the camera, at z = -5 m, and has no box"),
+    ({"center": [1.2, 0.6, -0.4]}, "objects[0] is centred behind the camera, at z = -0.4 m, and has no box"),  # its front is in sight
+    ({"center": [500, 0, 5]}, "objects[0] lies at pixels 51134, -74, 112471, 266, outside the image of 640x192"),
+    ({"box": [700, 10, 750, 60]}, "objects[0].box is [700, 10, 750, 60], which does not meet the image of 640x192"),
+    ({"center": [0, 0, -5], "ignore": True}, "objects[0] is centred behind the camera"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), UNSEEN)
+def test_what_cannot_be_seen_is_left_out_and_counted(folder, change, sentence, capsys):
+    path, dropped = write(folder, {**FRAME, "objects": [{**CAR, **change}, CAR], "ignore": [[-9, -9, -1, -1], [1, 1, 9, 9]]}), []
+    [frame] = read_frames(path, dropped=dropped)
+    assert frame.labels.name.tolist() == ["Car", "DontCare"]
+    assert dropped[0].startswith(f"{path}:1: {sentence}")
+    assert dropped[1] == f"{path}:1: ignore[0] is [-9, -9, -1, -1], which does not meet the image of 640x192"
+    assert main([str(path)]) == 0
+    assert "1 good frames, 0 bad lines, 2 objects that cannot be seen left out\nCar: 1" in capsys.readouterr().out
+    assert main([str(path), "--dropped"]) == 0
+    assert dropped[0] in capsys.readouterr().out
+
+
+def test_an_object_behind_the_camera_stays_when_its_box_is_seen(folder):
+    [frame] = read_frames(write(folder, {**FRAME, "objects": [{**CAR, "center": [1.2, 0.6, -0.4], "box": [400, 20, 639, 191]}]}))
+    assert frame.labels.center.tolist() == [[1.2, 0.6, -0.4]]
+
+
 BAD = [
     ("image", ..., "the line lacks 'image'; it has K, objects"),
     ("image", "a/9.png", "image is 'a/9.png', expected a file"),
@@ -175,8 +202,6 @@ BAD = [
         [0, 0, 1e8],
         "objects[0].center is [0, 0, 100000000.0], expected 3 numbers x, y, z in metres from -10000 to 10000",
     ),
-    ("objects.0.center", [0, 0, -5], "objects[0] lies behind the camera, outside the image of 640x192"),
-    ("objects.0.center", [500, 0, 5], "outside the image of 640x192"),
     ("objects.0.size", [4, 0, 1.8], "objects[0].size is [4, 0, 1.8], expected 3 numbers l, h, w in metres from 0.01 to 100"),
     ("objects.0.size", [4, 1, True], "objects[0].size is [4, 1, true], expected 3 numbers l, h, w"),
     ("objects.0.size", [4, 1e-320, 2], "expected 3 numbers l, h, w in metres from 0.01 to 100"),
@@ -186,7 +211,6 @@ BAD = [
     ("objects.0.box", [50, 10, 20, 60], "objects[0].box is [50, 10, 20, 60], expected x1 < x2 and y1 < y2"),
     ("objects.0.box", [50, 10, 50, 60], "expected x1 < x2"),
     ("objects.0.box", [50, 10, 2e6, 60], "expected 4 numbers x1, y1, x2, y2 in pixels from -1e+06 to 1e+06"),
-    ("objects.0.box", [700, 10, 750, 60], "expected a box that meets the image of 640x192"),
     ("objects.0.bbox", [1, 2, 3, 4], "objects[0] has an unknown key 'bbox'; did you mean 'box'?"),
     ("objects.0.Yaw", 0, "objects[0] has an unknown key 'Yaw'; did you mean 'yaw'?"),
     ("objects.0.zzzzzz", 0, "unknown key 'zzzzzz'; expected class, center"),

@@ -11,6 +11,7 @@ from scenes import BEHIND, CAR, FAR, MODEL, PERSON, SIZE, TRUNCATED, K, all_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import DataConfig, Detection3D, collate
+from formats.index import Frames
 from frames import Frame, make_labels, whole_view
 from geometry import wrap_angle
 from model import Detector, ModelConfig
@@ -287,7 +288,7 @@ def test_priors_are_the_means_of_the_labels(tmp_path):
                              [o[1] for o in scene] or np.zeros((0, 3)), [o[3] for o in scene])  # fmt: skip
         sample_frames.append(Frame(str(i), tmp_path / "a.png", K, labels, np.zeros(3)))
     config = dataclasses.replace(MODEL, size_prior=(), depth_mean=(), depth_std=())
-    twice = Detection3D(sample_frames * 2, config.classes, SIZE, DataConfig(), True)  # repeats do not count twice
+    twice = Detection3D(Frames(Frames.of(sample_frames).parts * 2), config.classes, SIZE, DataConfig(), True)  # repeats do not count twice
     measured = measure_priors(twice, config)
     np.testing.assert_allclose(measured.size_prior[0], [4.2, 1.55, 1.85], atol=1e-3)
     np.testing.assert_allclose(measured.size_prior[1], [0.7, 1.8, 0.6], atol=1e-3)

@@ -21,6 +21,7 @@ from config import load_config
 from data import Detection3D, UserError, build_dataset, read_source, usable_cores
 from draw import draw_frame, draw_sheet
 from formats import diagnosis
+from formats.index import Frames
 from frames import join, load_image, whole_view
 from geometry import clip_boxes
 
@@ -82,7 +83,7 @@ def read(source, config, title):
     """(data set of one source as training or evaluation reads it, or None where there is none; sentences on the frames left out)."""
     plain, wrong = dataclasses.replace(config.data, skip_bad=False, cache=""), []
     try:
-        frames = read_source(source, config.data, wrong)
+        frames = Frames(read_source(source, config.data, wrong))
         dataset = Detection3D(frames, config.model.classes, config.model.size, plain, training=title == "train")
     except (ValueError, OSError) as error:
         return None, [*wrong, str(error)]
