@@ -198,8 +198,9 @@ def test_a_run_is_evaluated_with_mirror_images_on_request(run, monkeypatch):
 
 
 def test_a_process_count_that_was_not_granted_is_an_error(run, capsys, monkeypatch):
+    accelerator = Accelerator(cpu=True)  # before the environment says that there are more
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("guard.Accelerator", lambda **_: Accelerator(cpu=True))
+    monkeypatch.setattr("guard.Accelerator", lambda **_: accelerator)
     message = fail(capsys, run)
     assert "launched 3 processes, but Accelerate joins only 1" in message
 
