@@ -73,7 +73,7 @@ class Objects:
         """The extents (n, 4) of the projected 3D boxes, with other values than the labels' where given."""
         own = self.labels
         values = [a if b is None else b for a, b in ((own.center, center), (own.size, size), (own.yaw, yaw))]
-        return project_boxes(*values, (self.K if K is None else K)[:, None, None])[0]
+        return project_boxes(*values, self.K if K is None else K)[0]
 
     def fit(self, boxes):
         """IoU (n,) of boxes with the given 2D boxes, 0 for those behind the camera."""
@@ -307,6 +307,7 @@ def _doubt_boxes(frames, sizes, source):
         if np.isfinite(size).all():
             clipped = clip_boxes(boxes, *size)
             outside = (area(clipped) < area(boxes) / 2) & (np.abs(clipped - boxes).max(1, initial=0) > BORDER)
+            outside &= (area(clipped) > 0) | (source is None)  # the reader of JSON lines drops and counts what is wholly outside
             found += [(frame.id, box, size) for box in boxes[outside]]
     if not found:
         return []

@@ -19,6 +19,7 @@ from PIL import Image
 import evaluate
 from data import DataConfig, Source, build_dataset, read_source
 from formats import nuscenes
+from formats.index import Frames
 from frames import join, make_labels
 from geometry import box_iou, wrap_angle
 from metrics.nuscenes import RANGE, nuscenes_metrics
@@ -219,7 +220,7 @@ def pictured(invented, frames, tmp_path_factory):
 
 def test_a_source_reads_any_cameras_and_its_frames_train(pictured):
     source = Source(kind="nuscenes", root=str(pictured), split=("mini_train",), cameras=("CAM_FRONT", "CAM_BACK"))
-    listed = read_source(source, DataConfig())
+    listed = Frames(read_source(source, DataConfig()))
     assert [frame.id.split("/")[1] for frame in listed[:2]] == ["CAM_FRONT", "CAM_BACK"]
     assert len(listed) == 16
     dataset = build_dataset(DataConfig(neighbours=("animal",)), (source,), ("car", "pedestrian"), (288, 512), training=True)

@@ -32,7 +32,7 @@ import logbook
 import train
 from checkpoint import amend_checkpoint
 from config import Config, TrainConfig, read_config
-from data import DataConfig, Source, StepBatches, UserError, loading, make_loader, seed_of
+from data import DataConfig, Source, StepBatches, UserError, loading, make_loader, read_source, seed_of
 from formats.kitti import read_split
 from logbook import Window, crosses, place_in_epoch
 from losses import LossConfig
@@ -126,7 +126,10 @@ def test_log_lines_have_the_agreed_form(tiny_run):
 def test_log_records_have_the_agreed_keys(tiny_run):
     _, out, _ = tiny_run
     config = read_config(out / "config.json")
-    on = {name for name, weight in dataclasses.asdict(config.loss).items() if weight}
+    on = {name for name, weight in dataclasses.asdict(config.loss).items() if weight} - {
+        "loss_velocity",
+        "loss_attribute",
+    }  # no such outputs
     rows = records(out)
     assert len(rows) == 6
     for i, row in enumerate(rows):
@@ -253,8 +256,16 @@ def test_every_key_is_read(tiny_run, tmp_path, here, monkeypatch):
     for kind in sections:
         monkeypatch.setattr(kind, "__getattribute__", watch, raising=False)
     arguments = [a for a in tiny(tiny_run[0], tmp_path / "a") if not a.startswith("train.steps")]
-    assert here(*arguments, "train.steps=0", "train.epochs=0.5")[0] == 0
-    assert here(*arguments, "train.steps=0", "train.epochs=0.5", "train.clip=3")[0] == 2
+    arguments += [
+        "train.steps=0",
+        "train.epochs=0.5",
+        "model.velocity=true",
+        'model.attributes={"Car": ["vehicle.moving", "vehicle.parked"]}',
+    ]
+    assert here(*arguments)[0] == 0
+    assert here(*arguments, "train.clip=3")[0] == 2
+    with pytest.raises(FileNotFoundError):
+        read_source(Source(kind="nuscenes", root=str(tmp_path)), DataConfig())
     unread = fields - read
     assert not unread, sorted((kind.__name__, name) for kind, name in unread)
 
