@@ -6,24 +6,27 @@ it was evaluated, and meta.json: progress, and the SHA-256 of every file, its ow
 renamed. Nothing in it can carry code: optimizer.bin and scaler.pt are read by torch's weights_only unpickler.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import textwrap
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from config import build, changed_keys, override, read_config, to_dict
 from data import UserError
-from model import META, Detector, read_meta, verify_files, write_meta
+from model import META, Detector, ModelConfig, read_meta, verify_files, write_meta
 
 MODEL, RAW, OPTIMIZER = "model.safetensors", "model_1.safetensors", "optimizer.bin"  # as Accelerate names them
 CONFIG, METRICS = "config.json", "metrics.json"
@@ -227,8 +230,15 @@ def load_checkpoint(accelerator, folder, optimizer, averaged):
 def find_weights(path):
     """model.safetensors of a run folder (its best/, else its newest checkpoint), a checkpoint folder, or the file itself.
 
+    owner/name that is nothing here is fetched from the hub, unless there is a folder of that owner: then it is a mistyped path.
     Raises FileNotFoundError saying what was looked for, ValueError when a file is not what was written there.
     """
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not Path(path).parent.exists():
+        try:
+            path = snapshot_download(str(path), allow_patterns=[MODEL, CONFIG, META, METRICS])
+        except (OSError, ValueError) as error:  # huggingface_hub's errors are among them
+            first = textwrap.shorten(str(error), 300)
+            raise FileNotFoundError(f"{path}: nothing of that name is here, and the hub does not give it: {first}") from None
     path = Path(path)
     newest = [folder / MODEL for folder in list_checkpoints(path / "checkpoints")]
     for candidate in (path, path / MODEL, path / "best" / MODEL, *newest):
@@ -265,29 +275,126 @@ def load_run(folder, overrides=()):
 
 
 def load_weights(model, path):
-    """Weights of `path` into a model, as far as names and shapes agree. Returns lines that list what did not.
+    """Weights of `path` into a `Detector`, as far as they fit. Returns lines that tell what was loaded, and of which modules what was not.
 
-    Raises ValueError when nothing fits, FileNotFoundError when there is nothing.
+    Rows of the class predictor are matched by class, those of the box predictor by field, where config.json beside the weights names
+    them; everything else by name and shape. Raises ValueError when nothing fits, FileNotFoundError when there is nothing.
     """
     file = find_weights(path)
     try:
-        theirs = load_file(file)
+        weights = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
-    ours = model.state_dict()
-    shapes = [k for k in ours if k in theirs and ours[k].shape != theirs[k].shape]
-    fitting = {k: v for k, v in theirs.items() if k in ours and k not in shapes}
+    ours, theirs = model.state_dict(), read_source(file)
+    fitting = {name: value for name, value in weights.items() if name in ours and ours[name].shape == value.shape}
+    told = ["; class outputs in the order they lie in: no config.json names them"] if theirs is None else []
+    if theirs:
+        for module, title, name_rows in (("class_predictor", "classes", name_classes), ("box_predictor", "outputs", name_outputs)):
+            here, there = name_rows(model.config), name_rows(theirs)
+            merged, kept = match_rows(module, ours, weights, here, there)
+            fitting = {name: value for name, value in fitting.items() if name.rpartition(".")[0] != module} | merged
+            told += [f"; {title} {tell_rows(kept, here, there)}"] if title == "classes" or here != there else []
     if not fitting:
-        raise ValueError(f"{file}: none of its {len(theirs)} tensors fits this architecture")
+        raise ValueError(f"{file}: none of its {len(weights)} tensors fits this architecture")
     model.load_state_dict(fitting, strict=False)
-    lists = {
-        "missing there": [k for k in ours if k not in theirs],
-        "unknown here": [k for k in theirs if k not in ours],
-        "of another shape": [f"{k} {tuple(theirs[k].shape)} there, {tuple(ours[k].shape)} here" for k in shapes],
-    }
-    return [f"load_from {file}: {len(fitting)} of {len(ours)} tensors loaded"] + [
-        f"  {title}: {', '.join(names)}" for title, names in lists.items() if names
-    ]
+    return [f"load_from {file}: {len(fitting)} of {len(ours)} tensors{''.join(told)}", *tell_modules(ours, weights, fitting)]
+
+
+def read_source(file):
+    """`ModelConfig` of the config.json beside weights, None where there is none with a section `model`. Raises ValueError if damaged."""
+    path = Path(file).parent / CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    section = found.get("model") if isinstance(found, dict) else None
+    return build(section, ModelConfig, f"{path}: model") if isinstance(section, dict) else None
+
+
+def name_classes(config):
+    """(name, 0) of every output of the class predictor of a `ModelConfig`."""
+    return [(name, 0) for name in config.classes]
+
+
+def name_outputs(config):
+    """(name, channel) of every output of the box predictor. Those of attributes are the same only where all attributes are."""
+    names = {field: field for field in config.fields} | {"attribute": f"attribute ({', '.join(config.attribute_names)})"}
+    return [(names[field], channel) for field, channels in config.fields.items() for channel in range(channels)]
+
+
+def match_rows(module, ours, theirs, here, there):
+    """Weight and bias of a predictor, `ours` with the rows of `theirs` that have the same name; and the names of those rows.
+
+    ours, theirs: {name: tensor}; here, there: names of the rows. Both results are empty where the shapes of a row differ.
+    """
+    names = [f"{module}.weight", f"{module}.bias"]
+    kept = [row for row in here if row in there]
+    fine = all(name in theirs and theirs[name].shape == (len(there), *ours[name].shape[1:]) for name in names)
+    if not fine or not kept:
+        return {}, []
+    merged = {name: ours[name].clone() for name in names}
+    for name in names:
+        for row in kept:
+            merged[name][here.index(row)] = theirs[name][there.index(row)]
+    return merged, kept
+
+
+def tell_rows(kept, here, there):
+    """'kept Car; new Van; dropped Tram' of the names of rows, each told once."""
+    lists = {"kept": kept, "new": [row for row in here if row not in kept], "dropped": [row for row in there if row not in here]}
+    return "; ".join(f"{word} {', '.join(dict.fromkeys(name for name, _ in rows))}" for word, rows in lists.items() if rows)
+
+
+def tell_modules(ours, theirs, loaded):
+    """A line for each module that was not wholly loaded, and one for what was left. All are dicts by the names of tensors."""
+    lines = []
+    for module in dict.fromkeys(name.partition(".")[0] for name in ours):
+        own = [name for name in ours if name.partition(".")[0] == module]
+        left = [name for name in own if name not in loaded]
+        missing = sum(name not in theirs for name in left)
+        counts = {"missing there": missing, "of other shapes or names": len(left) - missing}
+        if left:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+            lines.append(f"  {module}: {len(own) - len(left)} of {len(own)} tensors ({reasons})")
+    unknown = collections.Counter(name.partition(".")[0] for name in theirs if name not in ours)
+    return lines + [f"  not used: {', '.join(f'{count} of {module}' for module, count in unknown.items())}"] * bool(unknown)
+
+
+ARCHITECTURE = ("backbone", "strides", "level_sizes", "channels", "tower_convs", "size", "virtual_focal", "projected_center", "norm",
+                "predict_yaw")  # fmt: skip
+
+
+def take_architecture(config):
+    """Config with load_from's architecture where load_model asks for it; a run that has begun takes it from its own config.json.
+
+    Raises ValueError where no config.json tells it.
+    """
+    if not config.load_model:
+        return config
+    begun = config.resume != "none" and list_checkpoints(Path(config.out) / "checkpoints")
+    theirs = read_source(Path(config.out) / MODEL if begun else find_weights(config.load_from))
+    if theirs is None:
+        raise ValueError(f"{config.load_from}: load_model=true expects a {CONFIG} with a section 'model' beside the weights")
+    taken = {name: getattr(theirs, name) for name in ARCHITECTURE if getattr(theirs, name) != getattr(config.model, name)}
+    log.info(f"load_model: {', '.join(f'model.{name}={value}' for name, value in taken.items()) or 'the same architecture'}")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **taken))
+
+
+def inherit_priors(asked, measured, theirs):
+    """The measured `ModelConfig` with the priors that loaded weights were trained with, except where the one asked for sets them itself.
+
+    Sizes are taken class by class; depths only where the levels of the pyramid mean the same.
+    """
+    taken = {}
+    if not asked.size_prior:
+        known = dict(zip(theirs.classes, theirs.size_prior, strict=False))  # empty where they were never measured
+        taken["size_prior"] = tuple(known.get(name, prior) for name, prior in zip(measured.classes, measured.size_prior, strict=True))
+    if all(getattr(theirs, name) == getattr(measured, name) for name in ("strides", "level_sizes", "virtual_focal")):
+        names = [name for name in ("depth_mean", "depth_std") if getattr(theirs, name) and not getattr(asked, name)]
+        taken |= {name: getattr(theirs, name) for name in names}
+    return dataclasses.replace(measured, **taken)
 
 
 # ---- going on

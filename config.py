@@ -28,6 +28,8 @@ class TrainConfig:
     epochs: float = 12  # passes over data.train; steps = epochs * frames / (batch_size * processes * accumulate), rounded up
     steps: int = 0  # optimizer steps; above 0 replaces epochs
     optimizer: str = "adamw"  # 'muon', or any timm optimizer
+    freeze: tuple[str, ...] = ()  # modules or parameters that stay as they are, such as backbone.layer1: statistics of their norms too
+    backbone_lr: float = 1.0  # factor of the learning rate for the backbone
     beta2: float = 0.999  # decay of the second moment, of optimizers that have one; short runs like 0.99
     lr: float = 1e-3  # peak learning rate, for the global batch as it is (not rescaled)
     weight_decay: float = 0.01  # not on norms and biases
@@ -55,7 +57,8 @@ class Config:
     seed: int = 0  # of weights, order and augmentation
     resume: str = "auto"  # 'auto': go on from the newest checkpoint in out, 'none': start anew in an empty out, or a checkpoint folder
     allow_changes: bool = False  # resume although keys that shape the training differ from the run's
-    load_from: str = ""  # weights only: a run, checkpoint or .safetensors file; what does not fit is listed
+    load_from: str = ""  # start from weights: a run, checkpoint, .safetensors file or hub id; classes are matched by name
+    load_model: bool = False  # take the architecture of load_from along, such as backbone, size and channels; classes stay the config's
     log_with: str = ""  # 'tensorboard', 'trackio' or 'wandb', beside log.jsonl
     best: str = "mean/3d/moderate/AP_R40"  # number of metrics.json that chooses best/; a '-' before it: lower is better
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -78,6 +81,10 @@ class Config:
         fine = 0 < train.lr <= 1e38 and 0 <= train.ema < 1 and train.clip > 0 and train.warmup >= 0 and train.epochs > 0
         if not fine or train.timeout <= 0:
             raise ValueError("train: expected 0 < lr <= 1e38, 0 <= ema < 1, clip > 0, warmup >= 0, epochs > 0 and timeout > 0")
+        if train.backbone_lr <= 0:
+            raise ValueError(f"train.backbone_lr is {train.backbone_lr}, expected > 0; train.freeze=backbone keeps the backbone as it is")
+        if self.load_model and not self.load_from:
+            raise ValueError("load_model=true takes the architecture of load_from along, and load_from is empty")
         if self.loss.loss_alpha_constrain and not self.model.predict_yaw:
             raise ValueError("loss.loss_alpha_constrain compares two angle outputs: it needs model.predict_yaw=true")
         if not self.loss.loss_cls:
@@ -199,7 +206,7 @@ def to_dict(config):
 
 
 FREE_KEYS = {  # may change when a run goes on: they do not shape the training, or, like the global batch, are compared by themselves
-    *("out", "resume", "allow_changes", "load_from", "log_with", "best"),
+    *("out", "resume", "allow_changes", "load_from", "load_model", "log_with", "best"),
     *("data." + name for name in ("root", "val", "workers", "index", "cache", "skip_bad", "overlap")),
     *("model." + name for name in ("pretrained", "score_threshold", "nms_iou", "candidates", "max_detections", "fuse_duplicates")),
     *("model." + name for name in ("nms_across_classes", "centerness_share", "depth_tolerance")),

@@ -98,6 +98,23 @@ class ModelConfig:
         """Every attribute of any class, sorted: the order of the head's attribute outputs, and of the indices in samples and targets."""
         return tuple(sorted({name for names in self.attributes.values() for name in names}))
 
+    @property
+    def fields(self):
+        """Outputs of the box predictor in their order: {field: channels}."""
+        fields = {
+            "centerness": 1,
+            "box": 4,
+            "full_box": 4,
+            "offset": 2,
+            "depth": 2,
+            "height": 2,
+            "size": 3,
+            "alpha": 2,
+            "direction": 2,
+        }
+        optional = {"yaw": 2 * self.predict_yaw, "velocity": 2 * self.velocity, "attribute": len(self.attribute_names)}
+        return fields | {name: channels for name, channels in optional.items() if channels}
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
@@ -205,6 +222,7 @@ class Detector(
         super().__init__()
         self.config = model
         self.card = ""  # README.md that the weights came with
+        self.frozen = ()  # names of modules and parameters that `freeze` was given
         if not (model.size_prior and model.depth_mean and model.depth_std):
             raise ValueError(
                 "model.size_prior, depth_mean and depth_std are not set: fill them with targets.measure_priors(dataset, config)"
@@ -213,23 +231,8 @@ class Detector(
         self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), model.channels)
         self.class_tower = Tower(model.channels, model.channels, model.tower_convs)
         self.box_tower = Tower(model.channels + 2, model.channels, model.tower_convs)  # and the viewing ray
-        self.fields = {
-            "centerness": 1,
-            "box": 4,
-            "full_box": 4,
-            "offset": 2,
-            "depth": 2,
-            "height": 2,
-            "size": 3,
-            "alpha": 2,
-            "direction": 2,
-        }
-        if model.predict_yaw:
-            self.fields["yaw"] = 2
-        if model.velocity:
-            self.fields["velocity"] = 2
+        self.fields = model.fields
         if model.attributes:
-            self.fields["attribute"] = len(model.attribute_names)
             possible = [[name in model.attributes.get(owner, ()) for name in model.attribute_names] for owner in model.classes]
             self.register_buffer("attribute_possible", torch.tensor(possible), persistent=False)  # (C, A) bool
         self.class_predictor = nn.Conv2d(model.channels, len(model.classes), 3, padding=1)
@@ -285,11 +288,28 @@ class Detector(
 
     def train(self, mode=True):
         super().train(mode)
-        if self.config.norm == "frozen":
-            for module in self.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        still = (*self.frozen, "backbone") if self.config.norm == "frozen" else self.frozen
+        for name, module in self.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and any(_lies_in(name, owner) for owner in still):
+                module.eval()
         return self
+
+    def freeze(self, names):
+        """Keep modules or parameters of these names as they are while others learn, statistics of BatchNorms included.
+
+        Raises ValueError for a name that no parameter lies in, and where nothing would be left to learn.
+        """
+        for owner in names:
+            inside = [p for name, p in self.named_parameters() if _lies_in(name, owner)]
+            if not inside:
+                there = ", ".join(name for name, _ in self.named_children())
+                raise ValueError(f"train.freeze: no parameter lies in {owner!r}, expected one of {there}, or a module inside them")
+            for parameter in inside:
+                parameter.requires_grad_(False)
+        if not any(p.requires_grad for p in self.parameters()):
+            raise ValueError(f"train.freeze is {', '.join(names)}: nothing is left to learn")
+        self.frozen = tuple(names)
+        self.train(self.training)
 
     def make_locations(self, height, width):
         """Pixel (N, 2), stride (N,) and level (N,) of every prediction: cell j of stride s lies at (j + 0.5) s - 0.5."""
@@ -501,6 +521,10 @@ class Detector(
         self.train(training)
         classes, attributes = self.config.classes, self.config.attribute_names
         return [to_labels(one, view, classes, min_score, attributes) for one, view in zip(found, views, strict=True)]
+
+
+def _lies_in(name, owner):
+    return f"{name}.".startswith(f"{owner}.")
 
 
 def _see(image, K, size):

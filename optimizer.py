@@ -14,19 +14,40 @@ def make_optimizer(model, options):
 
     Raises ValueError if unknown.
     """
+    info = find_optimizer(options.optimizer)
     if options.optimizer == "muon":
-        return Muon(param_groups_weight_decay(model, options.weight_decay), lr=options.lr, betas=(0.9, options.beta2))
-    names = list_optimizers()
-    if options.optimizer not in names:
-        near = difflib.get_close_matches(options.optimizer, names, n=3)
-        raise ValueError(f"train.optimizer {options.optimizer!r} is unknown to timm{'; near it: ' + ', '.join(near) if near else ''}")
-    info = get_optimizer_info(options.optimizer)
+        return Muon(make_groups(model, options), lr=options.lr, betas=(0.9, options.beta2))
     chosen = {"betas": (0.9, options.beta2)} if info.num_betas == 2 else {}
-    if isinstance(info.opt_class, str):
-        raise ValueError(f"train.optimizer {options.optimizer!r} needs {info.opt_class.rpartition('.')[0]}, which is not installed")
     if issubclass(info.opt_class, torch.optim.Adam):
         chosen["fused"] = True  # can leave out a step without asking the host; SGD's would keep garbage from a first step left out
-    return create_optimizer_v2(model, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, **chosen)
+    learning = model if options.backbone_lr == 1 else make_groups(model, options)  # timm groups a model as we do, and knows its names
+    return create_optimizer_v2(learning, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, **chosen)
+
+
+def find_optimizer(name):
+    """timm's description of an optimizer. Raises ValueError if there is none of that name, or if its package is missing."""
+    names = list_optimizers()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        raise ValueError(f"train.optimizer {name!r} is unknown to timm{'; near it: ' + ', '.join(near) if near else ''}")
+    info = get_optimizer_info(name)
+    if isinstance(info.opt_class, str):
+        raise ValueError(f"train.optimizer {name!r} needs {info.opt_class.rpartition('.')[0]}, which is not installed")
+    return info
+
+
+def make_groups(model, options):
+    """Parameters that learn, in groups without and with weight decay, the backbone's apart where its learning rate has a factor."""
+    groups = param_groups_weight_decay(model, options.weight_decay)
+    if options.backbone_lr == 1:
+        return groups
+    backbone = {p for name, p in model.named_parameters() if name.startswith("backbone.")}
+    parts = []
+    for group in groups:
+        for scale, inside in ((1.0, False), (options.backbone_lr, True)):
+            params = [p for p in group["params"] if (p in backbone) == inside]
+            parts += [{**group, "params": params, "lr_scale": scale}] if params else []
+    return parts
 
 
 def lr_at(step, total, config):
@@ -41,7 +62,7 @@ def lr_at(step, total, config):
 
 
 def set_lr(optimizer, lr):
-    """Give a learning rate to all groups, times the lr_scale that timm sets for some. Returns it."""
+    """Give a learning rate to all groups, times the lr_scale that some have. Returns it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

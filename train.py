@@ -18,7 +18,20 @@ import torch
 from accelerate.utils import broadcast, send_to_device, set_seed
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from checkpoint import Progress, amend_checkpoint, find_start, load_checkpoint, load_weights, save_checkpoint, save_weights, share_state
+from checkpoint import (
+    Progress,
+    amend_checkpoint,
+    find_start,
+    find_weights,
+    inherit_priors,
+    load_checkpoint,
+    load_weights,
+    read_source,
+    save_checkpoint,
+    save_weights,
+    share_state,
+    take_architecture,
+)
 from config import help_text, load_config, to_dict
 from data import StepBatches, UserError, build_dataset, change_colours, loading, make_loader, seed_of, unread, user_errors
 from draw import draw_frames
@@ -38,7 +51,7 @@ from logbook import (
 )
 from losses import compute_losses, count_positives, weighted_sum
 from model import Detector, checkpoint_backbone
-from optimizer import Average, lr_at, make_optimizer, set_lr
+from optimizer import Average, find_optimizer, lr_at, make_optimizer, set_lr
 from targets import assign, measure_priors
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "synthetic.py"
@@ -58,6 +71,8 @@ def train(config, accelerator):
         start_log(out, accelerator.is_main_process)
 
         with user_errors():
+            find_optimizer(options.optimizer)  # a typo is told now
+            config = take_architecture(config)
             with accelerator.main_process_first():  # the main process renders the built-in world, the others find it there
                 shape, extra = (config.model.classes, config.model.size), (config.model.velocity, config.model.attribute_names)
                 train_set = build_dataset(config.data, config.data.train, *shape, True, config.seed, *extra)
@@ -75,7 +90,10 @@ def train(config, accelerator):
                 raise ValueError("model.norm=sync needs GPUs: torch synchronises no statistics between processes on CPUs")
             folder, progress, config = find_start(config, accelerator, now)
             options = config.train
-            config = dataclasses.replace(config, model=measure_priors(train_set, config.model))
+            measured = measure_priors(train_set, config.model)
+            source = find_weights(config.load_from) if config.load_from and not folder else None
+            theirs = source and read_source(source)
+            config = dataclasses.replace(config, model=inherit_priors(config.model, measured, theirs) if theirs else measured)
             log.info(f"train: {train_set.summary()}")
             log.info(f"val: {val_set.summary()}")
 
@@ -83,8 +101,9 @@ def train(config, accelerator):
         pretrained = config.model.pretrained and not folder  # a checkpoint replaces every weight, and its node may not reach the hub
         net = Detector(dataclasses.replace(config.model, pretrained=pretrained))
         with user_errors():
-            for line in load_weights(net, config.load_from) if config.load_from and not folder else ():
+            for line in load_weights(net, source) if source else ():
                 log.info(line)
+            net.freeze(options.freeze)
             optimizer = make_optimizer(net, options)
             model, optimizer = accelerator.prepare(net, optimizer)
             average = Average(net, decay=options.ema, use_warmup=True) if options.ema else None
