@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from formats import jsonl, kitti, nuscenes, nuscenes_world, world
 from formats.index import Frames
-from frames import decode, opened, place_image, place_labels, random_view, reduction_of, upright, whole_sizes, whole_view
+from frames import decode, in_tar, opened, place_image, place_labels, random_view, reduction_of, tar_of, upright, whole_sizes, whole_view
 from geometry import camera_problem, project_boxes
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
@@ -203,7 +203,7 @@ class FrameCache:
 
     def entry(self, path, reduction):
         """Where the pixels of an image file are kept, and the digest that a valid file begins with."""
-        place, stat = Path(path).absolute(), os.stat(path)
+        place, stat = Path(path).absolute(), os.stat(tar_of(path) if in_tar(path) else path)
         made_from = f"{self.VERSION} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         name = hashlib.sha256(f"{place} {reduction}".encode()).hexdigest()[:32]
         return self.folder / f"{name}.rgb", hashlib.sha256(made_from.encode()).digest()

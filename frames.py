@@ -150,12 +150,11 @@ def opened(path, place=None):
 
     Raises FileNotFoundError or OSError, naming the file, here and inside the block.
     """
+    source = io.BytesIO(read_member(path, place)) if place is not None or in_tar(path) else path
     try:
-        with Image.open(path if place is None and not in_tar(path) else io.BytesIO(read_member(path, place))) as image:
+        with Image.open(source) as image:
             yield image
-    except FileNotFoundError as error:
-        if error.errno is None:  # of a member, in words already
-            raise
+    except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: cannot read the image: {error}") from None
@@ -166,9 +165,14 @@ def in_tar(path):
     return ".tar" in os.fspath(path) and any(parent.is_file() for parent in Path(path).parents)
 
 
+def tar_of(path):
+    """The tar that a member's path leads into."""
+    return next(parent for parent in Path(path).parents if parent.is_file())
+
+
 def find_member(path):
     """The tar of a member's path, and the member's place there, (first byte, bytes). Raises FileNotFoundError or OSError in a sentence."""
-    tar = next(parent for parent in Path(path).parents if parent.is_file())
+    tar = tar_of(path)
     name, stat = Path(path).relative_to(tar).as_posix(), os.stat(tar)
     names, places = list_tar(tar, stat.st_size, stat.st_mtime_ns)
     at = min(int(np.searchsorted(names, name.encode())), len(names) - 1)
@@ -202,7 +206,7 @@ def list_tar(tar, *state):
 
 def read_member(path, place=None, most=None):
     """The bytes of a member of a tar, at most so many. Raises FileNotFoundError or OSError in a sentence."""
-    tar, place = find_member(path) if place is None else (next(p for p in Path(path).parents if p.is_file()), place)
+    tar, place = find_member(path) if place is None else (tar_of(path), place)
     first, count = place
     count = count if most is None else min(count, most)
     with open(tar, "rb", buffering=0) as file:
@@ -241,7 +245,8 @@ def image_size(path, place=None):
         if (size := _png_size(head) or _jpeg_size(head)) and 0 < size[0] * size[1] < 1e8:  # Pillow warns of larger ones, or refuses
             return size
     with opened(path, place) as image:
-        return image.size[::-1] if turned(image) in range(5, 9) else image.size
+        swapped = image.format != "TIFF" and turned(image) in range(5, 9)  # Pillow swaps a TIFF's sides itself
+        return image.size[::-1] if swapped else image.size
 
 
 def _png_size(head):

@@ -430,6 +430,7 @@ def _read_singly(path, start, lines):
     for number, raw in enumerate(lines):
         if not raw.strip():
             continue
+        raw += b"\n" * (number + 1 < len(lines))  # which counts where an error says how far it came
         frame, wrong = _parse_line(raw.removeprefix(codecs.BOM_UTF8), path.parent, True, unseen := [])
         if wrong:
             with open(path, "rb") as file:
@@ -470,6 +471,8 @@ def _read_together(lines, folder):
     boxes = columns.pop("box")
     derived, _ = project_boxes(columns["center"][~given], columns["size"][~given], columns["yaw"][~given], K[owner[~given]])
     boxes[~given] = derived
+    yaw = columns["yaw"]
+    columns["yaw"] = np.where((-np.pi <= yaw) & (yaw < np.pi), yaw, wrap_angle(yaw))
     told = np.concatenate([given, np.ones(len(region_boxes), bool)])
     boxes, owner = np.concatenate([boxes, region_boxes]), np.concatenate([owner, region_owner])
     _expect((boxes[told, :2] < boxes[told, 2:]).all())
@@ -520,8 +523,6 @@ def _object_columns(entries):
             columns[column][mine] = values
         else:
             columns[column] = values
-    yaw = columns["yaw"]
-    columns["yaw"] = np.where((-np.pi <= yaw) & (yaw < np.pi), yaw, wrap_angle(yaw))
     attributes = [entry.get("attribute", "") for entry in entries] if "attribute" in there else [""] * len(entries)
     _expect(all(map(_is_text, set(attributes))))
     columns["attribute"] = np.array(attributes, dtype=object)
