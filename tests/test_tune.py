@@ -182,8 +182,9 @@ def test_a_fine_tuned_run_keeps_its_backbone_and_goes_on(tiny_run, tmp_path, her
     old, new = (json.loads((folder / "config.json").read_text())["model"] for folder in (whole, tmp_path / "a"))
     assert new["size_prior"][2] == old["size_prior"][0]
     assert new["depth_mean"] == old["depth_mean"]
-    code, out, err = here(*arguments, *more, f"load_from={tmp_path / 'gone'}", "train.steps=2", "allow_changes=true")
-    assert code == 0, err
+    code, out, err = here(*arguments, *more, f"load_from={tmp_path / 'gone'}", "train.steps=1", "allow_changes=true")
+    assert code == 2
+    assert "it has 2 steps, and this run would end after 1" in err  # told once its own checkpoint is loaded
     assert "resumed from" in out
     assert "load_from" not in out
 
