@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -65,6 +66,13 @@ def test_there_are_no_import_cycles_and_nothing_imports_train_or_tools():
 def test_the_first_screen_shows_a_handful():
     assert len(list(ROOT.glob("*.py"))) <= 16
     assert not list(ROOT.glob("*/*/*.py"))
+
+
+def test_an_installed_project_holds_every_module():
+    """`pip install -e .` lists them one by one: setuptools finds no modules beside several folders."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(listed["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
+    assert listed["packages"] == ["formats", "metrics"]
 
 
 CHECK = """
