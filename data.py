@@ -133,6 +133,8 @@ def read_source(source, config, problems=None):
 
 def find_folders(source, root):
     """[(kind, folder or file, splits)] that a source is read from; the built-in world is rendered where it is not there."""
+    if len({*source.split}) < len(source.split):
+        raise ValueError(f"data source {root}: split lists {', '.join(source.split)}, expected each once; use repeat= to repeat")
     if source.kind in ("kitti", "jsonl", "nuscenes"):
         return [(source.kind, root, source.split)]
     if source.kind != "synthetic":

@@ -13,10 +13,12 @@ from __future__ import annotations  # Accelerator and Detection3D are named in s
 import argparse
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +29,8 @@ from tqdm import tqdm
 
 from data import Source, UserError, loading, make_loader, user_errors
 from draw import SHOWN_FRAMES, draw_curves, draw_frames
-from formats import jsonl, nuscenes, nuscenes_world
+from formats import jsonl, nuscenes, nuscenes_world, world
+from formats.index import user_folder
 from formats.kitti import read_labels, write_labels
 from frames import Labels, make_labels
 from geometry import yaw_to_alpha
@@ -161,7 +164,7 @@ def has_samples(dataset: Detection3D) -> bool:
 
     Raises ValueError where only some do.
     """
-    grouped = {bool(frame.group) for frame in dataset.frames}
+    grouped = dataset.frames.grouped()
     if len(grouped) > 1:
         raise ValueError("data.val lists nuScenes and other sources, expected one kind of them: they have different metrics")
     return grouped == {True}
@@ -173,21 +176,40 @@ def compute_sample_metrics(dataset: Detection3D, predictions: dict[str, Labels],
     predictions: id -> Labels in the camera's frame, of every frame, in any order; the cameras of a sample are merged. The ground truth
     is read from the tables of data.val, what no camera sees included, and only samples of the data set count.
     """
-    tokens = {frame.group for frame in dataset.frames}
-    if len(config.val) > 1 or (config.val[0].kind == "synthetic" and len(config.val[0].split) > 1):
-        raise ValueError(
-            "data.val lists several nuScenes sources or splits of the built-in world, expected one: it is evaluated as a whole"
-        )
     root, version = sample_tables(config.val[0], config)
-    truth = nuscenes.read_truth(root, config.val[0].split, version).only(tokens)
+    truth = nuscenes.read_truth(root, config.val[0].split, version).only(set(dataset.frames.groups()))
     merged = nuscenes.merge_cameras(dataset.frames, predictions)
     return name_sample_metrics(nuscenes_metrics(truth, nuscenes.parse_results(merged, truth.tokens)))
 
 
+def check_samples(dataset: Detection3D, config: Config) -> None:
+    """Refuse what nuScenes' metrics of a data set of samples would ignore, or count wrongly. Raises ValueError."""
+    val = config.data.val
+    if len(val) > 1 or (val[0].kind == "synthetic" and len(val[0].split) > 1):
+        raise ValueError(
+            "data.val lists several nuScenes sources or splits of the built-in world, expected one: it is evaluated as a whole"
+        )
+    if strange := [name for name in dataset.classes if name not in nuscenes.ATTRIBUTES]:
+        raise ValueError(f"model.classes names {strange[0]!r}, and nuScenes' metrics know only {', '.join(nuscenes.ATTRIBUTES)}")
+    if val[0].limit and len(set(Counter(dataset.frames.groups()).values())) > 1:
+        raise ValueError(f"data.val: limit={val[0].limit} parts the cameras of a sample, which are evaluated together")
+    if config.data.overlap or config.train.eval_repeat > 1:
+        raise ValueError("data.overlap and train.eval_repeat belong to KITTI's metrics, and the frames of data.val are nuScenes'")
+
+
 def name_sample_metrics(metrics: dict) -> dict:
-    """The dict of `nuscenes_metrics` with its means under the names that people know: NDS, mAP, mATE, mASE, mAOE, mAVE, mAAE."""
+    """The dict of `nuscenes_metrics` with its means under the names that people know: NDS, mAP, mATE, mASE, mAOE, mAVE, mAAE.
+
+    What is undefined is None: JSON has no NaN.
+    """
     errors = zip(("mATE", "mASE", "mAOE", "mAVE", "mAAE"), metrics["tp_errors"].values(), strict=True)
-    return {"NDS": metrics["nd_score"], "mAP": metrics["mean_ap"], **dict(errors), **metrics}
+    return _without_nan({"NDS": metrics["nd_score"], "mAP": metrics["mean_ap"], **dict(errors), **metrics})
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def sample_tables(source: Source, config: DataConfig) -> tuple[Path, str]:
@@ -198,10 +220,14 @@ def sample_tables(source: Source, config: DataConfig) -> tuple[Path, str]:
     return root, source.version
 
 
-def blank_metrics(dataset: Detection3D) -> dict:
-    """The metrics of a data set as they are without objects and detections: every name that there will be."""
+def blank_metrics(dataset: Detection3D, config: Config) -> dict:
+    """The metrics of a data set as they are without objects and detections: every name that there will be.
+
+    Raises ValueError for a config that cannot be evaluated on it.
+    """
     if not has_samples(dataset):
         return compute_metrics({}, {}, dataset.classes)
+    check_samples(dataset, config)
     none, nowhere = nuscenes.parse_results({}, []), np.zeros((0, 2))
     return name_sample_metrics(nuscenes_metrics(nuscenes.Truth([], none, nowhere, np.zeros((0, 4, 3)), np.zeros(0, int)), none))
 
@@ -348,9 +374,9 @@ def evaluate_files(options: argparse.Namespace) -> None:
     """The files mode: prints the table, and what is missing or extra; writes what was asked for."""
     with user_errors():
         truth, results, missing, extra = read_folder(options.labels, options.results, options.split)
-    metrics = compute_metrics(truth, results, options.classes or CLASSES, options.overlap, options.repeat or 1)
+    metrics = compute_metrics(truth, results, options.classes or CLASSES, options.overlap or "strict", options.repeat or 1)
     metrics["files"] = {"missing_results": len(missing), "extra_results": len(extra)}
-    print(format_table(metrics, options.metric, metrics["errors"] if options.errors else None))
+    print(format_table(metrics, options.metric or "R40", metrics["errors"] if options.errors else None))
     if missing:
         print(f"{len(missing)} of {len(truth)} frames have no result file and count as empty, the first is {missing[0]}.txt")
     if extra:
@@ -396,16 +422,16 @@ def evaluate_run(options: argparse.Namespace) -> None:
         accelerator = start_accelerator(config.train.mixed_precision)
         with accelerator.main_process_first():  # the main process may have to render the built-in world
             dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
-        vain = [name for name in ("errors", "curves", "repeat") if getattr(options, name)] if has_samples(dataset) else []
-        if vain:
-            raise ValueError(f"--{vain[0]} belongs to KITTI's metrics, and the frames of data.val are nuScenes'")
-    metrics, predictions = evaluate(
-        model.to(accelerator.device), dataset, accelerator, config, options.overlap, options.repeat, flip=options.flip
-    )
+        if has_samples(dataset):
+            check_samples(dataset, config)
+            if vain := [name for name in ("errors", "curves", "repeat", "overlap", "metric") if getattr(options, name)]:
+                raise ValueError(f"--{vain[0]} belongs to KITTI's metrics, and the frames of data.val are nuScenes'")
+    overlap, metric = options.overlap or "strict", options.metric or "R40"
+    metrics, predictions = evaluate(model.to(accelerator.device), dataset, accelerator, config, overlap, options.repeat, flip=options.flip)
     if accelerator.is_main_process:
         out = Path(options.out) if options.out else Path(options.run) / "evaluation"
         write_evaluation(out, dataset, metrics, predictions)
-        print(format_metrics(metrics, options.metric, metrics["errors"] if options.errors else None))
+        print(format_metrics(metrics, metric, metrics["errors"] if options.errors else None))
         print(f"{folder}: {', '.join(sorted(path.name for path in out.glob('*')))} are in {out}")
         if options.json:
             Path(options.json).write_text(json.dumps(metrics, indent=1))
@@ -431,7 +457,8 @@ def submit_run(options: argparse.Namespace) -> None:
         data = dataclasses.replace(config.data, val=(Source(root=root, split=(split,)),))
         config = stay_at_home(dataclasses.replace(config, data=data), options.overrides)
         accelerator = start_accelerator(config.train.mixed_precision)
-        dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
+        with accelerator.main_process_first():
+            dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
         if odd := [id for id in dataset.ids if not re.fullmatch(r"\d{6}", id)]:
             raise ValueError(f"--submission: frame {odd[0]} of split {split}, expected a name of six digits, as the server's are")
         if accelerator.is_main_process:
@@ -452,18 +479,21 @@ def submit_run(options: argparse.Namespace) -> None:
 def stay_at_home(config: Config, overrides: Sequence[str]) -> Config:
     """The config of a run, which may be a stranger's, without the places outside this folder that it would have us write to.
 
-    data.cache is left out unless asked for. Raises ValueError where the built-in world would be rendered elsewhere.
+    data.cache is left out unless asked for, and an index is written into the user's cache folder. Raises ValueError where the built-in
+    world would be rendered elsewhere.
     """
     asked = {text.partition("=")[0].strip() for text in overrides}
-    if "data.cache" not in asked:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=""))
-    for source in config.data.val if not asked & {"data.root", "data.val"} else ():
+    ours = {"cache": "", "index": str(user_folder())}
+    data = dataclasses.replace(config.data, **{name: value for name, value in ours.items() if f"data.{name}" not in asked})
+    for source in config.data.val if "data.val" not in asked else ():
         root = Path(source.root or config.data.root)
-        counts = {split: "*" if split in nuscenes_world.SPLITS else source.world_frames for split in source.split}
-        rendered = all(any(root.glob(f"world*-seed{source.world_seed}-*-{split}{count}")) for split, count in counts.items())
-        if source.kind == "synthetic" and not rendered and not root.resolve().is_relative_to(Path.cwd()):
-            raise ValueError(f"the run's config would render the built-in world into {root}; data.root=FOLDER says where it may")
-    return config
+        if source.kind != "synthetic" or (not source.root and "data.root" in asked) or root.resolve().is_relative_to(Path.cwd()):
+            continue
+        for split in source.split:
+            find = nuscenes_world.world_folder if split in nuscenes_world.SPLITS else world.world_folder
+            if not find(root, split, source.world_frames, source.world_seed).is_dir():
+                raise ValueError(f"the run's config would render the built-in world into {root}; data.root=FOLDER says where it may")
+    return dataclasses.replace(config, data=data)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -501,7 +531,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         if options.run is None:
             parser.exit(2, "evaluate.py: --submission DIR needs a run folder, as in evaluate.py RUN --submission DIR\n")
         return options
-    options.metric, options.overlap = options.metric or "R40", options.overlap or "strict"
     if files == (options.run is not None):
         parser.exit(2, "evaluate.py: expected either a run folder, or --labels DIR and --results DIR (--help shows both)\n")
     if files and None in (options.labels, options.results):

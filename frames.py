@@ -235,11 +235,8 @@ def image_size(path, place=None):
     """
     with contextlib.suppress(OSError):
         if place is None:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                head = os.read(descriptor, HEAD)
-            finally:
-                os.close(descriptor)
+            with open(path, "rb", buffering=0) as file:
+                head = file.read(HEAD)
         else:
             head = read_member(path, place, HEAD)
         if (size := _png_size(head) or _jpeg_size(head)) and 0 < size[0] * size[1] < 1e8:  # Pillow warns of larger ones, or refuses

@@ -27,9 +27,9 @@ import math
 import os
 import re
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ from draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
 from formats import video
 from formats.jsonl import to_json
 from formats.kitti import read_calib, split_projection, write_labels
+from formats.pool import in_order
 from frames import Frame, View, decode, make_labels, opened, place_image, reduction_of, upright, whole_view
 from geometry import camera_problem
 from model import Detector, to_labels
@@ -227,17 +228,6 @@ class Shot:
     canvas: np.ndarray  # (H, W, 3) uint8
     pixels: np.ndarray | None  # (h, w, 3) uint8 as read, perhaps reduced; None where no picture is wanted
     turned: bool = False  # as its EXIF says
-
-
-def in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """function(item) of every item, in order, computed by the pool's threads at most so many items ahead of what was taken."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def read_image(path: Path, name: str, camera: Camera, canvas: tuple[int, int], keep: bool) -> Shot:

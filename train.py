@@ -77,7 +77,7 @@ def train(config, accelerator):
                 shape, extra = (config.model.classes, config.model.size), (config.model.velocity, config.model.attribute_names)
                 train_set = build_dataset(config.data, config.data.train, *shape, True, config.seed, *extra)
                 val_set = build_dataset(config.data, config.data.val, *shape, False)
-            read_metric(blank_metrics(val_set), config.best)  # a typo is told now
+            read_metric(blank_metrics(val_set, config), config.best)  # a typo is told now
             now = Progress(
                 processes=accelerator.num_processes,
                 global_batch=options.batch_size * accelerator.num_processes * options.accumulate,

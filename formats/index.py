@@ -282,7 +282,9 @@ class Columns:
                 self.columns[name] = np.broadcast_to(row, shape)
             else:
                 self.columns[name] = np.frombuffer(buffer, dtype, int(np.prod(shape)), start + entry["at"]).reshape(shape)
-        self.absent = {name for name, entry in head["columns"].items() if "value" in entry}  # all rows equal: most often none has it
+        self.constant = {name for name, entry in head["columns"].items() if "value" in entry}  # all rows are equal: they cost nothing
+        blank = {name for name in {"sigma", "velocity", "pose"} & self.constant if np.isnan(self.columns[name][:1]).all()}
+        self.absent = blank | ({"attribute"} if self.names["attribute"].tolist() in ([], [""]) else set())  # no row has a value
 
     @classmethod
     def open(cls, path: Path) -> "Columns":
@@ -347,11 +349,10 @@ def find_columns(reading: Reading, folder: str = "", limit: int = 0, workers: in
     """
     source = reading.source.absolute()
     beside = (source if source.is_dir() else source.parent) / FOLDER
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / FOLDER
-    folders = [Path(folder)] if folder else [beside, own]
+    folders = [Path(folder)] if folder else [beside, user_folder()]
     state = reading.made_from()
     names = [_name(source, reading.choice, first, state) for first in dict.fromkeys((0, limit))]  # the whole one serves a limit, too
-    for place in folders:
+    for place in dict.fromkeys([*folders, beside]):  # where it may not be written, it may be read
         for name in names:
             if (columns := _open(place / name)) is not None:
                 return columns
@@ -367,6 +368,11 @@ def find_columns(reading: Reading, folder: str = "", limit: int = 0, workers: in
             return columns
         _remove_leftovers(place, key, locked)
         return _build(reading, place / names[-1], state, limit, workers)
+
+
+def user_folder() -> Path:
+    """Where indexes lie whose sources cannot be written: in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / FOLDER
 
 
 def _name(source, choice, limit, state):
@@ -564,6 +570,15 @@ class Frames(Sequence):
             for name, count in zip(part.names, part.counts().tolist(), strict=True):
                 found[name] += count * times
         return +found
+
+    def grouped(self) -> set[bool]:
+        """Whether frames belong to a group (`Frame.group`): the answers that there are."""
+        lengths = [np.diff(part.columns["group.end"][: part.count], prepend=0) for part in self.parts]
+        return set(np.unique(np.concatenate(lengths) > 0).tolist()) if lengths else set()
+
+    def groups(self) -> list[str]:
+        """Of each frame, its group."""
+        return [part.columns.text("group", row) for part in self.parts for row in range(part.count)]
 
     def dropped(self) -> int:
         """How many objects the readers left out because they cannot be seen."""

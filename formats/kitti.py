@@ -336,12 +336,9 @@ def _read_together(root, listed):
 
 
 def _read_text(path):
-    """The text of a small file, in a third of the time of Path.read_text."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return b"".join(iter(lambda: os.read(descriptor, 1 << 16), b"")).decode("utf-8-sig")
-    finally:
-        os.close(descriptor)
+    """The text of a small file, read at once."""
+    with open(path, "rb", buffering=0) as file:
+        return file.readall().decode("utf-8-sig")
 
 
 def _check_rows(names, values):

@@ -353,10 +353,17 @@ def build_nuscenes_world(root, split, frames, seed=0, workers=1):
     """
     if split not in SPLITS:
         raise ValueError(f"the built-in world has six cameras in {' and '.join(SPLITS)}, got {split!r}")
-    scenes = len(scenes_of(split))
-    most = len(CAMERAS) * scenes * MOST_SAMPLES
+    most = len(CAMERAS) * len(scenes_of(split)) * MOST_SAMPLES
     if not 1 <= frames <= most:
         raise ValueError(f"the built-in world has 1 to {most} pictures of {split}, world_frames is {frames}")
-    samples = max(2, -(-frames // (len(CAMERAS) * scenes)))
-    folder = Path(root) / f"world-nuscenes{VERSION}-seed{seed}-{SIZE[0]}x{SIZE[1]}-{split}{samples}"
-    return build_folder(folder, partial(fill_folder, seed, split, samples, workers))
+    return build_folder(world_folder(root, split, frames, seed), partial(fill_folder, seed, split, samples_of(split, frames), workers))
+
+
+def samples_of(split, frames):
+    """Samples of each scene of a split that hold so many pictures."""
+    return max(2, -(-frames // (len(CAMERAS) * len(scenes_of(split)))))
+
+
+def world_folder(root, split, frames, seed=0):
+    """Where `build_nuscenes_world` puts a split."""
+    return Path(root) / f"world-nuscenes{VERSION}-seed{seed}-{SIZE[0]}x{SIZE[1]}-{split}{samples_of(split, frames)}"

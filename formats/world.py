@@ -713,7 +713,12 @@ def build_world(root, split, frames, seed=0, size=(640, 192), workers=1):
         (folder / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
         render_all([(folder, seed, index, tuple(size)) for index in indices], workers, f"rendering {split}")
 
-    return build_folder(Path(root) / f"world{WORLD_VERSION}-seed{seed}-{size[0]}x{size[1]}-{split}{frames}", fill)
+    return build_folder(world_folder(root, split, frames, seed, size), fill)
+
+
+def world_folder(root, split, frames, seed=0, size=(640, 192)):
+    """Where `build_world` puts a split."""
+    return Path(root) / f"world{WORLD_VERSION}-seed{seed}-{size[0]}x{size[1]}-{split}{frames}"
 
 
 def build_folder(folder, fill):

@@ -199,12 +199,13 @@ def _mean_error(error, score, confidence):
 
 
 def format_table(metrics: Mapping) -> str:
-    """The result as text: a row per class with AP, AP by distance and errors; their means; NDS."""
+    """The result as text: a row per class with AP, AP by distance and errors, which may be None; their means; NDS."""
     titles = ("AP", *(f"@{distance:g} m" for distance in DISTANCES), "ATE m", "ASE", "AOE rad", "AVE m/s", "AAE")
     lines = ["".join([f"{'class':20}", *(f"{title:>9}" for title in titles)])]
 
     def line(title, numbers):
-        lines.append("".join([f"{title:20}", *(f"{'-' if np.isnan(number) else format(number, '.4f'):>9}" for number in numbers)]))
+        texts = ["-" if number is None or np.isnan(number) else f"{number:.4f}" for number in numbers]
+        lines.append("".join([f"{title:20}", *(f"{text:>9}" for text in texts)]))
 
     aps, errors = metrics["label_aps"], metrics["label_tp_errors"]
     for name in RANGE:

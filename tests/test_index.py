@@ -202,7 +202,18 @@ def test_any_frames_can_be_kept(tmp_path):
         assert_same(one, two)
     [name] = [name for name in indexes(tmp_path) if name.endswith(".columns")]
     assert columns.path.name == name
-    assert not [name for name in ("truncation", "image_size", "dropped", "place", "score") if name not in columns.absent]  # cost nothing
+    assert not [name for name in ("truncation", "image_size", "dropped", "place", "score") if name not in columns.constant]  # cost nothing
+
+
+def test_values_that_all_rows_share_are_there(tmp_path):
+    labels = make_labels(["Car"], np.ones((1, 4)), np.ones((1, 3)), np.ones((1, 3)), [0], sigma=np.ones(1), velocity=np.zeros((1, 3)),
+                         attribute=np.array(["moving"], dtype=object))  # fmt: skip
+    frames = [Frame(f"{i}", tmp_path / "a.png", np.array(K), labels, group="sample", pose=np.eye(4)) for i in range(2)]
+    for one, two in zip(frames, Frames.of(frames), strict=True):
+        assert_same(one, two)
+    assert Frames.of(frames).grouped() == {True}
+    assert Frames.of([frames[0], dataclasses.replace(frames[1], group="")]).grouped() == {True, False}
+    assert Frames.of(frames).groups() == ["sample"] * 2
 
 
 def kitti_frames(root, split=("train",), **changes):

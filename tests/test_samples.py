@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import ROOT
 
 import evaluate
 import train
+from config import Config
 from data import DataConfig, Detection3D, Source, collate
 from formats import nuscenes, nuscenes_world
 from frames import whole_view
@@ -119,9 +121,26 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
     assert {"NDS", "mAP", "mAVE", "label_aps/car/0.5"} <= numbers.keys()
     assert not any(name.startswith("cfg") for name in numbers)
     assert np.isfinite(list(numbers.values())).all()
-    assert evaluate.blank_metrics(dataset).keys() == metrics.keys()
+    run = Config(data=config, model=MODEL)
+    assert evaluate.blank_metrics(dataset, run).keys() == metrics.keys()
     with pytest.raises(ValueError, match="best=NSD: there is no 'NSD' among the metrics, only NDS, mAP, mATE"):
-        evaluate.read_metric(evaluate.blank_metrics(dataset), "NSD")
+        evaluate.read_metric(evaluate.blank_metrics(dataset, run), "NSD")
+    json.dumps(metrics, allow_nan=False)
+    refusals = {
+        "expected one: it is evaluated as a whole": (dataset, dataclasses.replace(config, val=config.val * 2)),
+        "model.classes names 'Car', and nuScenes' metrics know only car,": (
+            Detection3D(frames, ("Car",), MODEL.size, config, False),
+            config,
+        ),
+        "limit=7 parts the cameras of a sample": (
+            Detection3D(frames[:7], CLASSES, MODEL.size, config, False),
+            dataclasses.replace(config, val=(dataclasses.replace(config.val[0], limit=7),)),
+        ),
+        "data.overlap and train.eval_repeat belong to KITTI's metrics": (dataset, dataclasses.replace(config, overlap={"car": (0.5,) * 3})),
+    }
+    for sentence, (data, wrong) in refusals.items():
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            evaluate.blank_metrics(data, dataclasses.replace(run, data=wrong))
     order = np.random.default_rng(0).permutation(len(frames))
     shuffled = evaluate.compute_sample_metrics(dataset, {frames[i].id: found[frames[i].id] for i in order}, config)
     assert {**shuffled, "label_tp_errors": 0} == {**metrics, "label_tp_errors": 0}  # NaN is never equal

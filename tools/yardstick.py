@@ -19,7 +19,7 @@ from torchvision.ops import box_iou
 from checkpoint import find_checkpoint, load_run
 from config import to_dict
 from data import UserError, build_dataset, user_errors
-from evaluate import compute_metrics, predict_dataset
+from evaluate import compute_metrics, predict_dataset, stay_at_home
 from geometry import box3d_iou, project, unproject, yaw_to_alpha
 from guard import start_accelerator
 from metrics.kitti import MATCH_OVERLAP, kitti_ap
@@ -90,6 +90,7 @@ def predict_run(run, overrides=()):
     """A run's `Config`, its `Detection3D` of held-out frames, and what its best checkpoint finds there (`predict_dataset`)."""
     with user_errors():
         config, model = load_run(find_checkpoint(run), overrides)
+        config = stay_at_home(config, overrides)
         dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
         accelerator = start_accelerator(config.train.mixed_precision)
     model = model.to(accelerator.device)
