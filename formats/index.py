@@ -115,7 +115,7 @@ def pack(chunk: Chunk) -> dict:
         packed[column] = np.array([places.setdefault(value, len(places)) for value in values], np.int32)
         packed[f"{column}.of"] = [str(value) for value in places]
     packed["digest"] = _digests(packed, texts)
-    packed["tars"] = chunk.tars
+    packed["tars"] = {os.path.abspath(tar) for tar in chunk.tars}
     return packed
 
 
@@ -201,8 +201,9 @@ class Writer:
         file.write(MAGIC + head + bytes(start - len(MAGIC) - len(head)))
         for column in self.columns.values():
             if column.file:
-                column.file.seek(0)
-                shutil.copyfileobj(column.file, file, 1 << 22)
+                with column.file as own:
+                    own.seek(0)
+                    shutil.copyfileobj(own, file, 1 << 22)
                 file.write(bytes(-column.row.nbytes * column.count % 64))
 
 
