@@ -1,6 +1,7 @@
 """The benchmark runs, counts what it says it counts, and measures the config's own optimizer."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 from conftest import ROOT, tiny
 
 from config import load_config
-from tools.benchmark import Count, Step, main, make_batch
+from tools.benchmark import Count, Step, invent, main, make_batch, start_reading
 
 
 def test_every_number_is_there(tiny_run, tmp_path, capsys, monkeypatch):
@@ -81,3 +82,14 @@ def test_waits_are_counted():
         on_host.item()
     assert count.waits == 3
     assert count.calls["add"] == 1
+
+
+def test_reading_is_measured_on_invented_frames(tmp_path, capsys):
+    invent(tmp_path / "a.jsonl", 40)
+    found = start_reading(tmp_path / "a.jsonl", threading.Barrier(1), steps=2, batch=2)
+    for name in ("open_s", "priors_s", "start_to_first_batch_s", "samples_per_s"):
+        assert found[name] > 0, name
+    assert found["start_to_first_batch_s"] > found["priors_s"]
+    assert main(["--data", "0"]) == main([]) == main(["configs/kitti.py", "--data", "40"]) == 2
+    assert "--data 0: expected at least 1" in (error := capsys.readouterr().err)
+    assert error.count("expected a config or --data N, and not both") == 2

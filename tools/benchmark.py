@@ -1,6 +1,7 @@
 """Measure a config's speed and memory on this machine: one table, ratios taken in the same run.
 
 python -m tools.benchmark CONFIG.py [key=value ...] [--batch N] [--rounds N] [--json OUT]
+python -m tools.benchmark --data N      reading N invented frames of 8 objects: the index, the start, the memory of two processes
 
 Steps are train.py's, with the config's own optimizer, precision, averaging and checkpointing; only train.compile is left out. On a machine
 that does other work (load_average_before), trust the ratios, not the times.
@@ -16,6 +17,7 @@ import os
 import platform
 import re
 import sys
+import tarfile
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -28,16 +30,32 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import load_config
-from data import Detection3D, FrameCache, StepBatches, UserError, build_dataset, change_colours, collate, loading, make_loader, user_errors
+from data import (
+    DataConfig,
+    Detection3D,
+    FrameCache,
+    Source,
+    StepBatches,
+    UserError,
+    build_dataset,
+    change_colours,
+    collate,
+    loading,
+    make_loader,
+    usable_cores,
+    user_errors,
+)
 from evaluate import compute_metrics
+from formats import jsonl
+from formats.index import Frames
 from frames import Frame, load_image, make_labels, whole_view
 from geometry import clip_boxes, project_boxes
 from guard import Guard, Signals, start_accelerator
 from logbook import Window
 from losses import compute_losses, count_positives, weighted_sum
-from model import Detector, checkpoint_backbone
+from model import Detector, ModelConfig, checkpoint_backbone
 from optimizer import Average, make_optimizer, set_lr
-from targets import assign
+from targets import assign, measure_priors
 
 OBJECTS = (8, 30, 100)  # per image
 CAR = (3.9, 1.53, 1.63)  # mean l, h, w of KITTI's, m
@@ -280,6 +298,92 @@ def measure_evaluation(frames=3769):
     return {f"evaluation_{frames}_frames_s": time.perf_counter() - began}
 
 
+def invent(path, frames, images=16):
+    """A JSON-lines file of so many frames of 8 objects, their pictures a few members of one tar."""
+    rng, canvas = np.random.default_rng(0), (640, 192)
+    with tarfile.open(path.with_suffix(".tar"), "w") as archive:
+        for number in range(images):
+            picture = path.with_name(f"{number:03d}.jpg")
+            Image.fromarray(rng.integers(0, 255, (*canvas[::-1], 3), dtype=np.uint8)).save(picture)
+            archive.add(picture, picture.name)
+    with path.open("w") as file:
+        for start in range(0, frames, 1000):
+            count = min(1000, frames - start)
+            K, labels = scene(rng, 8 * count, *canvas, ("Car", "Pedestrian", "Cyclist"))
+            columns = [getattr(labels, name).round(3).tolist() for name in ("center", "size", "yaw", "box")]
+            rows = zip(labels.name, *columns, strict=True)
+            objects = [dict(zip(("class", "center", "size", "yaw", "box"), row, strict=True)) for row in rows]
+            for i in range(count):
+                line = {"image": f"{path.stem}.tar/{i % images:03d}.jpg", "id": f"{start + i:08d}", "K": K.tolist()}
+                file.write(json.dumps({**line, "objects": objects[8 * i : 8 * i + 8]}) + "\n")
+
+
+def own_memory(process="self"):
+    """MiB that a process alone holds, and its share of all that it uses (PSS); None where the system does not say."""
+    rollup = Path(f"/proc/{process}/smaps_rollup")
+    if not rollup.exists():
+        return None, None
+    sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", rollup.read_text()))
+    return int(sizes["Private_Dirty"]) / 1024, int(sizes["Pss"]) / 1024
+
+
+def start_reading(path, ready, steps=100, batch=8, workers=2):
+    """What a training process does with its data: seconds of its start by part, then samples a second and memory with its workers.
+
+    ready: a barrier that all processes reach together. Returns a dict of numbers, memory in MiB where the system tells.
+    """
+    torch.set_num_threads(1)
+    before, _ = own_memory()
+    began = time.perf_counter()
+    config, model = DataConfig(train=(Source(kind="jsonl", root=str(path)),)), ModelConfig(size=(192, 640))
+    data = build_dataset(config, config.train, model.classes, model.size, True)
+    data.digest()
+    opened = time.perf_counter()
+    measure_priors(data, model)
+    measured = time.perf_counter()
+    data.summary()
+    with loading(make_loader(data, StepBatches(len(data), batch, 0, 1, 0, 0, steps + 1), workers, torch.device("cpu"))) as batches:
+        next(batches)
+        first = time.perf_counter()
+        ready.wait()  # so that both processes load together
+        loading_from = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        rate = batch * steps / (time.perf_counter() - loading_from)
+        ready.wait()
+        memory = [own_memory(), *(own_memory(worker.pid) for worker in batches._workers)]
+        ready.wait()
+    found = {"open_s": opened - began, "priors_s": measured - opened, "start_to_first_batch_s": first - began, "samples_per_s": rate}
+    if before is not None:
+        found |= {"process_private_mib": memory[0][0], "process_private_before_mib": before, "process_pss_mib": memory[0][1]}
+        found |= {"worker_private_mib": max(own for own, _ in memory[1:]), "workers_pss_mib": sum(share for _, share in memory[1:])}
+    return found
+
+
+def measure_data(frames):
+    """Reading so many invented frames, alone; then two processes of two workers each that start together on the index."""
+    if frames < 1:
+        raise UserError(f"--data {frames}: expected at least 1")
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.Manager() as manager:
+        path = Path(folder) / "invented.jsonl"
+        invent(path, frames)
+        spent, began = sum(os.times()[:4]), time.perf_counter()
+        part = jsonl.open_frames(path, workers=usable_cores())
+        seconds, spent = time.perf_counter() - began, sum(os.times()[:4]) - spent
+        found = {"frames": part.count, "build_s": seconds, "build_lines_per_s_per_core": frames / spent}
+        found |= {"index_bytes_per_frame": part.columns.path.stat().st_size / frames}
+        rows = np.random.default_rng(0).integers(frames, size=2000).tolist()
+        began, several = time.perf_counter(), Frames([part])
+        for row in rows:
+            several[row]
+        found["frame_us"] = 1e6 * (time.perf_counter() - began) / len(rows)
+        ready = manager.Barrier(2)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), multiprocessing.set_start_method, (None, True)) as pool:
+            for number, one in enumerate([pool.submit(start_reading, path, ready) for _ in range(2)]):
+                found[f"process_{number}"] = one.result()
+    return found
+
+
 def flatten(found, prefix=""):
     """(name, value) of every measurement."""
     for name, value in found.items():
@@ -317,14 +421,17 @@ def measure(path, overrides, images, rounds):
 def main(arguments=None):
     """Command line entry. Returns 0, or 2 after one sentence for an error of the user's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a Python run file")
+    parser.add_argument("config", nargs="?", help="a Python run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--data", type=int, metavar="N", help="measure the reading of N invented frames instead of a config")
     parser.add_argument("--batch", type=int, default=2, help="images (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions after one that warms up (default: %(default)s)")
     parser.add_argument("--json", help="also write the numbers there")
     options = parser.parse_intermixed_args(arguments)
     try:
-        found = measure(options.config, options.overrides, options.batch, options.rounds)
+        if (options.data is None) == (options.config is None):
+            raise UserError("expected a config or --data N, and not both")
+        found = measure(options.config, options.overrides, options.batch, options.rounds) if options.config else measure_data(options.data)
     except UserError as error:  # a loader worker's arrives with its traceback, the sentence last
         print(f"error: {str(error).splitlines()[-1].removeprefix('data.UserError: ')}", file=sys.stderr)
         return 2
