@@ -16,7 +16,7 @@ config = Config(
         root="data/kitti",
         train=(Source(split=("train",)),),
         val=(Source(split=("val",)),),
-        scale=(0.9, 1.2),
+        scale=(0.7, 1.25),
         colour=0.2,
     ),
     model=ModelConfig(backbone="convnext_tiny", pretrained=True, drop_path=0.1, channels=256),
