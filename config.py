@@ -83,6 +83,10 @@ class Config:
             raise ValueError("train: expected 0 < lr <= 1e38, 0 <= ema < 1, clip > 0, warmup >= 0, epochs > 0 and timeout > 0")
         if train.backbone_lr <= 0:
             raise ValueError(f"train.backbone_lr is {train.backbone_lr}, expected > 0; train.freeze=backbone keeps the backbone as it is")
+        if train.backbone_lr != 1 and "backbone" in train.freeze:
+            raise ValueError(
+                "train.freeze=backbone keeps the backbone as it is, and train.backbone_lr says how fast it learns: leave one out"
+            )
         if self.load_model and not self.load_from:
             raise ValueError("load_model=true takes the architecture of load_from along, and load_from is empty")
         if self.loss.loss_alpha_constrain and not self.model.predict_yaw:

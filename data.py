@@ -131,14 +131,25 @@ def read_source(source, config, problems=None):
     return parts
 
 
+READ_BY = {  # kind of a source: which of the fields that only some read
+    "kitti": ("split",),
+    "jsonl": (),
+    "nuscenes": ("split", "version", "cameras"),
+}
+
+
 def find_folders(source, root):
     """[(kind, folder or file, splits)] that a source is read from; the built-in world is rendered where it is not there."""
-    if len({*source.split}) < len(source.split):
-        raise ValueError(f"data source {root}: split lists {', '.join(source.split)}, expected each once; use repeat= to repeat")
+    fields = ("split", "version", "cameras", "world_frames", "world_seed")
+    vain = [name for name in fields if name not in READ_BY.get(source.kind, fields) and getattr(source, name) != getattr(Source(), name)]
+    if vain:
+        raise ValueError(f"data source {root}: {vain[0]} means nothing to kind={source.kind}")
     if source.kind in ("kitti", "jsonl", "nuscenes"):
         return [(source.kind, root, source.split)]
     if source.kind != "synthetic":
         raise ValueError(f"data source kind is {source.kind!r}, expected 'kitti', 'jsonl', 'nuscenes' or 'synthetic'")
+    if len({*source.split}) < len(source.split):
+        raise ValueError(f"data source {root}: split lists {', '.join(source.split)}, expected each once; use repeat= to repeat")
     found, wanted = [], (source.world_frames, source.world_seed)
     for split in source.split:
         if split in nuscenes_world.SPLITS:

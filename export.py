@@ -88,7 +88,10 @@ def export(detector: Detector, folder: str | Path, suppress: bool = False, half:
     import onnx
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: no folder can be made there: {error.strerror}") from None
     config, rows = detector.config, Rows(detector, suppress, half).eval().requires_grad_(False)
     height, width = config.size
     image = torch.zeros(2, height, width, 3, dtype=torch.uint8)

@@ -252,6 +252,16 @@ class Detector(
         self.train()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        """The detector of a folder of weights, such as RUN/best, or of a hub id. Raises FileNotFoundError in a sentence for no such folder."""
+        place = Path(pretrained_model_name_or_path)
+        if place.is_dir() and not (place / "model.safetensors").exists() and (place / "best").is_dir():
+            raise FileNotFoundError(f"{place}: a run, whose weights are in {place / 'best'}")
+        if not place.is_dir() and (place.is_absolute() or len(place.parts) != 2):
+            raise FileNotFoundError(f"{place}: no such folder, and no hub id, which is owner/name")
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def _from_pretrained(cls, *, model_id, model=None, strict=True, **options):
         if model is None:
             raise ValueError("config.json has no section 'model', expected one written by deep3d")
@@ -549,6 +559,8 @@ def _as_picture(image):
         raise ValueError(f"image is of type {type(image).__name__}, expected a path, a PIL image or an array")
     if image.dtype != np.uint8:
         raise ValueError(f"image holds {image.dtype}, expected uint8 from 0 to 255: (255 * image).astype(np.uint8) of pixels from 0 to 1")
+    if not image.size:
+        raise ValueError(f"image has shape {image.shape}: it is empty")
     if image.ndim != 3 or image.shape[2] != 3:
         advice = ": list(image) of a batch" if image.ndim == 4 else ": image[..., :3] of RGB with alpha" if image.shape[2:] == (4,) else ""
         raise ValueError(f"image has shape {image.shape}, expected (H, W, 3) as RGB{advice}; PIL images may be of any mode")

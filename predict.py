@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +45,7 @@ from formats import video
 from formats.jsonl import to_json
 from formats.kitti import read_calib, split_projection, write_labels
 from formats.pool import in_order
-from frames import Frame, View, decode, make_labels, opened, place_image, reduction_of, upright, whole_view
+from frames import Frame, View, decode, in_tar, make_labels, opened, place_image, reduction_of, upright, whole_view
 from geometry import camera_problem
 from model import Detector, to_labels
 
@@ -107,8 +108,10 @@ def find_inputs(given: Iterable[str], out: Path) -> dict[Path, str]:
 
 def _expand(text, out):
     """The files that a path given stands for, and the folder below which their names begin."""
+    if not text:
+        raise ValueError("a path is empty, expected an image, a video, a folder or a pattern")
     path = Path(text)
-    if path.is_file():
+    if path.is_file() or in_tar(path):
         return [path], path.parent
     if path.is_dir():
         base, roots = path, [path]
@@ -409,6 +412,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def prepare_folder(out: Path) -> None:
+    """Make the folder, without what an earlier prediction has left in it. Raises ValueError where it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "predictions.jsonl").exists():
+            for name in ("results", "pictures"):
+                shutil.rmtree(out / name, ignore_errors=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: no folder can be made there: {error.strerror}") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line entry. Returns 0, 1 when something was passed over, or 2 after one sentence on stderr for an error of the user's."""
     options = parse_arguments(arguments)
@@ -421,7 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_first(inputs, camera)
             detector = load_detector(options.run, options.device)
             set_up(detector, options)
-            options.out.mkdir(parents=True, exist_ok=True)
+            prepare_folder(options.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -128,7 +128,8 @@ def train(config, accelerator):
             log.warning(f"train.warmup={options.warmup} is more than half of the {total} steps: the learning rate hardly reaches train.lr")
         period, evaluation, reports, unreadable = options.eval_every * steps_per_epoch, None, [], []
         log.info(
-            f"{config.model.backbone}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters; {now.processes} process(es) on "
+            f"{config.model.backbone}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, "
+            f"{sum(p.numel() for p in net.parameters() if not p.requires_grad) / 1e6:.1f} M of them frozen; {now.processes} process(es) on "
             f"{device}, mixed precision: {options.mixed_precision}; {total} steps of {global_batch} images, {steps_per_epoch:g} an epoch"
         )
         open_folder(accelerator, config, unfinished=start < total)

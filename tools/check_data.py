@@ -20,12 +20,13 @@ from tqdm import tqdm
 from config import load_config
 from data import Detection3D, UserError, build_dataset, read_source, usable_cores
 from draw import draw_frame, draw_sheet
-from formats import diagnosis
+from formats import diagnosis, jsonl
 from formats.index import Frames
 from frames import join, load_image, whole_view
 from geometry import clip_boxes
 
 GIVEN = (255, 214, 64)  # colour of the 2D boxes in pictures
+MOST_TOLD = 30  # sentences on single frames of a source
 ON_A_SHEET, WIDTH = 4, 1200  # frames in one picture, and how wide each is, px, without its view from above
 WORTH_TELLING = 1.03  # factor of size or pixels from which another canvas is better
 HEADINGS = {"away": -np.pi / 2, "right": 0.0, "toward": np.pi / 2, "left": np.pi}  # where a box faces, and its yaw
@@ -53,12 +54,13 @@ def check(config, workers, draw=0, out=None):
             name = f"{title}: {source.kind} {source.root or config.data.root}"
             dataset, wrong = read(source, config, title)
             place = name_source(source, config.data)
-            problems += wrong + [f"{place}: {sentence}" for sentence in diagnosis.doubt_angles(wrong)]
+            problems += shorten(wrong) + [f"{place}: {sentence}" for sentence in diagnosis.doubt_angles(wrong)]
             if not dataset:
                 continue
             sizes = check_images(dataset, name, workers, problems)
             doubts, notes = doubt(dataset, sizes, source, place)
             problems += doubts
+            lines += describe_source(dataset, source, place)
             canvas = describe_canvas(sizes, config.model.size, max(config.model.strides))
             lines += [f"{name}: {dataset.summary()}", *describe_classes(dataset, sizes), *canvas, *notes]
             if draw:
@@ -77,6 +79,12 @@ def check(config, workers, draw=0, out=None):
             except (ValueError, OSError) as error:
                 problems.append(str(error))
     return problems, lines
+
+
+def shorten(sentences):
+    """The first of many sentences, and how many more there are."""
+    more = len(sentences) - MOST_TOLD
+    return sentences if more <= 0 else [*sentences[:MOST_TOLD], f"and {more} more such sentences"]
 
 
 def read(source, config, title):
@@ -103,6 +111,17 @@ def check_images(dataset, name, workers, problems):
         found = list(tqdm(found, name, len(dataset), unit="frame", disable=None))
     problems += [sentence for sentence, _ in found if sentence]
     return np.array([size for _, size in found], float).reshape(-1, 2)
+
+
+def describe_source(dataset, source, place):
+    """What reading a source did on the way: objects left out, names that a rename never met."""
+    dropped, met = [], {name for part in dataset.frames.parts for name in part.columns.names["name"]}
+    if source.kind == "jsonl":
+        jsonl.read_frames(place, [], dropped=dropped)
+    lines = [f"    rename names {name!r}, and no object is called so" for name in source.rename if name not in met]
+    if dropped:
+        lines.append(f"    {len(dropped)} objects that cannot be seen are left out, the first: {dropped[0]}")
+    return lines
 
 
 def doubt(dataset, sizes, source, place):
