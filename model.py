@@ -253,7 +253,7 @@ class Detector(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options):
-        """The detector of a folder of weights, such as RUN/best, or of a hub id. Raises FileNotFoundError in a sentence for no such folder."""
+        """The detector of a folder of weights, such as RUN/best, or of a hub id. Raises FileNotFoundError for no such folder."""
         place = Path(pretrained_model_name_or_path)
         if place.is_dir() and not (place / "model.safetensors").exists() and (place / "best").is_dir():
             raise FileNotFoundError(f"{place}: a run, whose weights are in {place / 'best'}")
