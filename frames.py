@@ -162,18 +162,31 @@ def opened(path, place=None):
 
 def in_tar(path):
     """Whether a path leads into a file, `shard-0001.tar/a/000123.jpg`, as only one of a tar's members does."""
-    return ".tar" in os.fspath(path) and any(parent.is_file() for parent in Path(path).parents)
+    if ".tar" not in os.fspath(path):
+        return False
+    try:
+        return bool(tar_of(path))
+    except FileNotFoundError:
+        return False
 
 
 def tar_of(path):
-    """The tar that a member's path leads into."""
-    return next(parent for parent in Path(path).parents if parent.is_file())
+    """The tar that a member's path leads into. Raises FileNotFoundError where it leads into none."""
+    return _tar_above(os.path.dirname(path))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tar_above(folder):
+    for parent in (Path(folder), *Path(folder).parents):
+        if parent.is_file():
+            return parent
+    raise FileNotFoundError(f"{folder}: no such folder, and no tar above it")  # is not remembered
 
 
 def find_member(path):
     """The tar of a member's path, and the member's place there, (first byte, bytes). Raises FileNotFoundError or OSError in a sentence."""
     tar = tar_of(path)
-    name, stat = Path(path).relative_to(tar).as_posix(), os.stat(tar)
+    name, stat = str(Path(path))[len(str(tar)) + 1 :].replace(os.sep, "/"), os.stat(tar)
     names, places = list_tar(tar, stat.st_size, stat.st_mtime_ns)
     at = min(int(np.searchsorted(names, name.encode())), len(names) - 1)
     if at < 0 or names[at] != name.encode():
