@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from test_evaluate import run_processes
 
 import evaluate
 import train
@@ -180,4 +181,14 @@ def test_a_run_follows_nds(tmp_path, monkeypatch, capsys):
     assert f"mAP {metrics['mAP']:.4f}   NDS {metrics['NDS']:.4f}" in said
     assert f"NDS: {metrics['NDS']:.4f}, best: {metrics['NDS']:.4f}" in said
     assert (tmp_path / "run/predictions.png").stat().st_size > 1000
+    AcceleratorState._reset_state(reset_partial_state=True)
+    outputs = run_processes(2, str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "two"))  # cameras of a sample apart
+    assert [f"mAP {metrics['mAP']:.4f}   NDS {metrics['NDS']:.4f}" in text for text in outputs] == [True, False]
+    evaluate.main([str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "one")])
+    one, two = (json.loads((tmp_path / name / "results_nusc.json").read_text())["results"] for name in ("one", "two"))
+    assert {token: len(boxes) for token, boxes in one.items()} == {token: len(boxes) for token, boxes in two.items()}
+    assert sum(map(len, one.values())) > 0
+    for token, boxes in one.items():  # batches differ, and with them the last bits
+        scores = [sorted(box["detection_score"] for box in found) for found in (boxes, two[token])]
+        np.testing.assert_allclose(*scores, atol=1e-4)
     AcceleratorState._reset_state(reset_partial_state=True)
