@@ -360,6 +360,11 @@ def start_reading(path, ready, steps=100, batch=8, workers=2):
     return found
 
 
+def start_as_usual():
+    """In a spawned process, whose own workers would be spawned, too: let them start as they do in train.py."""
+    multiprocessing.set_start_method(None, force=True)
+
+
 def measure_data(frames):
     """Reading so many invented frames, alone; then two processes of two workers each that start together on the index."""
     if frames < 1:
@@ -378,7 +383,7 @@ def measure_data(frames):
             several[row]
         found["frame_us"] = 1e6 * (time.perf_counter() - began) / len(rows)
         ready = manager.Barrier(2)
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), multiprocessing.set_start_method, (None, True)) as pool:
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_as_usual) as pool:
             for number, one in enumerate([pool.submit(start_reading, path, ready) for _ in range(2)]):
                 found[f"process_{number}"] = one.result()
     return found
