@@ -36,17 +36,23 @@ from config import help_text, load_config, to_dict
 from data import StepBatches, UserError, build_dataset, change_colours, loading, make_loader, seed_of, unread, user_errors
 from draw import draw_frames
 from evaluate import blank_metrics, evaluate, flat_metrics, format_metrics, read_metric
-from guard import Guard, Signals, Stopped, fail, lock_folder, start_accelerator, weights_finite
-from logbook import (
+from guard import (
+    Guard,
+    Signals,
+    Stopped,
     Window,
     crosses,
+    fail,
     find_tracker,
+    lock_folder,
     log_window,
     report_broken,
     report_unreadable,
     show_picture,
+    start_accelerator,
     start_log,
     start_trackers,
+    weights_finite,
     write_log,
 )
 from losses import compute_losses, count_positives, weighted_sum

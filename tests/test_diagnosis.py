@@ -145,7 +145,9 @@ def test_no_labels_that_can_be_read_break_it():
             for size in ((600, 400), (np.nan, np.nan)):
                 frames = [Frame(str(i), Path("a"), K, make_labels(**columns)) for i in range(3)]
                 for reading in (JSONL, KITTI):
-                    diagnose(frames, np.array([size] * 3), reading)
+                    told = diagnose(frames, np.array([size] * 3), reading)
+                    assert len(told) == 2
+                    assert all(isinstance(sentence, str) and "nan" not in sentence for sentences in told for sentence in sentences)
 
 
 def test_frames_with_another_camera_are_named(good):

@@ -38,8 +38,7 @@ from checkpoint import (
     verify_checkpoint,
 )
 from config import Config, changed_keys, override, to_dict
-from guard import Guard, Signals, Statistics, lock_folder, start_accelerator, step_unless, weights_finite, write_replay
-from logbook import Window
+from guard import Guard, Signals, Statistics, Window, lock_folder, start_accelerator, step_unless, weights_finite, write_replay
 from model import Detector, ModelConfig, read_meta, write_meta
 from optimizer import Muon, make_optimizer
 from tools import replay

@@ -28,13 +28,13 @@ from conftest import ROOT, launch, tiny
 from safetensors.torch import load_file
 from timm.optim import muon
 
-import logbook
+import guard
 import train
 from checkpoint import amend_checkpoint
 from config import Config, TrainConfig, read_config
 from data import DataConfig, Source, StepBatches, UserError, loading, make_loader, read_source, seed_of
 from formats.kitti import read_split
-from logbook import Window, crosses, place_in_epoch
+from guard import Window, crosses, place_in_epoch
 from losses import LossConfig
 from model import Detector, ModelConfig, checkpoint_backbone, read_meta
 from optimizer import Muon, lr_at, make_optimizer, orthogonalise
@@ -412,7 +412,7 @@ def test_trackers_get_the_config_every_metric_and_the_picture(tiny_run, tmp_path
 
 
 def test_a_tracker_that_is_not_there_is_said_before_training(tiny_run, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(logbook, "get_available_trackers", lambda: [])
+    monkeypatch.setattr(guard, "get_available_trackers", lambda: [])
     code, _, err = here(*tiny(tiny_run[0], tmp_path / "out"), "log_with=wandb")
     assert code == 2
     assert "log_with=wandb: not installed; pip install wandb" in err
@@ -596,7 +596,7 @@ def test_epochs_are_images_seen_over_frames():
 def test_the_clock_includes_every_wait(monkeypatch):
     """Of a step, but not an evaluation; the end is foreseen from all steps but the first, evaluations among them."""
     now = [0.0]
-    monkeypatch.setattr(logbook.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(guard.time, "perf_counter", lambda: now[0])
     window = Window()
     for seconds in (50.0, 1.0, 1.0, 1.0):
         now[0] += seconds

@@ -50,8 +50,7 @@ from formats import jsonl
 from formats.index import Frames
 from frames import Frame, load_image, make_labels, whole_view
 from geometry import clip_boxes, project_boxes
-from guard import Guard, Signals, start_accelerator
-from logbook import Window
+from guard import Guard, Signals, Window, start_accelerator
 from losses import compute_losses, count_positives, weighted_sum
 from model import Detector, ModelConfig, checkpoint_backbone
 from optimizer import Average, make_optimizer, set_lr
