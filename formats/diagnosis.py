@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from frames import Frame, Labels, join, opened, upright
+from frames import Frame, Labels, image_size, join
 from geometry import box_iou, clip_boxes, project_boxes, ray_angle
 
 LEAST = 8  # objects that a judgement needs; of a class with fewer, those of all such classes together
@@ -93,8 +93,8 @@ def image_sizes(frames: Sequence[Frame]) -> np.ndarray:
     """(width, height) of the upright images of frames, from their headers, (frames, 2) px; NaN for those that cannot be read."""
     sizes = np.full((len(frames), 2), np.nan)
     for number, frame in enumerate(frames):
-        with contextlib.suppress(OSError), opened(frame.image) as image:
-            sizes[number] = upright(image).size
+        with contextlib.suppress(OSError):
+            sizes[number] = image_size(frame.image)
     return sizes
 
 

@@ -54,6 +54,15 @@ def kitti_frames(kitti_folder):
     return frames
 
 
+@pytest.fixture(scope="session")
+def invented(tmp_path_factory):
+    """Folder with v1.0-mini, result files and what the official devkit says; it holds no pictures."""
+    folder = tmp_path_factory.mktemp("invented")
+    with tarfile.open(Path(__file__).parent / "data/nuscenes_invented.tar.xz") as file:
+        file.extractall(folder, filter="data")
+    return folder
+
+
 WORLD = {"train": 8, "val": 4}  # frames of the tiny world
 
 

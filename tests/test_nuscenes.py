@@ -7,8 +7,6 @@ import dataclasses
 import gzip
 import json
 import re
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import nuscenes_cases
@@ -25,15 +23,6 @@ from geometry import box_iou, wrap_angle
 from metrics.nuscenes import RANGE, nuscenes_metrics
 
 SAMPLE = SHARED / "nuscenes_sample"
-
-
-@pytest.fixture(scope="session")
-def invented(tmp_path_factory):
-    """Folder with v1.0-mini, result files and what the official devkit says; it holds no pictures."""
-    folder = tmp_path_factory.mktemp("invented")
-    with tarfile.open(Path(__file__).parent / "data/nuscenes_invented.tar.xz") as file:
-        file.extractall(folder, filter="data")
-    return folder
 
 
 @pytest.fixture(scope="session")

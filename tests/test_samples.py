@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,15 +35,6 @@ MODEL = ModelConfig(
     nms_iou=1.0,  # objects that hide each other stay
     max_detections=300,
 )
-
-
-@pytest.fixture(scope="module")
-def invented(tmp_path_factory):
-    """Folder with tables, result files and what the official devkit says of them; it holds no pictures."""
-    folder = tmp_path_factory.mktemp("invented")
-    with tarfile.open(Path(__file__).parent / "data/nuscenes_invented.tar.xz") as file:
-        file.extractall(folder, filter="data")
-    return folder
 
 
 @pytest.fixture(scope="module")
