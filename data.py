@@ -29,6 +29,11 @@ GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
 class UserError(Exception):
     """Something that the user wrote, gave or has no room for, in one sentence; shown without a traceback."""
 
+    @property
+    def sentence(self):
+        """What is shown: the last line, because an error of a loader worker arrives with its traceback above it."""
+        return (str(self).strip().splitlines() or [repr(self)])[-1].removeprefix("data.UserError: ")
+
 
 @contextlib.contextmanager
 def user_errors():

@@ -570,8 +570,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             evaluate_files(options) if options.run is None else evaluate_run(options)
     except UserError as error:
-        sentence = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")  # a loader worker's comes with its traceback
-        print(f"evaluate.py: {sentence}", file=sys.stderr)
+        print(f"evaluate.py: {error.sentence}", file=sys.stderr)
         sys.exit(2)
 
 

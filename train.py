@@ -320,10 +320,8 @@ def main(arguments=None):
     except (UserError, FloatingPointError) as error:
         if "--traceback" in arguments:
             raise
-        lines = str(error).strip().splitlines()  # a loader worker's error arrives with its traceback; the last line is the sentence
-        sentence = (lines[-1] if lines else repr(error)).removeprefix("data.UserError: ")
-        hint = " (--traceback shows where)" if isinstance(error, UserError) else ""
-        print(f"error: {sentence}{hint}", file=sys.stderr, flush=True)
+        told = f"{error.sentence} (--traceback shows where)" if isinstance(error, UserError) else error
+        print(f"error: {told}", file=sys.stderr, flush=True)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
     except LostProcess as error:
         if "--traceback" in arguments:

@@ -188,8 +188,8 @@ def main(arguments=None):
             runs.append((Path(run).name, config, measure(dataset, predictions, config.train.eval_repeat)))
             if options.oracles:
                 oracles.append((Path(run).name, config, measure_oracles(dataset, predictions)))
-    except UserError as error:  # a loader worker's arrives with its traceback, the sentence last
-        print(f"error: {str(error).splitlines()[-1].removeprefix('data.UserError: ')}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error.sentence}", file=sys.stderr)
         return 2
     show(runs, oracles)
     if options.json:
