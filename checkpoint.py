@@ -9,6 +9,7 @@ renamed. Nothing in it can carry code: optimizer.bin and scaler.pt are read by t
 import collections
 import contextlib
 import dataclasses
+import difflib
 import json
 import logging
 import os
@@ -227,6 +228,12 @@ def load_checkpoint(accelerator, folder, optimizer, averaged):
         group.update(values)
 
 
+def near(path, pattern="*"):
+    """'; near it are ...' with the names beside a path that resemble it, or nothing."""
+    names = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob(pattern)], 3, 0.4)
+    return f"; near it are {', '.join(names)}" if names else ""
+
+
 def find_weights(path):
     """model.safetensors of a run folder (its best/, else its newest checkpoint), a checkpoint folder, or the file itself.
 
@@ -246,6 +253,8 @@ def find_weights(path):
             if (candidate.parent / META).exists():
                 verify_files(candidate.parent)
             return candidate
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such run, checkpoint or file{near(path)}")
     raise FileNotFoundError(f"{path}: no weights there: looked for {MODEL}, best/{MODEL} and checkpoints/step_*/{MODEL}")
 
 

@@ -19,7 +19,6 @@ Exit code 1: something could not be read and was passed over; 2: nothing was don
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import glob
 import itertools
 import json
@@ -38,7 +37,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import find_checkpoint
+from checkpoint import find_checkpoint, near
 from data import UserError, usable_cores, user_errors
 from draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
 from formats import video
@@ -68,7 +67,7 @@ def load_detector(run: str, device: str = "cpu") -> Detector:
     """
     local = Path(run).exists() or Path(run).parent.is_dir() or not HUB_ID.fullmatch(run)
     if local and not Path(run).is_dir():
-        raise FileNotFoundError(f"{run}: no such folder, expected a run or a checkpoint{_near(Path(run), '*/')}")
+        raise FileNotFoundError(f"{run}: no such folder, expected a run or a checkpoint{near(Path(run), '*/')}")
     folder = str(find_checkpoint(run)) if local else run
     try:
         detector = Detector.from_pretrained(folder)
@@ -78,12 +77,6 @@ def load_detector(run: str, device: str = "cpu") -> Detector:
             raise FileNotFoundError(f"{run}: no such folder here, and not loaded from the hub either: {first}") from error
         raise ValueError(f"{folder}: cannot load the detector: {first}") from error
     return detector.to(device).eval()
-
-
-def _near(path, pattern="*"):
-    """'; near it are ...' with the names beside a path that resemble it, or nothing."""
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob(pattern)], 3, 0.4)
-    return f"; near it are {', '.join(near)}" if near else ""
 
 
 def find_inputs(given: Iterable[str], out: Path) -> dict[Path, str]:
@@ -119,7 +112,7 @@ def _expand(text, out):
         base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         roots = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
     else:
-        raise FileNotFoundError(f"{text}: no such image, video or folder{_near(path)}")
+        raise FileNotFoundError(f"{text}: no such image, video or folder{near(path)}")
     files = [file for root in roots for file in _search(root) if not _inside(file, out)]
     if not files:
         raise ValueError(f"{text}: no image or video there, looked for {', '.join(IMAGES + video.SUFFIXES)}")
@@ -181,7 +174,9 @@ def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
             raise ValueError(f"{path}:{number}: expected a JSON object with an image and its K, got {text[:80]}") from None
         if problem := camera_problem(K):
             raise ValueError(f"{path}:{number}: K: {problem}")
-        cameras[Path(os.path.abspath(Path(path).parent / str(image)))] = K
+        place = Path(os.path.abspath(Path(path).parent / str(image)))
+        if not np.array_equal(cameras.setdefault(place, K), K):
+            raise ValueError(f"{path}:{number}: another K for {image} than on an earlier line, expected one camera for an image")
     return cameras
 
 

@@ -22,7 +22,7 @@ class OnnxDetector:
         """options: onnxruntime.SessionOptions, such as its threads; providers: as onnxruntime names them, the preferred first."""
         self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         self.names = [output.name for output in self.session.get_outputs()]
-        self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["deep3d"])
+        self.about = json.loads(self.session.get_modelmeta().custom_metadata_map.get("deep3d", '{"version": "of something else"}'))
         if self.about["version"] != 1:
             raise ValueError(f"{path}: layout {self.about['version']}, expected 1: take the onnx_detector.py that lies beside it")
         self.config = self.about["model"]
@@ -95,17 +95,14 @@ def select(rows, K, config):
     """Candidates of one image -> its detections: above the threshold, without duplicates, whose boxes and depths are averaged."""
     rows = {name: value[np.argsort(-rows["score"], kind="stable")] for name, value in rows.items()}
     overlap = box_iou(rows["box"][:, None], rows["box"])
+    np.fill_diagonal(overlap, 1.0)  # a box without area would not even overlap itself
     same = rows["label"][:, None] == rows["label"]
     kept = suppress(np.arange(len(overlap)), (overlap > config["nms_iou"]) & same)
     kept = kept[rows["score"][kept] > config["score_threshold"]]
-    if config["nms_across_classes"]:
-        kept = suppress(kept, overlap > config["nms_across_classes"])
-    kept = kept[: config["max_detections"]]
+    kept = suppress(kept, overlap > (config["nms_across_classes"] or 1))[: config["max_detections"]]
     found = {name: value[kept] for name, value in rows.items()}
     if config["fuse_duplicates"]:
         weight = np.where(same & (overlap > config["nms_iou"]), overlap * rows["score"], 0.0)[kept]
-        alone = ~weight.any(1)  # a box without area does not even overlap itself
-        weight[alone, kept[alone]] = 1.0
         trusted = weight / rows["sigma"] ** 2
         found["box"] = weight @ rows["box"] / weight.sum(1, keepdims=True)
         found["depth"] = trusted @ rows["depth"] / trusted.sum(1)
@@ -141,7 +138,10 @@ def main():
     parser.add_argument("--min-score", metavar="S", type=float, default=0.25, help="default: 0.25")
     options = parser.parse_args()
     fx, fy, cx, cy = options.intrinsics
-    found = OnnxDetector(options.model).predict(options.image, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], options.min_score)
+    try:
+        found = OnnxDetector(options.model).predict(options.image, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], options.min_score)
+    except Exception as error:  # onnxruntime's errors have no class in common
+        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
     for i, name in enumerate(found["name"]):
         print(name, *(f"{key} {np.round(found[key][i], 2)}" for key in ("score", "center", "size", "yaw", "sigma", "box")))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,13 @@ def test_the_runtime_runs_as_a_script_without_torch_and_this_project(exported, t
     found = runtime.predict(images[0], [[190, 0, 160], [0, 190, 48], [0, 0, 1]], min_score=0.25)
     assert len(done.stdout.splitlines()) == len(found["name"]) > 0
     assert done.stdout.startswith(f"{found['name'][0]} score {found['score'][0]:.2f}".rstrip("0"))
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    for model, image, focal in (("none.onnx", "image.png", 190), ("model.onnx", "image.png", 190), (command[5], "none.png", 190),
+                                (command[5], "model.onnx", 190), (command[5], "image.png", 0)):  # fmt: skip
+        wrong = [*command[:5], model, image, "--intrinsics", str(focal), "190", "160", "48"]
+        done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert re.fullmatch("error: .+\n", done.stderr)
     assert len((ROOT / "examples/onnx_detector.py").read_text().splitlines()) <= 150
 
 

@@ -552,7 +552,7 @@ def test_load_weights_lists_what_does_not_fit(detector, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"bad\.safetensors: not a readable safetensors file"):
         load_weights(fresh, tmp_path / "bad.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no weights there: looked for"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such run, checkpoint or file"):
         find_weights(tmp_path / "nowhere")
 
 

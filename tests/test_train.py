@@ -281,7 +281,7 @@ def test_weights_can_be_loaded_from_another_run(tiny_run, tmp_path, here):
     assert found[2] == "Car, Pedestrian, Cyclist"
     code, _, err = here(*tiny(world, tmp_path / "b", *quick, f"load_from={tmp_path / 'nowhere'}"))
     assert (code, err.count("\n")) == (2, 1)
-    assert "no weights there" in err
+    assert "no such run, checkpoint or file" in err
 
 
 def copy_as_kitti(world, folder):

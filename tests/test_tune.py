@@ -142,7 +142,7 @@ def test_weights_come_from_the_hub(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_weights("someone/cars") == source[0] / "model.safetensors"
     (tmp_path / "runs").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"runs/typo: no weights there"):
+    with pytest.raises(FileNotFoundError, match=r"runs/typo: no such run, checkpoint or file"):
         find_weights("runs/typo")
     assert asked == ["someone/cars"]
 
