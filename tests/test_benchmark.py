@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from conftest import ROOT, tiny
 
 from config import load_config
-from tools.benchmark import Count, Step, invent, main, make_batch, start_reading
+from tools.benchmark import Count, Step, invent, kept_for_backward, main, make_batch, measure_parts, start_reading
 
 
 def test_every_number_is_there(tiny_run, tmp_path, capsys, monkeypatch):
@@ -70,6 +70,62 @@ def test_the_config_s_own_optimizer_and_checkpointing_are_measured(tmp_path, opt
     with Count() as count:
         step()
     assert count.waits == waits
+
+
+def parts_of(tmp_path, images, *words):
+    """A step of a tiny model with AdamW and an average, after its memory was measured, and what was found."""
+    words = tiny(tmp_path, tmp_path / "out", "train.optimizer=adamw", *words)
+    config, accelerator = load_config(ROOT / "configs/kitti.py", words), Accelerator(cpu=True)
+    step = Step(config, accelerator, make_batch(config, images, 8, accelerator.device))
+    return step, measure_parts(step)
+
+
+def test_memory_by_module_adds_up(tmp_path, capsys):
+    step, found = parts_of(tmp_path, 2)
+    table, own = found["table"], sum(p.nbytes for p in step.net.parameters()) / 2**20
+    buffers, count = sum(b.nbytes for b in step.net.buffers()) / 2**20, len([*step.net.parameters()])
+    rows = ("backbone", "fpn", "towers", "predictors", "other", "losses")
+    for kind, size in table["all"].items():
+        assert size == pytest.approx(sum(table[row][kind] for row in rows)), kind
+    assert table["all"]["parameters"] == table["all"]["gradients"] == own
+    assert table["all"]["optimizer_state"] == 2 * own + 4 * count / 2**20  # and the number of steps of each
+    assert table["all"]["buffers"] == buffers
+    assert table["all"]["average"] == own + buffers
+    assert table["backbone"]["parameters"] == sum(p.nbytes for p in step.net.backbone.parameters()) / 2**20
+    assert found["after_backward_mib"] == pytest.approx(5 * own + 2 * buffers + 4 * count / 2**20)
+    more = parts_of(tmp_path, 4)[1]["table"]
+    assert table["predictors"]["activations"] == 0  # they keep what the towers keep, too
+    for row in ("backbone", "fpn", "towers", "losses"):
+        assert 0 < table[row]["activations"] < more[row]["activations"], row
+    assert 1.9 < more["backbone"]["activations"] / table["backbone"]["activations"] < 2.1
+    words = [str(ROOT / "configs/kitti.py"), *tiny(tmp_path, tmp_path / "out"), "--memory", "--json", str(tmp_path / "m.json")]
+    assert main(words) == 0
+    assert "before_backward_mib" in capsys.readouterr().out
+    assert json.loads((tmp_path / "m.json").read_text())["table"]["all"]["activations"] == pytest.approx(table["all"]["activations"])
+
+
+def test_checkpointing_shows_in_the_memory(tmp_path):
+    table = parts_of(tmp_path, 2)[1]["table"]
+    fewer = parts_of(tmp_path, 2, "train.checkpoint_backbone=true", "train.ema=0")[1]["table"]
+    assert 0 < fewer["backbone"]["activations"] < 0.8 * table["backbone"]["activations"]
+    assert fewer["towers"] == {**table["towers"], "average": 0}
+    assert fewer["all"]["average"] == 0
+
+
+def test_a_storage_counts_once_and_parameters_do_not():
+    class Cell:
+        def __init__(self):
+            self.net, self.batch = torch.nn.Module(), {"image": torch.ones(5)}
+            self.net.backbone = torch.nn.Linear(5, 7)  # keeps its input, a part of the batch, and its weight
+
+        def forward(self):
+            self.x = self.net.backbone(self.batch["image"])
+
+        def targets_losses(self):
+            self.loss = (self.x.exp() * self.x[:3].sum()).sum()
+
+    kept = kept_for_backward(Cell())
+    assert kept == {"losses": 4 * (7 + 1)}  # exp keeps its output, and so does the product: once; and the sum
 
 
 def test_waits_are_counted():

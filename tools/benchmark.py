@@ -1,6 +1,7 @@
 """Measure a config's speed and memory on this machine: one table, ratios taken in the same run.
 
 python -m tools.benchmark CONFIG.py [key=value ...] [--batch N] [--rounds N] [--json OUT]
+python -m tools.benchmark CONFIG.py [key=value ...] --memory    what a step holds, in MiB by module
 python -m tools.benchmark --data N      reading N invented frames of 8 objects: the index, the start, the memory of two processes
 
 Steps are train.py's, with the config's own optimizer, precision, averaging and checkpointing; only train.compile is left out. On a machine
@@ -57,6 +58,14 @@ from optimizer import Average, make_optimizer, set_lr
 from targets import assign, measure_priors
 
 OBJECTS = (8, 30, 100)  # per image
+MODULES = {
+    "backbone": "backbone",
+    "fpn": "fpn",
+    "class_tower": "towers",
+    "box_tower": "towers",
+    "class_predictor": "predictors",
+    "box_predictor": "predictors",
+}  # of a Detector, in rows of a table; the rest is "other"
 CAR = (3.9, 1.53, 1.63)  # mean l, h, w of KITTI's, m
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "is_nonzero")  # the host waits for their results on a GPU
 
@@ -254,6 +263,77 @@ def peak(config, images, what):
     return before and now() - before
 
 
+def row_of(name):
+    """The row of a table in which a parameter or buffer of a `Detector` is counted."""
+    return MODULES.get(name.partition(".")[0], "other")
+
+
+def kept_for_backward(step):
+    """Bytes that forward, targets and losses keep for backward, {row: bytes}, "losses" a row; parameters, buffers and batch apart.
+
+    A storage counts once, where it was kept first: a tower's output is the tower's, though the predictor needs it, too. Of a checkpointed
+    block only the inputs count: the rest is computed again.
+    """
+    running, kept, hooks = ["losses"], {}, []
+    apart = [*step.net.parameters(), *step.net.buffers(), *step.batch.values()]
+    apart = {tensor.untyped_storage().data_ptr() for tensor in apart}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            kept.setdefault(storage.data_ptr(), (running[-1], storage))  # held, so that its address is not given to another
+        return tensor.detach()  # not the tensor itself, which its own graph would then hold for ever
+
+    def enter(row):
+        return lambda module, inputs: running.append(row)
+
+    def leave(module, inputs, output):
+        running.pop()
+
+    for name, module in [("", step.net), *step.net.named_children()]:
+        hooks += [module.register_forward_pre_hook(enter(row_of(name))), module.register_forward_hook(leave)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step.forward()
+        step.targets_losses()
+    for hook in hooks:
+        hook.remove()
+    found = collections.Counter()
+    for row, storage in kept.values():
+        found[row] += storage.nbytes()
+    return found
+
+
+def measure_parts(step):
+    """Where the peak of a step lies: {row: {kind: MiB}} as "table", and what is held at both ends of backward, its likely peak.
+
+    Gradients come while activations go. Not counted: what an operator or the optimizer needs while it runs.
+    """
+    step()  # moments exist from here on
+    kept = kept_for_backward(step)
+    step.backward()
+    table, state = collections.defaultdict(collections.Counter), step.optimizer.optimizer.state
+    for name, p in step.net.named_parameters():
+        own = [value for value in state.get(p, {}).values() if isinstance(value, torch.Tensor)]
+        held = {"parameters": [p], "gradients": [] if p.grad is None else [p.grad], "optimizer_state": own}
+        table[row_of(name)] += {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in held.items()}
+    for name, buffer in step.net.named_buffers():
+        table[row_of(name)]["buffers"] += buffer.nbytes
+    for name, tensor in [*step.average.module.named_parameters(), *step.average.module.named_buffers()] if step.average else ():
+        table[row_of(name)]["average"] += tensor.nbytes
+    for row, size in kept.items():
+        table[row]["activations"] += size
+    step.optimizer_and_average()
+    table["all"] = sum(table.values(), collections.Counter())
+    kinds = ("parameters", "buffers", "optimizer_state", "average", "activations", "gradients")
+    rows = [row for row in (*dict.fromkeys(MODULES.values()), "other", "losses", "all") if row in table]
+    table = {row: {kind: table[row][kind] / 2**20 for kind in kinds} for row in rows}
+    always = sum(table["all"][kind] for kind in kinds[:4])
+    held = {"before_backward_mib": always + table["all"]["activations"], "after_backward_mib": always + table["all"]["gradients"]}
+    if step.accelerator.device.type == "cuda":
+        held["allocator_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return {"table": table, **held}
+
+
 def measure_loader(data, rounds):
     """Samples a second of one loader process against bare decoding and resizing of the same images."""
     chosen, size, rounds, cpu = range(min(40, len(data))), data.size[::-1], min(rounds, 5), torch.device("cpu")
@@ -394,8 +474,24 @@ def flatten(found, prefix=""):
         yield from flatten(value, f"{prefix}{name} ") if isinstance(value, dict) else [(prefix + name, value)]
 
 
-def measure(path, overrides, images, rounds):
-    """Everything, as a dict; where the config's data is missing, stderr says so and the dict has none of it. Raises UserError."""
+def print_table(rows):
+    """Print {row: {column: number or text}}."""
+    width, columns = max(map(len, rows)) + 2, list(dict.fromkeys(column for row in rows.values() for column in row))
+    print(" " * width + "".join(f"{column:>17}" for column in columns))
+    for name, row in rows.items():
+        print(f"{name:<{width}}" + "".join(f"{show(row.get(column)):>17}" for column in columns))
+
+
+def show(value):
+    """A measured value as text."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def measure(path, overrides, images, rounds, memory=False):
+    """Everything, or the memory by module, as a dict. Raises UserError.
+
+    Where the config's data is missing, stderr says so and the dict has none of it.
+    """
     with user_errors():
         if min(images, rounds) < 1:
             raise ValueError(f"--batch {images} --rounds {rounds}: expected at least 1")
@@ -403,6 +499,8 @@ def measure(path, overrides, images, rounds):
         accelerator = start_accelerator(config.train.mixed_precision)
         device = accelerator.device
         step = Step(config, accelerator, make_batch(config, images, OBJECTS[0], device))
+    if memory:
+        return measure_parts(step)
     found = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -428,6 +526,7 @@ def main(arguments=None):
     parser.add_argument("config", nargs="?", help="a Python run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--data", type=int, metavar="N", help="measure the reading of N invented frames instead of a config")
+    parser.add_argument("--memory", action="store_true", help="tell only what a step holds, by module")
     parser.add_argument("--batch", type=int, default=2, help="images (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions after one that warms up (default: %(default)s)")
     parser.add_argument("--json", help="also write the numbers there")
@@ -435,12 +534,17 @@ def main(arguments=None):
     try:
         if (options.data is None) == (options.config is None):
             raise UserError("expected a config or --data N, and not both")
-        found = measure(options.config, options.overrides, options.batch, options.rounds) if options.config else measure_data(options.data)
+        if options.config:
+            found = measure(options.config, options.overrides, options.batch, options.rounds, options.memory)
+        else:
+            found = measure_data(options.data)
     except UserError as error:  # a loader worker's arrives with its traceback, the sentence last
         print(f"error: {str(error).splitlines()[-1].removeprefix('data.UserError: ')}", file=sys.stderr)
         return 2
-    for name, value in flatten(found):
-        print(f"{name:<44}{f'{value:.4g}' if isinstance(value, float) else value}")
+    if "table" in found:
+        print_table(found["table"])
+    for name, value in flatten({name: value for name, value in found.items() if name != "table"}):
+        print(f"{name:<44}{show(value)}")
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1))
     return 0
