@@ -9,7 +9,21 @@ from accelerate import Accelerator
 from conftest import ROOT, tiny
 
 from config import load_config
-from tools.benchmark import Count, Step, invent, kept_for_backward, main, make_batch, measure_parts, start_reading
+from tools.benchmark import (
+    Count,
+    Step,
+    invent,
+    kept_for_backward,
+    main,
+    make_batch,
+    measure_parts,
+    measure_variant,
+    measure_variants,
+    print_table,
+    start_reading,
+)
+
+FP16 = "train.mixed_precision=fp16 needs a GPU: Accelerate would silently compute in fp32; bf16 works on a CPU"
 
 
 def test_every_number_is_there(tiny_run, tmp_path, capsys, monkeypatch):
@@ -48,9 +62,12 @@ def test_missing_data_is_said_and_the_rest_is_measured(tmp_path, capsys, monkeyp
     (["configs/none.py"], "configs/none.py: no such config file"), (["configs/kitti.py", "train.lrr=1"], "did you mean train.lr"),
     (["configs/synthetic.py", "train.optimizer=admw"], "'admw' is unknown to timm; near it: adamw"),
     (["configs/kitti.py", "--rounds", "0"], "--rounds 0: expected at least 1"),
+    (["configs/kitti.py", "--gpu"], "torch sees no CUDA GPU here"),
+    (["configs/kitti.py", "--gpu", "--peak-tflops", "0"], "--peak-tflops 0.0: expected numbers above 0"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(words, sentence, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(words) == 2
     assert sentence in capsys.readouterr().err
 
@@ -126,6 +143,41 @@ def test_a_storage_counts_once_and_parameters_do_not():
 
     kept = kept_for_backward(Cell())
     assert kept == {"losses": 4 * (7 + 1)}  # exp keeps its output, and so does the product: once; and the sum
+
+
+def test_variants_run_and_one_that_fails_is_told(tmp_path, capsys):
+    config = load_config(ROOT / "configs/kitti.py", tiny(tmp_path, tmp_path / "out", "train.optimizer=adamw"))
+    variants = [("fp16", False, False), ("bf16", False, True)]  # fp32 runs in the next test
+    table = measure_variants(config, 2, 2, "cpu", peak_tflops=2.0, variants=variants)
+    assert list(table) == ["fp16 eager", "bf16 eager channels_last"]
+    assert table["fp16 eager"] == {"error": "ValueError: " + FP16}
+    print_table(table)
+    assert f"fp16 eager                ValueError: {FP16}\n" in capsys.readouterr().out
+    row = table["bf16 eager channels_last"]
+    assert row["images_per_s"] == pytest.approx(2e3 / row["step_ms"])
+    assert row["gflop_per_image"] > 0.1
+    assert row["tflop_per_s"] == pytest.approx(row["gflop_per_image"] * row["images_per_s"] / 1e3)
+    assert row["mfu"] == row["tflop_per_s"] / 2
+    assert [row[key] for key in ("peak_memory_mib", "host_syncs", "kernels")] == [None] * 3  # CUDA's
+
+
+def test_a_step_compiles_as_the_loop_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda function, fullgraph: called.append(function.__name__) or function)
+    monkeypatch.setattr("torch.nn.Module.compile", lambda module, fullgraph: called.append(type(module).__name__))
+    config, called = load_config(ROOT / "configs/kitti.py", tiny(tmp_path, tmp_path / "out")), []
+    row = measure_variant(config, 1, 1, "cpu", None, "no", True, False)
+    assert called == ["Detector", "assign", "compute_losses"]
+    assert row["mfu"] is None
+    assert row["gflop_per_image"] == measure_variant(config, 2, 1, "cpu", None, "no", False, False)["gflop_per_image"] > 0
+
+
+def test_channels_last_reaches_weights_moments_and_average(tmp_path):
+    config, accelerator = load_config(ROOT / "configs/kitti.py", tiny(tmp_path, tmp_path / "out")), Accelerator(cpu=True)
+    step = Step(config, accelerator, make_batch(config, 1, 8, accelerator.device), torch.channels_last)
+    step()
+    for p, q in zip(step.net.parameters(), step.average.module.parameters(), strict=True):
+        kernels = [x for x in (p, q, *step.optimizer.optimizer.state[p].values()) if x.ndim == 4]
+        assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
 
 
 def test_waits_are_counted():

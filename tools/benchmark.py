@@ -2,16 +2,18 @@
 
 python -m tools.benchmark CONFIG.py [key=value ...] [--batch N] [--rounds N] [--json OUT]
 python -m tools.benchmark CONFIG.py [key=value ...] --memory    what a step holds, in MiB by module
+python -m tools.benchmark CONFIG.py [key=value ...] --gpu [--peak-tflops N] [--json OUT]    eager, compiled, fp32, bf16: all a GPU can tell
 python -m tools.benchmark --data N      reading N invented frames of 8 objects: the index, the start, the memory of two processes
 
-Steps are train.py's, with the config's own optimizer, precision, averaging and checkpointing; only train.compile is left out. On a machine
-that does other work (load_average_before), trust the ratios, not the times.
+Steps are train.py's, with the config's own optimizer, precision, averaging and checkpointing; only --gpu compiles. On a machine that does
+other work (load_average_before), trust the ratios, not the times.
 OMP_NUM_THREADS=1 before it measures one thread of the CPU.
 """
 
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,14 +23,19 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
 from data import (
@@ -54,7 +61,7 @@ from geometry import clip_boxes, project_boxes
 from guard import Guard, Signals, Window, start_accelerator
 from losses import compute_losses, count_positives, weighted_sum
 from model import Detector, ModelConfig, checkpoint_backbone
-from optimizer import Average, make_optimizer, set_lr
+from optimizer import Average, find_optimizer, make_optimizer, set_lr
 from targets import assign, measure_priors
 
 OBJECTS = (8, 30, 100)  # per image
@@ -67,6 +74,7 @@ MODULES = {
     "box_predictor": "predictors",
 }  # of a Detector, in rows of a table; the rest is "other"
 CAR = (3.9, 1.53, 1.63)  # mean l, h, w of KITTI's, m
+VARIANTS = tuple(itertools.product(("no", "bf16"), (False, True), (False, True)))  # precision, compiled, weights in channels_last
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "is_nonzero")  # the host waits for their results on a GPU
 
 
@@ -104,9 +112,10 @@ def make_net(config, device):
 class Step:
     """One training step on one batch, as in train.py and with its pieces; its parts can be called one by one, in order."""
 
-    def __init__(self, config, accelerator, batch):
+    def __init__(self, config, accelerator, batch, layout=torch.preserve_format):
         options, self.config, self.accelerator, self.batch = config.train, config, accelerator, batch
-        self.net = make_net(config, accelerator.device)
+        self.net = make_net(config, accelerator.device).to(memory_format=layout)
+        self.find_targets, self.find_losses = assign, compute_losses
         self.model, self.optimizer = accelerator.prepare(self.net, make_optimizer(self.net, options))
         self.average = Average(self.net, decay=options.ema, use_warmup=True) if options.ema else None
         if options.checkpoint_backbone:
@@ -114,14 +123,18 @@ class Step:
         self.parts = (self.forward, self.targets_losses, self.backward, self.optimizer_and_average)
         self.guard = Guard(accelerator, self.net, self.optimizer, Window(), Signals("", False), options.max_bad_steps)
 
+    def compile(self):
+        self.net.compile(fullgraph=True)
+        self.find_targets, self.find_losses = (torch.compile(function, fullgraph=True) for function in (assign, compute_losses))
+
     def forward(self):
         set_lr(self.optimizer, 1e-6)  # the pictures are noise
         self.logits, self.raw = self.model(change_colours(self.batch), self.batch["K"])
 
     def targets_losses(self):
-        targets = assign(self.batch, self.config.model)
+        targets = self.find_targets(self.batch, self.config.model)
         positives = self.guard.mean(count_positives(targets))
-        losses = compute_losses(self.net, self.logits, self.raw, targets, self.batch, self.config.loss, positives)
+        losses = self.find_losses(self.net, self.logits, self.raw, targets, self.batch, self.config.loss, positives)
         self.loss = self.guard.watch(losses, weighted_sum(losses, self.config.loss), self.logits, self.raw)
 
     def backward(self):
@@ -334,6 +347,112 @@ def measure_parts(step):
     return {"table": table, **held}
 
 
+def measure_variants(config, images, steps, device, peak_tflops=None, variants=VARIANTS):
+    """The table of `measure_variant`, {variant: its numbers}, each in a process of its own: compiled code, memory and faults are its own.
+
+    One that fails has the first line of its "error", and the others go on.
+    """
+    table = {}
+    for precision, compiled, channels_last in variants:
+        name = f"{'fp32' if precision == 'no' else precision} {'compiled' if compiled else 'eager'}{' channels_last' * channels_last}"
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            arguments = (config, images, steps, device, peak_tflops, precision, compiled, channels_last)
+            try:
+                table[name] = pool.submit(try_variant, *arguments).result()
+            except BrokenProcessPool:
+                table[name] = {"error": "its process died"}
+    return table
+
+
+def try_variant(*arguments):
+    """`measure_variant`, or its error: told in the process where it arose, as not all errors of torch can be sent to another."""
+    try:
+        return measure_variant(*arguments)
+    except Exception as error:  # whatever it is, it is what is to be told of this variant
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def measure_variant(config, images, steps, device, peak_tflops, precision, compiled, channels_last):
+    """Numbers of a whole step on a device, "cuda" or "cpu"; None for what only CUDA tells, and for mfu without a peak.
+
+    FLOPs are those of forward and backward, counted before compilation, with what checkpointing computes again; mfu is their share of the
+    peak. fp32 is as torch has it: convolutions may use TF32. kernels: of one step, copies apart.
+    """
+    accelerator = start_accelerator(precision, cpu=device == "cpu")
+    cuda = accelerator.device.type == "cuda"
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    step = Step(config, accelerator, make_batch(config, images, OBJECTS[0], accelerator.device), layout)
+    with FlopCounterMode(display=False) as flops:
+        for part in step.parts[:3]:
+            part()
+    step.optimizer_and_average()
+    if compiled:
+        step.compile()
+    for _ in range(3):  # compiles, and chooses algorithms
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for _ in range(steps):  # the host runs ahead, as in training
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / steps
+    tflops = flops.get_total_flops() / seconds / 1e12
+    return {
+        "images_per_s": images / seconds,
+        "step_ms": 1e3 * seconds,
+        "gflop_per_image": flops.get_total_flops() / images / 1e9,
+        "tflop_per_s": tflops,
+        "mfu": tflops / peak_tflops if peak_tflops else None,
+        "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+        "kernels": count_kernels(step) if cuda else None,
+        "host_syncs": find_sync(step, steps) if cuda else None,  # last, as it may leave a step undone
+    }
+
+
+def count_kernels(step):
+    """Kernels that a GPU runs in one step, copies and fills by its memory engine apart."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    ran = [event for event in profile.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in ran)
+
+
+def find_sync(step, steps):
+    """0, or the file and line of ours where the host first waits for the GPU in so many steps."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(steps):
+            step()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        root = Path(__file__).parents[1]
+        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent in (root, root / "tools")]
+        return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return 0
+
+
+def measure_gpu(path, overrides, images, peak_tflops):
+    """All that a GPU can tell of a config, with its own batch size unless told otherwise. Raises UserError, without a GPU too."""
+    with user_errors():
+        config = load_config(path, overrides)
+        images = config.train.batch_size if images is None else images
+        if images < 1 or (peak_tflops is not None and peak_tflops <= 0):
+            raise ValueError(f"--batch {images} --peak-tflops {peak_tflops}: expected numbers above 0")
+        find_optimizer(config.train.optimizer)
+        if not torch.cuda.is_available():
+            raise ValueError("--gpu: torch sees no CUDA GPU here")
+    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "images": images, "optimizer": config.train.optimizer}
+    return found | {"table": measure_variants(config, images, 50, "cuda", peak_tflops)}
+
+
 def measure_loader(data, rounds):
     """Samples a second of one loader process against bare decoding and resizing of the same images."""
     chosen, size, rounds, cpu = range(min(40, len(data))), data.size[::-1], min(rounds, 5), torch.device("cpu")
@@ -475,11 +594,11 @@ def flatten(found, prefix=""):
 
 
 def print_table(rows):
-    """Print {row: {column: number or text}}."""
-    width, columns = max(map(len, rows)) + 2, list(dict.fromkeys(column for row in rows.values() for column in row))
+    """Print {row: {column: number}}; a row that has only an "error" is that."""
+    width, columns = max(map(len, rows)) + 2, list(dict.fromkeys(column for row in rows.values() for column in row if column != "error"))
     print(" " * width + "".join(f"{column:>17}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:<{width}}" + "".join(f"{show(row.get(column)):>17}" for column in columns))
+        print(f"{name:<{width}}" + (row.get("error") or "".join(f"{show(row[column]):>17}" for column in columns)))
 
 
 def show(value):
@@ -525,17 +644,23 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="a Python run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--data", type=int, metavar="N", help="measure the reading of N invented frames instead of a config")
-    parser.add_argument("--memory", action="store_true", help="tell only what a step holds, by module")
-    parser.add_argument("--batch", type=int, default=2, help="images (default: %(default)s)")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--data", type=int, metavar="N", help="measure the reading of N invented frames instead of a config")
+    only.add_argument("--memory", action="store_true", help="tell only what a step holds, by module")
+    only.add_argument("--gpu", action="store_true", help="compare precisions, compilation and channels_last on a GPU")
+    parser.add_argument("--peak-tflops", type=float, metavar="N", help="with --gpu: what the GPU could do, for mfu")
+    parser.add_argument("--batch", type=int, help="images (default: 2, with --gpu the config's)")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions after one that warms up (default: %(default)s)")
     parser.add_argument("--json", help="also write the numbers there")
     options = parser.parse_intermixed_args(arguments)
     try:
         if (options.data is None) == (options.config is None):
             raise UserError("expected a config or --data N, and not both")
-        if options.config:
-            found = measure(options.config, options.overrides, options.batch, options.rounds, options.memory)
+        if options.gpu and options.config:
+            found = measure_gpu(options.config, options.overrides, options.batch, options.peak_tflops)
+        elif options.config:
+            images = 2 if options.batch is None else options.batch
+            found = measure(options.config, options.overrides, images, options.rounds, options.memory)
         else:
             found = measure_data(options.data)
     except UserError as error:  # a loader worker's arrives with its traceback, the sentence last
