@@ -1,6 +1,8 @@
 """The benchmark runs, counts what it says it counts, and measures the config's own optimizer."""
 
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -178,6 +180,14 @@ def test_channels_last_reaches_weights_moments_and_average(tmp_path):
     for p, q in zip(step.net.parameters(), step.average.module.parameters(), strict=True):
         kernels = [x for x in (p, q, *step.optimizer.optimizer.state[p].values()) if x.ndim == 4]
         assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
+def test_the_table_of_growth_is_what_its_command_prints():
+    page = (ROOT / "docs/growth.md").read_text()
+    code = page.split("```bash\npython - <<'EOF'\n")[1].split("EOF\n")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout in page
+    assert done.stdout.count("\n") == 6
 
 
 def test_waits_are_counted():
