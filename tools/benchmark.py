@@ -663,8 +663,8 @@ def main(arguments=None):
             found = measure(options.config, options.overrides, images, options.rounds, options.memory)
         else:
             found = measure_data(options.data)
-    except UserError as error:  # a loader worker's arrives with its traceback, the sentence last
-        print(f"error: {str(error).splitlines()[-1].removeprefix('data.UserError: ')}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error.sentence}", file=sys.stderr)
         return 2
     if "table" in found:
         print_table(found["table"])
