@@ -34,10 +34,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import find_checkpoint, near
+from checkpoint import CONFIG, MODEL, find_checkpoint, near
 from data import UserError, usable_cores, user_errors
 from draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
 from formats import video
@@ -68,8 +69,10 @@ def load_detector(run: str, device: str = "cpu") -> Detector:
     local = Path(run).exists() or Path(run).parent.is_dir() or not HUB_ID.fullmatch(run)
     if local and not Path(run).is_dir():
         raise FileNotFoundError(f"{run}: no such folder, expected a run or a checkpoint{near(Path(run), '*/')}")
-    folder = str(find_checkpoint(run)) if local else run
+    folder = find_checkpoint(run) if local else run
     try:
+        if not local:  # a whole snapshot: without a network the hub's library gives up at once, for a single file only after 23 s
+            folder = snapshot_download(run, allow_patterns=[CONFIG, MODEL])
         detector = Detector.from_pretrained(folder)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

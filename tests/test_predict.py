@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 import predict
@@ -395,9 +396,26 @@ def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):
     def refuse(*_, **__):
         raise OSError("offline\nsecond line")
 
-    monkeypatch.setattr(predict.Detector, "from_pretrained", refuse)
+    monkeypatch.setattr(predict, "snapshot_download", refuse)
     text = fails(capsys, "owner/name", image, "--hfov", 80)
     assert "owner/name: no such folder here, and not loaded from the hub either: offline" in text
+
+
+def test_a_hub_id_is_fetched_and_one_that_cannot_be_is_told_soon(run, image, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "snapshot_download", lambda name, allow_patterns: {"me/mine": str(run / "best")}[name])
+        assert call("me/mine", image, *ALL) == 0
+    address = "http://127.0.0.1:9"  # where nothing listens
+    for name, value in {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    start = time.monotonic()
+    assert "runs/typo: no such folder here, and not loaded from the hub either: " in fails(capsys, "runs/typo", image, "--hfov", 80)
+    assert time.monotonic() - start < 10  # with the library's five retries: 23 s
 
 
 def test_as_a_command(run, image, tmp_path):
