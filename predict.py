@@ -166,7 +166,7 @@ def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--cameras {path}: no such JSON-lines file")
-    cameras = {}
+    cameras, lines = {}, {}  # lines: path -> number of the first line that names it
     for number, text in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
         if not text.strip():
             continue
@@ -178,8 +178,9 @@ def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
         if problem := camera_problem(K):
             raise ValueError(f"{path}:{number}: K: {problem}")
         place = Path(os.path.abspath(Path(path).parent / str(image)))
+        first = lines.setdefault(place, number)
         if not np.array_equal(cameras.setdefault(place, K), K):
-            raise ValueError(f"{path}:{number}: another K for {image} than on an earlier line, expected one camera for an image")
+            raise ValueError(f"{path}:{number}: another K for {image} than on line {first}, expected one camera for an image")
     return cameras
 
 

@@ -317,7 +317,7 @@ def test_cameras_from_json_lines(run, tmp_path, capsys):
         ),
         (
             "\n".join(f'{{"image": "in/1.png", "K": [[{f}, 0, 99], [0, {f}, 50], [0, 0, 1]]}}' for f in (300, 300, 301)),
-            "cameras.jsonl:3: another K for in/1.png than on an earlier line",
+            "cameras.jsonl:3: another K for in/1.png than on line 1, expected one camera",
         ),
         ('{"image": "in/1.png", "K": [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]}', "cameras.jsonl:1: K: focal lengths -1, 1 px are not both > 0"),
     ):
