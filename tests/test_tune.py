@@ -141,8 +141,8 @@ def test_weights_come_from_the_hub(source, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(source[0]))
     monkeypatch.chdir(tmp_path)
     assert find_weights("someone/cars") == source[0] / "model.safetensors"
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"runs/typo: no such run, checkpoint or file"):
+    (tmp_path / "runs/type").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"runs/typo: no such run, checkpoint or file; near it are type"):
         find_weights("runs/typo")
     assert asked == ["someone/cars"]
 
