@@ -36,6 +36,7 @@ import numpy as np
 
 from formats.diagnosis import diagnose, doubt_angles, image_sizes
 from formats.index import Chunk, Part, Reading, chunk_of, find_columns
+from formats.video import SUFFIXES
 from frames import LARGEST, PLAUSIBLE, Frame, find_member, image_size, in_tar, join, make_labels
 from geometry import box_iou, camera_problem, clip_boxes, project_boxes, wrap_angle
 
@@ -297,6 +298,8 @@ def _parse_image(value, folder, images):
         try:
             size = image_size(path)
         except OSError as error:
+            if path.suffix.lower() in SUFFIXES:  # as predict.py writes of the frames of one
+                raise ValueError(f"image is {value[:80]!r}, a video, expected an image file; --no-images checks all else") from None
             raise ValueError(f"image is {value[:80]!r}, expected an image file: {shorten(str(error), 200)}") from None
         if min(size) < IMAGE_SIDES[0] or max(size) > IMAGE_SIDES[1]:
             raise ValueError(f"image {value!r} is {size[0]}x{size[1]}, expected sides from {IMAGE_SIDES[0]} to {IMAGE_SIDES[1]} pixels")

@@ -21,7 +21,7 @@ from PIL import Image
 import predict
 from checkpoint import save_weights
 from config import Config, to_dict
-from formats import video
+from formats import jsonl, video
 from formats.jsonl import read_frames
 from formats.kitti import read_calib, read_labels, split_projection, write_calib
 from frames import load_image
@@ -444,6 +444,8 @@ def test_a_video_comes_back_with_its_boxes(run, image, tmp_path, capsys):
     with video.opened_video(tmp_path / "in/clip.mov") as (pictures, _, _):
         for picture, frame in zip(pictures, frames, strict=True):
             np.testing.assert_allclose(frame.labels.center, detector.predict(picture, K).center, rtol=1e-3, atol=1e-3)
+    jsonl.main([str(tmp_path / "out/predictions.jsonl"), "--no-images"])
+    assert "12 good frames, 0 bad lines" in capsys.readouterr().out
     with video.opened_video(tmp_path / "out/pictures/clip.mp4") as (drawn, rate, count):
         assert (rate, count) == (Fraction(30000, 1001), 11)
         assert all(one.shape[1] > 1440 for one in drawn)
@@ -456,6 +458,18 @@ def test_a_video_comes_back_with_its_boxes(run, image, tmp_path, capsys):
     assert "broken.mp4: cannot read the video: " in told
     assert "clip.mov: cannot read the video after " in told, told
     assert tree(tmp_path / "less") == ["predictions.jsonl"]
+
+
+def test_the_check_of_json_lines_says_that_a_video_is_no_image(tmp_path, capsys):
+    """predict.py's lines of a video name the file that its frames are in."""
+    (tmp_path / "clip.MP4").write_bytes(bytes(99))
+    line = {"image": "clip.MP4", "K": K.tolist(), "objects": [], "id": "clip.MP4/000000"}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line))
+    assert jsonl.main(["lines.jsonl"]) == 1
+    expected = "lines.jsonl:1: image is 'clip.MP4', a video, expected an image file; --no-images checks all else\n"
+    assert capsys.readouterr().out.startswith(expected)
+    with pytest.raises(ValueError, match=r"lines\.jsonl:1: image is 'clip\.MP4', a video, expected an image file"):
+        jsonl.open_frames("lines.jsonl", str(tmp_path / "index"))
 
 
 def test_a_turned_video_is_seen_upright(tmp_path):
