@@ -7,6 +7,7 @@ at a constant speed, and is drawn where it stands at the sample's time; each cam
 
 import hashlib
 import json
+import logging
 import math
 import zlib
 from functools import cache, partial
@@ -55,6 +56,7 @@ CATEGORIES = {  # of the kinds of SIZES that are annotated
     "barrier": "movable_object.barrier",
 }  # fmt: skip
 LEVELS = {"1": "v0-40", "2": "v40-60", "3": "v60-80", "4": "v80-100"}  # token: share seen by all cameras together, in percent
+log = logging.getLogger("deep3d")
 
 
 class Scene(NamedTuple):
@@ -349,14 +351,18 @@ def build_nuscenes_world(root, split, frames, seed=0, workers=1):
     """Folder with a split in nuScenes' layout, rendered only if it is not there yet. Returns its Path. See `world.build_folder`.
 
     split: 'mini_train' or 'mini_val'; frames: pictures wanted, rounded up to whole samples of six, as many for each scene of the split,
-    at least two. Raises ValueError naming what there is.
+    at least two, which a line of the log tells. Raises ValueError naming what there is.
     """
     if split not in SPLITS:
         raise ValueError(f"the built-in world has six cameras in {' and '.join(SPLITS)}, got {split!r}")
     most = len(CAMERAS) * len(scenes_of(split)) * MOST_SAMPLES
     if not 1 <= frames <= most:
         raise ValueError(f"the built-in world has 1 to {most} pictures of {split}, world_frames is {frames}")
-    return build_folder(world_folder(root, split, frames, seed), partial(fill_folder, seed, split, samples_of(split, frames), workers))
+    samples, scenes = samples_of(split, frames), len(scenes_of(split))
+    if (there := len(CAMERAS) * scenes * samples) != frames:
+        each = f"{samples} samples of {len(CAMERAS)} pictures in each of {scenes} scenes"
+        log.info(f"world_frames={frames} is rounded up to {there} pictures of {split}: {each}")
+    return build_folder(world_folder(root, split, frames, seed), partial(fill_folder, seed, split, samples, workers))
 
 
 def samples_of(split, frames):

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import logging
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data import DataConfig, Source, read_source
-from formats import nuscenes
+from formats import nuscenes, nuscenes_world
 from formats.index import FOLDER, Frames
 from formats.nuscenes_world import CAMERAS, CATEGORIES, LEVELS, PERIOD, SIZE, build_nuscenes_world, draw_scene, render_camera, token_of
 
@@ -153,6 +154,21 @@ def test_a_wrong_split_or_number_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the built-in world has 1 to 480 pictures of mini_val, world_frames is 481"):
         build_nuscenes_world(tmp_path, "mini_val", 481)
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_are_rounded_up_are_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(nuscenes_world, "build_folder", lambda folder, fill: folder)
+    monkeypatch.setattr(logging.getLogger("deep3d"), "propagate", True)
+    caplog.set_level(logging.INFO, "deep3d")
+    assert build_nuscenes_world(tmp_path, "mini_val", 24).name.endswith("mini_val2")
+    assert not caplog.messages
+    for split, frames, told in (
+        ("mini_val", 25, "world_frames=25 is rounded up to 36 pictures of mini_val: 3 samples of 6 pictures in each of 2 scenes"),
+        ("mini_val", 1, "world_frames=1 is rounded up to 24 pictures of mini_val: 2 samples of 6 pictures in each of 2 scenes"),
+        ("mini_train", 600, "world_frames=600 is rounded up to 624 pictures of mini_train: 13 samples of 6 pictures in each of 8 scenes"),
+    ):
+        build_nuscenes_world(tmp_path, split, frames)
+        assert caplog.messages.pop() == told
 
 
 def test_nine_of_the_ten_classes_are_there():
