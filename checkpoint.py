@@ -31,6 +31,7 @@ from model import META, Detector, ModelConfig, read_meta, verify_files, write_me
 
 MODEL, RAW, OPTIMIZER = "model.safetensors", "model_1.safetensors", "optimizer.bin"  # as Accelerate names them
 CONFIG, METRICS = "config.json", "metrics.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 log = logging.getLogger("deep3d")
 
@@ -234,19 +235,27 @@ def near(path, pattern="*"):
     return f"; near it are {', '.join(names)}" if names else ""
 
 
-def find_weights(path):
-    """model.safetensors of a run folder (its best/, else its newest checkpoint), a checkpoint folder, or the file itself.
+def fetch(path):
+    """A path as it is; of a hub id (owner/name) the folder that its files were fetched to, unless there is a folder of that owner here.
 
-    owner/name that is nothing here is fetched from the hub, unless there is a folder of that owner: then it is a mistyped path.
+    A snapshot of all files at once, because without a network huggingface_hub then gives up after one try, for a single file after five.
+    Raises FileNotFoundError when the hub does not give them.
+    """
+    if not HUB_ID.fullmatch(str(path)) or Path(path).parent.exists():  # with such a folder it is a mistyped path
+        return Path(path)
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[MODEL, CONFIG, META, METRICS]))
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are among them
+        first = textwrap.shorten(str(error), 300)
+        raise FileNotFoundError(f"{path}: no such folder here, and not loaded from the hub either: {first}") from None
+
+
+def find_weights(path):
+    """model.safetensors of a run folder (its best/, else its newest checkpoint), a checkpoint folder, a hub id, or the file itself.
+
     Raises FileNotFoundError saying what was looked for, ValueError when a file is not what was written there.
     """
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not Path(path).parent.exists():
-        try:
-            path = snapshot_download(str(path), allow_patterns=[MODEL, CONFIG, META, METRICS])
-        except (OSError, ValueError) as error:  # huggingface_hub's errors are among them
-            first = textwrap.shorten(str(error), 300)
-            raise FileNotFoundError(f"{path}: nothing of that name is here, and the hub does not give it: {first}") from None
-    path = Path(path)
+    path = fetch(path)
     newest = [folder / MODEL for folder in list_checkpoints(path / "checkpoints")]
     for candidate in (path, path / MODEL, path / "best" / MODEL, *newest):
         if candidate.is_file():
@@ -263,8 +272,8 @@ def find_checkpoint(run):
 
     Raises FileNotFoundError saying what was looked for, ValueError when a file is not what was written there.
     """
-    if not Path(run).exists():
-        raise FileNotFoundError(f"{run}: no such run or checkpoint folder")
+    if not Path(run).is_dir():
+        raise FileNotFoundError(f"{run}: no such folder, expected a run or a checkpoint{near(Path(run), '*/')}")
     folder = find_weights(run).parent
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG}: missing beside the weights, expected a folder written by train.py")

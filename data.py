@@ -50,9 +50,7 @@ class Source:
 
     kind: str = "kitti"  # 'kitti' folder, 'jsonl' file, 'nuscenes' folder, 'synthetic' built-in world (rendered on first use)
     root: str = ""  # folder or .jsonl file; empty: data.root
-    split: tuple[str, ...] = (
-        "train",
-    )  # ImageSets/<split>.txt, or a file.txt; 'all'; 'testing': KITTI's, no labels; nuScenes' official ones
+    split: tuple[str, ...] = ("train",)  # ImageSets/<split>.txt or any file.txt; 'all'; 'testing': KITTI's, no labels; nuScenes' names
     repeat: int = 1  # how many times each frame is listed in an epoch
     limit: int = 0  # use only the first frames of the list; 0: all
     rename: dict[str, str] = dataclasses.field(default_factory=dict)  # class names of the source -> the model's

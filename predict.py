@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections import Counter
@@ -34,11 +33,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import CONFIG, MODEL, find_checkpoint, near
+from checkpoint import fetch, find_checkpoint, near
 from data import UserError, usable_cores, user_errors
 from draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
 from formats import video
@@ -49,7 +47,6 @@ from frames import Frame, View, decode, in_tar, make_labels, opened, place_image
 from geometry import camera_problem
 from model import Detector, to_labels
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # what is looked for in folders
 VIDEO_RANGE = 60.0  # metres of the bird's-eye view, which would jump if every frame had its own
 THREADS = min(usable_cores(), 8)  # that read, and as many that write; the reading of pixels and most of drawing leave Python's lock
@@ -66,18 +63,11 @@ def load_detector(run: str, device: str = "cpu") -> Detector:
 
     Raises FileNotFoundError saying what was looked for, ValueError naming the folder when what is there does not load.
     """
-    local = Path(run).exists() or Path(run).parent.is_dir() or not HUB_ID.fullmatch(run)
-    if local and not Path(run).is_dir():
-        raise FileNotFoundError(f"{run}: no such folder, expected a run or a checkpoint{near(Path(run), '*/')}")
-    folder = find_checkpoint(run) if local else run
+    folder = find_checkpoint(fetch(run))
     try:
-        if not local:  # a whole snapshot: without a network the hub's library gives up at once, for a single file only after 23 s
-            folder = snapshot_download(run, allow_patterns=[CONFIG, MODEL])
         detector = Detector.from_pretrained(folder)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if not local:
-            raise FileNotFoundError(f"{run}: no such folder here, and not loaded from the hub either: {first}") from error
         raise ValueError(f"{folder}: cannot load the detector: {first}") from error
     return detector.to(device).eval()
 

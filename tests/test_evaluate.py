@@ -117,7 +117,7 @@ def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     assert "000007.txt: no label file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
     (folders / "val.txt").write_text("000000 000000")
     assert "frame 000000 is listed twice" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
-    assert "runs/nowhere: no such run" in fail(capsys, "runs/nowhere")
+    assert "runs/nowhere: no such folder, expected a run or a checkpoint" in fail(capsys, "runs/nowhere")
     assert "no weights there" in fail(capsys, folders)
 
 

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
+import checkpoint
 import predict
 from checkpoint import save_weights
 from config import Config, to_dict
@@ -396,14 +397,14 @@ def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):
     def refuse(*_, **__):
         raise OSError("offline\nsecond line")
 
-    monkeypatch.setattr(predict, "snapshot_download", refuse)
+    monkeypatch.setattr(checkpoint, "snapshot_download", refuse)
     text = fails(capsys, "owner/name", image, "--hfov", 80)
     assert "owner/name: no such folder here, and not loaded from the hub either: offline" in text
 
 
 def test_a_hub_id_is_fetched_and_one_that_cannot_be_is_told_soon(run, image, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "snapshot_download", lambda name, allow_patterns: {"me/mine": str(run / "best")}[name])
+        patch.setattr(checkpoint, "snapshot_download", lambda name, allow_patterns: {"me/mine": str(run / "best")}[name])
         assert call("me/mine", image, *ALL) == 0
     address = "http://127.0.0.1:9"  # where nothing listens
     for name, value in {

