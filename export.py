@@ -76,7 +76,7 @@ def select_rows(boxes, K, config):
     rows = (rows + candidates * torch.arange(images)[:, None]).flatten()
     own = {name: value[rows] for name, value in flat.items()}
     if config.fuse_duplicates:
-        own["box"], own["depth"] = average_duplicates(own, flat, config.nms_iou)
+        own["box"], own["pixel"], own["depth"] = average_duplicates(own, flat, config.nms_iou)
     own = {name: value.unflatten(0, best.shape) for name, value in own.items()}
     center = unproject(own.pop("pixel"), own.pop("depth"), K[:, None].float())
     yaw = alpha_to_yaw(own.pop("alpha"), center)

@@ -58,7 +58,7 @@ class ModelConfig:
     nms_across_classes: float = 0.0  # IoU of visible boxes above which the best of any class stays alone; 0: a thing may be of two classes
     candidates: int = 300  # locations decoded per image, before non-maximum suppression
     max_detections: int = 100  # per image
-    fuse_duplicates: bool = True  # depth and visible box of a detection become the mean over the duplicates that it suppresses
+    fuse_duplicates: bool = True  # place and visible box of a detection become the mean over the duplicates that it suppresses
     centerness_share: float = 0.25  # score = class^(1 - share) centerness^share P(...); 0: class alone
     depth_tolerance: float = 2.0  # m: the score holds P(|depth error| < tolerance) under the predicted sigma
 
@@ -175,21 +175,23 @@ def mirror_bins(direction, double_alpha):
 
 
 def average_duplicates(kept, every, overlap):
-    """Means over all candidates of a class that overlap a kept one, weighted by score and overlap, depth also by inverse variance.
+    """Means over all candidates of a class that overlap a kept one, weighted by score and overlap, place also by inverse variance.
 
-    kept, every: dicts of one image's n kept rows and of all its S candidates, with label, score, box, depth, sigma as `Detector.rank`
-    gives them. Returns visible boxes (n, 4) and depths (n,) m. The sigma of a detection stays as it is: its duplicates err alike.
-    Box voting (Gidaris and Komodakis, ICCV 2015) with MonoFlex's weights for the depth.
+    kept, every: dicts of one image's n kept rows and of all its S candidates, with label, score, box, pixel, depth, sigma as
+    `Detector.rank` gives them. Returns visible boxes (n, 4), projected centres (n, 2) px and depths (n,) m. The sigma of a detection
+    stays as it is: its duplicates err alike. Box voting (Gidaris and Komodakis, ICCV 2015) with MonoFlex's weights for the place.
     """
     shared = box_iou(kept["box"], every["box"]).nan_to_num()  # of boxes without area
     same = (kept["label"][:, None] == every["label"]) & (shared > overlap)
     weight = torch.where(same, shared * every["score"], 0.0)  # (n, S)
     weight = weight / weight.sum(1, keepdim=True)
     trusted = weight / every["sigma"] ** 2
+    trusted = trusted / trusted.sum(1, keepdim=True)
     box = (weight[..., None] * every["box"]).sum(1)  # a matrix product would be rounded under autocast
-    depth = (trusted * every["depth"]).sum(1) / trusted.sum(1)
+    pixel, depth = (trusted[..., None] * every["pixel"]).sum(1), (trusted * every["depth"]).sum(1)
     alone = ~same.any(1)
-    return torch.where(alone[:, None], kept["box"], box), torch.where(alone, kept["depth"], depth)
+    box, pixel = (torch.where(alone[:, None], kept[name], mean) for name, mean in (("box", box), ("pixel", pixel)))
+    return box, pixel, torch.where(alone, kept["depth"], depth)
 
 
 class Tower(nn.Sequential):
@@ -472,7 +474,7 @@ class Detector(
             every = {name: value[i] for name, value in boxes.items()}
             own = {name: value[rows] for name, value in every.items()}
             if self.config.fuse_duplicates:
-                own["box"], own["depth"] = average_duplicates(own, every, self.config.nms_iou)
+                own["box"], own["pixel"], own["depth"] = average_duplicates(own, every, self.config.nms_iou)
             center = unproject(own.pop("pixel"), own.pop("depth"), K[i].float())
             yaw = alpha_to_yaw(own.pop("alpha"), center)
             found.append({**own, "center": center, "yaw": yaw})

@@ -92,7 +92,7 @@ def resample(pixels, count):
 
 
 def select(rows, K, config):
-    """Candidates of one image -> its detections: above the threshold, without duplicates, whose boxes and depths are averaged."""
+    """Candidates of one image -> its detections: above the threshold, without duplicates, whose boxes and places are averaged."""
     rows = {name: value[np.argsort(-rows["score"], kind="stable")] for name, value in rows.items()}
     overlap = box_iou(rows["box"][:, None], rows["box"])
     np.fill_diagonal(overlap, 1.0)  # a box without area would not even overlap itself
@@ -103,9 +103,8 @@ def select(rows, K, config):
     found = {name: value[kept] for name, value in rows.items()}
     if config["fuse_duplicates"]:
         weight = np.where(same & (overlap > config["nms_iou"]), overlap * rows["score"], 0.0)[kept]
-        trusted = weight / rows["sigma"] ** 2
-        found["box"] = weight @ rows["box"] / weight.sum(1, keepdims=True)
-        found["depth"] = trusted @ rows["depth"] / trusted.sum(1)
+        for name, shares in (("box", weight), ("pixel", weight / rows["sigma"] ** 2), ("depth", weight / rows["sigma"] ** 2)):
+            found[name] = (shares / shares.sum(1, keepdims=True)) @ rows[name]
     pixel, depth, alpha = found.pop("pixel"), found.pop("depth"), found.pop("alpha")
     ray = (pixel - K[:2, 2]) / K[[0, 1], [0, 1]]
     found["center"] = np.concatenate([ray * depth[:, None], depth[:, None]], 1)
