@@ -27,6 +27,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ from optimizer import Average, find_optimizer, make_optimizer, set_lr
 from targets import assign, measure_priors
 
 OBJECTS = (8, 30, 100)  # per image
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes; read by glibc when a process starts
 MODULES = {
     "backbone": "backbone",
     "fpn": "fpn",
@@ -251,8 +253,12 @@ def measure_head(config, device, images, rounds):
 
 
 def measure_memory(config, images):
-    """Peak memory of training steps over those of the bare backbone, the optimizer's moments included; each in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    """Peak memory of training steps over those of the bare backbone, the optimizer's moments included; each in a process of its own.
+
+    There glibc gives freed memory back at once: what it would keep for later is not what a step needs, and differs from run to run.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, GIVE_BACK), ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
         backbone, step = pool.map(peak, [config] * 2, [images] * 2, ("backbone", "step"))
     return {"peak_memory_mib": {"backbone": backbone, "step": step}, "peak_memory_over_backbone": step and step / backbone}
 
