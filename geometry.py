@@ -197,18 +197,13 @@ def generalized_iou(a, b, eps=1e-7):
 
     Unlike torchvision's loss it indexes with no mask, so it never waits for the device.
     """
-
-    def area(extent):
-        width, height = extent.unbind(-1)
-        return width * height  # prod(-1) would run fifty operators backward
-
     (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
     extent_a, extent_b = a_high - a_low, b_high - b_low
     overlap = torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)  # negative where they are apart
-    both = area(overlap.clamp(min=0))
-    union = area(extent_a) + area(extent_b) - both
-    hull = area(extent_a + extent_b - overlap)
-    return (both + eps) / (union + eps) - (hull - union) / (hull + eps)
+    width, height = torch.stack([extent_a, extent_b, overlap.clamp(min=0), extent_a + extent_b - overlap]).unbind(-1)
+    area_a, area_b, both, hull = (width * height).unbind()  # at once: each operator calls several backward
+    union = area_a + area_b - both + eps
+    return (both + eps) / union + union / (hull + eps) - 1
 
 
 PAIRS_AT_ONCE = 10_000  # rotated overlaps are computed in slices of this many pairs: about 10 MB, which caches hold

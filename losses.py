@@ -98,8 +98,9 @@ def loss_location(decoded, targets, stride):
     stride (B, S) px. Returns a sum over positives whose centre can be projected.
     """
     mask = targets.positive & targets.center_ok
-    error = choose(mask, (decoded.pixel - targets.pixel) / stride[..., None], torch.zeros_like(decoded.pixel))
-    offset = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=1 / 9).sum(-1)
+    zero = torch.zeros_like(decoded.pixel)
+    error = choose(mask, (decoded.pixel - targets.pixel) / stride[..., None], zero)
+    offset = F.smooth_l1_loss(error, zero, reduction="none", beta=1 / 9).sum(-1)
     depth = laplace_nll(decoded.depth, decoded.log_sigma, targets.center[..., 2:]).mean(-1)
     return masked_sum(offset + depth, mask)
 

@@ -91,7 +91,8 @@ def propose(point, level, strides, height, width):
     edge = torch.cat([columns, rows], -1) - 1
     at = (point + 0.5) / stride  # cells (B, M, 2)
     cell = torch.minimum(at.floor().clamp(min=0), edge)
-    around = torch.cartesian_prod(torch.arange(-1, 2, device=point.device), torch.arange(-1, 2, device=point.device)).flip(-1)
+    near = torch.arange(-1, 2, device=point.device)
+    around = torch.cartesian_prod(near, near).flip(-1)
     cells = cell[..., None, :] + around  # (B, M, 9, 2)
     inside = ((cells >= 0) & (cells <= edge[..., None, :])).all(-1)
     distance = (cells + 0.5 - at[..., None, :]).norm(dim=-1)
@@ -163,10 +164,10 @@ def inside_regions(regions, config):
     """Locations (B, N) bool inside any of the regions (B, R, 4), level by level as rows times columns."""
     masks = []
     for stride in config.strides:
-        u = (torch.arange(config.size[1] // stride, device=regions.device) + 0.5) * stride - 0.5
-        v = (torch.arange(config.size[0] // stride, device=regions.device) + 0.5) * stride - 0.5
-        across = (u >= regions[..., 0:1]) & (u <= regions[..., 2:3])  # (B, R, W)
-        down = (v >= regions[..., 1:2]) & (v <= regions[..., 3:4])  # (B, R, H)
+        row, column = (torch.arange(side // stride, device=regions.device) for side in config.size)
+        left, top, right, bottom = ((regions + 0.5) / stride - 0.5).split(1, -1)  # in cells
+        across = (column >= left) & (column <= right)  # (B, R, W)
+        down = (row >= top) & (row <= bottom)  # (B, R, H)
         masks.append((down[..., :, None] & across[..., None, :]).any(1).flatten(1))
     return torch.cat(masks, 1)
 

@@ -46,6 +46,7 @@ def test_every_number_is_there(tiny_run, tmp_path, capsys, monkeypatch):
     assert found["host_syncs_per_step"] == 0
     assert set(found["targets_losses_ms"]) == set(found["operator_calls"]) == {"8", "30", "100"}
     assert len({*found["operator_calls"].values()}) == 1  # the work does not depend on the number of objects
+    assert found["operator_calls_of_own_losses"]["8"] < found["operator_calls"]["8"]
     assert set(found["decode_nms_ms"]) == {"threshold", "900_candidates"}
 
 

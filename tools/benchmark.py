@@ -223,26 +223,30 @@ def measure_steps(step, rounds):
 
 
 def measure_head(config, device, images, rounds):
-    """Targets, all twelve losses and their backward to the head's outputs, and decoding, on one thread."""
-    weights = {name: value or 1.0 for name, value in vars(config.loss).items()}
+    """Targets, all twelve losses and their backward to the head's outputs, and decoding, on one thread.
+
+    Operator calls also of the losses that the config itself has.
+    """
+    own, weights = config.loss, {name: value or 1.0 for name, value in vars(config.loss).items()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, predict_yaw=True))
     loss, threads, net = dataclasses.replace(config.loss, **weights), torch.get_num_threads(), make_net(config, device)
-    found = {"targets_losses_ms": {}, "operator_calls": {}, "decode_nms_ms": {}}
+    found = {"targets_losses_ms": {}, "operator_calls": {}, "operator_calls_of_own_losses": {}, "decode_nms_ms": {}}
     torch.set_num_threads(1)
     for objects in OBJECTS:
         batch = make_batch(config, images, objects, device)
         with torch.no_grad():
             logits, raw = (x.requires_grad_() for x in net(batch["image"], batch["K"]))
 
-        def run(batch=batch, logits=logits, raw=raw):
+        def run(weights=loss, batch=batch, logits=logits, raw=raw):
             targets = assign(batch, net.config)
-            losses = compute_losses(net, logits, raw, targets, batch, loss, count_positives(targets).clamp(min=1))
-            torch.autograd.grad(weighted_sum(losses, loss), (logits, raw))
+            losses = compute_losses(net, logits, raw, targets, batch, weights, count_positives(targets).clamp(min=1))
+            torch.autograd.grad(weighted_sum(losses, weights), (logits, raw))
 
         found["targets_losses_ms"][str(objects)] = 1e3 * interleave({"run": run}, 3 * rounds, device)["run"].min()
-        with Count() as count:
-            run()
-        found["operator_calls"][str(objects)] = count.calls.total()
+        for name, weights in (("operator_calls", loss), ("operator_calls_of_own_losses", own)):
+            with Count() as count:
+                run(weights)
+            found[name][str(objects)] = count.calls.total()
     scores = torch.randn(logits[:1].shape, device=device) - 4  # some hundred pairs above the threshold
     for name in ("threshold", "900_candidates"):
         run = {"run": lambda scores=scores: net.select(scores, raw[:1], batch["K"][:1])}
