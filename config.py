@@ -35,6 +35,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # not on norms and biases
     schedule: str = "cosine"  # 'cosine' to 0, 'step' by 0.1 at 2/3 and 11/12 of the steps, 'constant'
     warmup: int = 100  # steps of linear warm-up
+    all_cells: int = 100  # first steps, in which an object is learned at all the cells around it; later at its best ones
     clip: float = 35.0  # largest gradient norm
     mixed_precision: str = "no"  # 'no', 'bf16', 'fp16'
     compile: bool = False  # torch.compile of model, targets and losses, each as one graph
@@ -72,8 +73,8 @@ class Config:
         for name, least in positive.items():
             if getattr(train, name) < least:
                 raise ValueError(f"train.{name} is {getattr(train, name)}, expected at least {least}")
-        if train.steps < 0 or self.data.workers < 0 or self.model.channels < 4:
-            raise ValueError("expected train.steps >= 0, data.workers >= 0 and model.channels >= 4")
+        if min(train.steps, train.all_cells, self.data.workers) < 0 or self.model.channels < 4:
+            raise ValueError("expected train.steps >= 0, train.all_cells >= 0, data.workers >= 0 and model.channels >= 4")
         choices = {"schedule": ("cosine", "step", "constant"), "mixed_precision": ("no", "bf16", "fp16")}
         for name, allowed in choices.items():
             if getattr(train, name) not in allowed:

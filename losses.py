@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from geometry import generalized_iou, heading_bin, ray_angle
+from targets import keep_best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +232,13 @@ def loss_attribute(decoded, targets, possible):
     return masked_sum(F.cross_entropy(logits.transpose(1, 2), truth, reduction="none"), mask)
 
 
-def compute_losses(model, logits, raw, targets, batch, weights, positives):
+def compute_losses(model, logits, raw, targets, batch, weights, positives, best=False):
     """All losses of non-zero weight whose outputs the model has, unweighted, as {name: scalar}, each divided by the positives.
 
     logits (B, N, C) and raw (B, N, F) of `model`; `targets` of the batch; weights `LossConfig`. positives: their number in the whole step,
-    the mean over processes, at least 1: DDP averages gradients, so a local count would weigh processes unequally. Every output takes part
-    in the sum, so every parameter has a gradient on every process.
+    the mean over processes, at least 1: DDP averages gradients, so a local count would weigh processes unequally; with best, which lets
+    each object learn at its best cells alone (`targets.keep_best`), it still is that of all. Every output takes part in the sum, so every
+    parameter has a gradient on every process.
     """
     with torch.autocast(raw.device.type, enabled=False):
         logits, raw, K = logits.float(), raw.float(), batch["K"].float()
@@ -244,6 +246,7 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives):
         gathered = choose(targets.positive, gathered, torch.zeros_like(gathered))
         decoded = model.decode(gathered, targets.location, targets.label, K)
         stride = model.location_stride[targets.location]
+        targets = keep_best(targets, decoded, logits) if best else targets
         terms = {
             "loss_cls": lambda: loss_cls(logits, targets),
             "loss_bbox": lambda: loss_bbox(decoded, targets),

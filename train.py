@@ -165,7 +165,7 @@ def train(config, accelerator):
                 for batch, target in zip(parts, targets, strict=True):
                     with accelerator.accumulate(model):
                         logits, raw = model(change_colours(batch), batch["K"])
-                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives)
+                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives, step >= options.all_cells)
                         loss = guard.watch(losses, weighted_sum(losses, config.loss), logits, raw)
                         accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)  # after DDP's average: equal on all processes

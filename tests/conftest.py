@@ -73,7 +73,7 @@ def tiny(world, out, *more, kitti=False):
         f"data.root={world}", f"out={out}", *(f"data.{name}={json.dumps(source)}" for name, source in sources.items()), "data.workers=0",
         "data.scale=0.9,1.2", "data.colour=0.2", "model.backbone=test_resnet", "model.size=96,320", "model.channels=32",
         "train.batch_size=2", "train.steps=6", "train.warmup=3", "train.ema=0.9", "train.save_every=2", "train.keep=3",
-        "train.log_every=1", "train.eval_every=0", *more,
+        "train.log_every=1", "train.eval_every=0", "train.all_cells=1", *more,
     ]  # fmt: skip
 
 

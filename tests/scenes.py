@@ -77,8 +77,8 @@ def random_outputs(model, images, seed=0, scale=1.0):
     return logits.requires_grad_(), raw.requires_grad_()
 
 
-def all_losses(model, batch, logits, raw, weights=None):
+def all_losses(model, batch, logits, raw, weights=None, best=False):
     """Losses of a batch, every one unless weights say otherwise, and its targets."""
     targets = assign(batch, model.config)
     every = LossConfig(**{name: 1.0 for name in LossConfig.__dataclass_fields__})
-    return compute_losses(model, logits, raw, targets, batch, weights or every, count_positives(targets).clamp(min=1)), targets
+    return compute_losses(model, logits, raw, targets, batch, weights or every, count_positives(targets).clamp(min=1), best), targets

@@ -12,7 +12,9 @@ from test_train import losses_of, records
 
 VALIDATE = "                    evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)\n"
 DETECTOR = "        net = Detector(dataclasses.replace(config.model, pretrained=pretrained))\n"
-LOSSES = "                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives)\n"
+LOSSES = (
+    "                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives, step >= options.all_cells)\n"
+)
 ERRORS = '    metrics["errors"] = object_errors(truth, results, classes)\n'
 RNG = "        rng = np.random.default_rng((self.seed, epoch, index))\n"
 EDITS = {  # what README calls it: (file, the one place, what stands there then)

@@ -11,7 +11,7 @@ from scenes import BEHIND, CAR, CROSSING, FAR, MODEL, PERSON, TRUNCATED, all_los
 import losses as module
 from losses import LossConfig, compute_losses, count_positives, half_angle
 from model import IMPOSSIBLE, Decoded, Detector
-from targets import Targets, assign, encode
+from targets import Targets, assign, encode, keep_best
 
 ALL = MODEL.attribute_names
 NAMES = tuple(field.name for field in dataclasses.fields(LossConfig))
@@ -367,6 +367,25 @@ def test_division_is_by_the_positives_of_all_processes(model):
     nine, eighteen = (compute_losses(model, logits, raw, targets, batch, LossConfig(), torch.tensor(n)) for n in (9.0, 18.0))
     for name, value in nine.items():
         torch.testing.assert_close(value, 2 * eighteen[name])
+
+
+def test_the_best_cells_alone_learn_an_object(model):
+    """The others are background; division is by all of them, so that parts of a step need not know what the others keep."""
+    batch = make_batch([CAR, PERSON, FAR], [TRUNCATED])
+    logits, raw = random_outputs(model, 2)
+    losses, targets = all_losses(model, batch, logits, raw, best=True)
+    gathered = raw.gather(1, targets.location[..., None].expand(-1, -1, raw.shape[-1]))
+    kept = keep_best(targets, model.decode(gathered, targets.location, targets.label, batch["K"]), logits)
+    assert 4 <= kept.positive.sum() < targets.positive.sum()
+    size = model.split(torch.autograd.grad(losses["loss_size"], raw, retain_graph=True)[0])["size"]
+    taught = torch.zeros(size.shape[:2], dtype=torch.bool)
+    for image in range(2):
+        taught[image, kept.location[image, kept.positive[image]]] = True
+    assert (size != 0).any(-1).equal(taught)
+    every = LossConfig(**{name: 1.0 for name in NAMES})
+    alone = compute_losses(model, logits, raw, kept, batch, every, count_positives(targets))
+    for name in NAMES:
+        torch.testing.assert_close(losses[name], alone[name])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """Which cells answer for which objects: hand-made scenes, conflicts, the border, all real labels, and no wait for the device."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from formats.index import Frames
 from frames import Frame, make_labels, whole_view
 from geometry import wrap_angle
 from model import Detector, ModelConfig
-from targets import assign, encode, level_of, measure_priors, settle, target_points
+from targets import assign, encode, keep_best, level_of, measure_priors, settle, target_points
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +241,45 @@ class NoHostSync(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+def said_of(targets, **fields):
+    """What `keep_best` reads of a `Decoded`."""
+    return SimpleNamespace(**{"box": targets.box, **fields})
+
+
+def test_an_object_keeps_its_best_cells(model):
+    """As many as the overlaps of its nine boxes sum up to, the best by score and overlap; one that is hopeless keeps one."""
+    batch = make_batch([at_pixel(100, 50, 20), at_pixel(200, 40, 40)])
+    targets = assign(batch, MODEL)
+    logits, share = torch.zeros(1, len(model.location_stride), len(MODEL.classes)), torch.zeros(1, targets.object.shape[1])
+    share[0, :9] = torch.tensor([0.9, 0.5, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])  # 2.8 in all; the other object's overlap nowhere
+    side = targets.box[..., 2:3] - targets.box[..., :1]
+    box = torch.cat([targets.box[..., :2], targets.box[..., 2:3] - side * (1 - share[..., None]), targets.box[..., 3:]], -1)
+    kept = keep_best(targets, said_of(targets, box=box), logits)
+    assert kept.positive[0, :9].nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert kept.positive[0, 9:18].sum() == 1
+    assert kept.positive.sum() == 4  # and padding none
+    logits[0, targets.location[0, 3], targets.label[0, 3]] = 20.0  # sqrt(1) .1 against sqrt(.5) .9, .5, .8
+    logits[0, targets.location[0, [0, 1]], targets.label[0, 0]] = -20.0
+    kept = keep_best(targets, said_of(targets, box=box), logits)
+    assert kept.positive[0, :9].nonzero()[:, 0].tolist() == [2, 3, 4]
+    assert keep_best(targets, said_of(targets), logits).positive.equal(targets.positive)  # who overlaps wholly keeps all
+
+
+def test_what_is_not_finite_keeps_its_cell(model):
+    """Else a broken output would be background, and the loss finite."""
+    targets = assign(make_batch([CAR]), MODEL)
+    logits, box = torch.zeros(1, len(model.location_stride), len(MODEL.classes)), targets.box.clone()
+    box[0, :, 2] = box[0, :, 0] + 0.01
+    box[0, 4] = torch.nan
+    kept = keep_best(targets, said_of(targets, box=box), logits)
+    assert kept.positive[0].nonzero()[:, 0].tolist() == [4]
+
+
 def test_targets_and_losses_never_wait_for_the_device(model):
     batch = make_batch([CAR, TRUNCATED, BEHIND], [], ignore=[(100, 40, 140, 60)])
     logits, raw = random_outputs(model, 2)
     with NoHostSync():
-        losses, _ = all_losses(model, batch, logits, raw)
+        losses, _ = all_losses(model, batch, logits, raw, best=True)
         sum(losses.values()).backward()
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostSync():
         losses["loss_cls"].item()

@@ -136,7 +136,7 @@ class Step:
     def targets_losses(self):
         targets = self.find_targets(self.batch, self.config.model)
         positives = self.guard.mean(count_positives(targets))
-        losses = self.find_losses(self.net, self.logits, self.raw, targets, self.batch, self.config.loss, positives)
+        losses = self.find_losses(self.net, self.logits, self.raw, targets, self.batch, self.config.loss, positives, best=True)
         self.loss = self.guard.watch(losses, weighted_sum(losses, self.config.loss), self.logits, self.raw)
 
     def backward(self):
@@ -239,7 +239,7 @@ def measure_head(config, device, images, rounds):
 
         def run(weights=loss, batch=batch, logits=logits, raw=raw):
             targets = assign(batch, net.config)
-            losses = compute_losses(net, logits, raw, targets, batch, weights, count_positives(targets).clamp(min=1))
+            losses = compute_losses(net, logits, raw, targets, batch, weights, count_positives(targets).clamp(min=1), best=True)
             torch.autograd.grad(weighted_sum(losses, weights), (logits, raw))
 
         found["targets_losses_ms"][str(objects)] = 1e3 * interleave({"run": run}, 3 * rounds, device)["run"].min()

@@ -22,14 +22,14 @@ from targets import assign
 
 
 def load(path):
-    """(config, model, batches) of a nonfinite.json and the weights beside it, the generator seeded for its step. Raises UserError."""
+    """(config, model, batches, step) of a nonfinite.json and the weights beside it, the generator seeded for it. Raises UserError."""
     try:
         record = json.loads(path.read_text())
         config = build(record["config"], Config, "config")
         model = Detector(dataclasses.replace(config.model, pretrained=False))
         model.load_state_dict(load_file(path.parent / record["weights"]))
         torch.manual_seed(seed_of(config.seed, record["step"], record["process"] or 0))
-        return config, model, [[(epoch, index) for epoch, index in samples] for samples in record["batches"]]
+        return config, model, [[(epoch, index) for epoch, index in samples] for samples in record["batches"]], record["step"]
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:  # RuntimeError: nested too deeply, or other weights
         raise UserError(f"{path}: not a replay that train.py wrote: {textwrap.shorten(repr(error), 300)}") from None
 
@@ -40,7 +40,7 @@ def replay(path):
     Returns (losses, findings): sentences in the order in which numbers flow, the first names the cause. Raises UserError.
     """
     with user_errors():
-        config, model, batches = load(Path(path))
+        config, model, batches, step = load(Path(path))
         more = config.seed, config.model.velocity, config.model.attribute_names
         dataset = build_dataset(config.data, config.data.train, config.model.classes, config.model.size, True, *more)
     parts, findings, rows = [[dataset[sample] for sample in samples] for samples in batches], [], []
@@ -54,7 +54,7 @@ def replay(path):
     for batch, target in zip(parts, targets, strict=True):  # micro-step by micro-step, as they came
         logits, raw = model(change_colours(batch), batch["K"])
         findings += [f"the head's {n} are not finite" for n, x in (("logits", logits), ("outputs", raw)) if not torch.isfinite(x).all()]
-        losses = compute_losses(model, logits, raw, target, batch, config.loss, positives)
+        losses = compute_losses(model, logits, raw, target, batch, config.loss, positives, step >= config.train.all_cells)
         findings += [f"{name} is {value.item()}" for name, value in losses.items() if not torch.isfinite(value)]
         (weighted_sum(losses, config.loss) / len(parts)).backward()
         rows.append(losses)
