@@ -20,7 +20,7 @@ config = Config(
         root="data/kitti",
         train=(Source(split=("configs/yardstick_real/train.txt",)),),
         val=(Source(split=("configs/yardstick_real/val.txt",)),),
-        scale=(0.8, 1.25),
+        scale=(0.7, 1.25),
         colour=0.2,
         workers=1,
     ),
