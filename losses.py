@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from geometry import generalized_iou, heading_bin, ray_angle
-from targets import keep_best
+from geometry import box_iou, generalized_iou, heading_bin, ray_angle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,12 +231,30 @@ def loss_attribute(decoded, targets, possible):
     return masked_sum(F.cross_entropy(logits.transpose(1, 2), truth, reduction="none"), mask)
 
 
+def keep_best(targets, decoded, logits, objects):
+    """Targets of which each object keeps its best cells alone, by what the head says there: dynamic top-k (SimOTA, arXiv:2107.08430).
+
+    decoded: `Detector.decode` at the slots; logits (B, N, C); objects M. A cell is worth the square root of its class probability times
+    the IoU of the visible boxes; an object keeps as many of its positive cells as their IoUs sum up to, at least one. The others become
+    background: the class score learns which cells know the object. Depth has no say, or sigma would learn from chosen errors. Shapes
+    stay, nothing waits for the device.
+    """
+    with torch.no_grad():
+        own = logits.gather(1, targets.location[..., None].expand(-1, -1, logits.shape[-1])).gather(2, targets.label[..., None])
+        overlap = torch.where(targets.positive, box_iou(decoded.box, targets.box), 0.0)
+        worth = overlap * own.squeeze(-1).sigmoid().sqrt() + targets.positive  # one that competes is worth more than one that does not
+        worth, overlap = (value.unflatten(1, (objects, -1)) for value in (worth.nan_to_num(3.0), overlap.nan_to_num(1.0)))  # NaN must show
+        rank = torch.argsort(worth, dim=-1, descending=True, stable=True).argsort(-1)
+        best = rank < overlap.sum(-1, keepdim=True).round().clamp(min=1)
+        return dataclasses.replace(targets, positive=targets.positive & best.flatten(1))
+
+
 def compute_losses(model, logits, raw, targets, batch, weights, positives, best=False):
     """All losses of non-zero weight whose outputs the model has, unweighted, as {name: scalar}, each divided by the positives.
 
     logits (B, N, C) and raw (B, N, F) of `model`; `targets` of the batch; weights `LossConfig`. positives: their number in the whole step,
     the mean over processes, at least 1: DDP averages gradients, so a local count would weigh processes unequally; with best, which lets
-    each object learn at its best cells alone (`targets.keep_best`), it still is that of all. Every output takes part in the sum, so every
+    each object learn at its best cells alone (`keep_best`), it still is that of all. Every output takes part in the sum, so every
     parameter has a gradient on every process.
     """
     with torch.autocast(raw.device.type, enabled=False):
@@ -246,7 +263,7 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
         gathered = choose(targets.positive, gathered, torch.zeros_like(gathered))
         decoded = model.decode(gathered, targets.location, targets.label, K)
         stride = model.location_stride[targets.location]
-        targets = keep_best(targets, decoded, logits) if best else targets
+        targets = keep_best(targets, decoded, logits, batch["valid"].shape[1]) if best else targets
         terms = {
             "loss_cls": lambda: loss_cls(logits, targets),
             "loss_bbox": lambda: loss_bbox(decoded, targets),

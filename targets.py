@@ -2,8 +2,8 @@
 
 Each object proposes the 3x3 cells around its projected centre on the level of its size (FCOS3D's radius of 1.5 strides,
 arXiv:2104.10956 sec. 3.3); where objects meet, a scatter-minimum gives the cell to the nearest centre. Shapes depend only on the
-padded number of objects, so nothing waits for the device and the step compiles. After the first steps an object keeps the best of
-its cells (`keep_best`).
+padded number of objects, so nothing waits for the device and the step compiles. After the first steps an object learns at
+the best of its cells (`losses.keep_best`).
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from geometry import LIMITS, MIN_DEPTH, SPEED, box_iou, heading_bin, project, yaw_to_alpha
+from geometry import LIMITS, MIN_DEPTH, SPEED, heading_bin, project, yaw_to_alpha
 
 RADIUS = 1.5  # strides
 CELLS = 9  # proposals per object and level: 3x3
@@ -159,24 +159,6 @@ def settle(location, proposed, distance, depth, count):
     first = torch.full((images, count), slot.shape[1], device=cost.device).scatter_reduce(1, location, claim, "amin")
     positive = best & (first.gather(1, location) == slot)
     return torch.where(positive, location, 0), positive
-
-
-def keep_best(targets, decoded, logits):
-    """Targets of which each object keeps its best cells alone, by what the head says there: dynamic top-k (SimOTA, arXiv:2107.08430).
-
-    decoded: `Detector.decode` at the slots; logits (B, N, C). A cell is worth the square root of its class probability times the IoU of
-    the visible boxes; an object keeps as many of its positive cells as their IoUs sum up to, at least one. The others become background:
-    the class score learns which cells know the object. Depth has no say, or sigma would learn from chosen errors. Shapes stay, nothing
-    waits for the device.
-    """
-    with torch.no_grad():
-        own = logits.gather(1, targets.location[..., None].expand(-1, -1, logits.shape[-1])).gather(2, targets.label[..., None])
-        overlap = torch.where(targets.positive, box_iou(decoded.box, targets.box), 0.0)
-        worth = overlap * own.squeeze(-1).sigmoid().sqrt() + targets.positive  # one that competes is worth more than one that does not
-        worth, overlap = (value.unflatten(1, (-1, CELLS)) for value in (worth.nan_to_num(3.0), overlap.nan_to_num(1.0)))  # NaN must show
-        rank = torch.argsort(worth, dim=-1, descending=True, stable=True).argsort(-1)
-        best = rank < overlap.sum(-1, keepdim=True).round().clamp(min=1)
-        return dataclasses.replace(targets, positive=targets.positive & best.flatten(1))
 
 
 def inside_regions(regions, config):

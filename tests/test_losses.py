@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from scenes import BEHIND, CAR, CROSSING, FAR, MODEL, PERSON, TRUNCATED, all_losses, make_batch, random_outputs
 
 import losses as module
-from losses import LossConfig, compute_losses, count_positives, half_angle
+from losses import LossConfig, compute_losses, count_positives, half_angle, keep_best
 from model import IMPOSSIBLE, Decoded, Detector
-from targets import Targets, assign, encode, keep_best
+from targets import Targets, assign, encode
 
 ALL = MODEL.attribute_names
 NAMES = tuple(field.name for field in dataclasses.fields(LossConfig))
@@ -375,7 +375,7 @@ def test_the_best_cells_alone_learn_an_object(model):
     logits, raw = random_outputs(model, 2)
     losses, targets = all_losses(model, batch, logits, raw, best=True)
     gathered = raw.gather(1, targets.location[..., None].expand(-1, -1, raw.shape[-1]))
-    kept = keep_best(targets, model.decode(gathered, targets.location, targets.label, batch["K"]), logits)
+    kept = keep_best(targets, model.decode(gathered, targets.location, targets.label, batch["K"]), logits, 16)
     assert 4 <= kept.positive.sum() < targets.positive.sum()
     size = model.split(torch.autograd.grad(losses["loss_size"], raw, retain_graph=True)[0])["size"]
     taught = torch.zeros(size.shape[:2], dtype=torch.bool)

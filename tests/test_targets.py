@@ -15,8 +15,9 @@ from data import DataConfig, Detection3D, collate
 from formats.index import Frames
 from frames import Frame, make_labels, whole_view
 from geometry import wrap_angle
+from losses import keep_best
 from model import Detector, ModelConfig
-from targets import assign, encode, keep_best, level_of, measure_priors, settle, target_points
+from targets import assign, encode, level_of, measure_priors, settle, target_points
 
 
 @pytest.fixture(scope="module")
@@ -254,15 +255,15 @@ def test_an_object_keeps_its_best_cells(model):
     share[0, :9] = torch.tensor([0.9, 0.5, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])  # 2.8 in all; the other object's overlap nowhere
     side = targets.box[..., 2:3] - targets.box[..., :1]
     box = torch.cat([targets.box[..., :2], targets.box[..., 2:3] - side * (1 - share[..., None]), targets.box[..., 3:]], -1)
-    kept = keep_best(targets, said_of(targets, box=box), logits)
+    kept = keep_best(targets, said_of(targets, box=box), logits, 16)
     assert kept.positive[0, :9].nonzero()[:, 0].tolist() == [0, 1, 2]
     assert kept.positive[0, 9:18].sum() == 1
     assert kept.positive.sum() == 4  # and padding none
     logits[0, targets.location[0, 3], targets.label[0, 3]] = 20.0  # sqrt(1) .1 against sqrt(.5) .9, .5, .8
     logits[0, targets.location[0, [0, 1]], targets.label[0, 0]] = -20.0
-    kept = keep_best(targets, said_of(targets, box=box), logits)
+    kept = keep_best(targets, said_of(targets, box=box), logits, 16)
     assert kept.positive[0, :9].nonzero()[:, 0].tolist() == [2, 3, 4]
-    assert keep_best(targets, said_of(targets), logits).positive.equal(targets.positive)  # who overlaps wholly keeps all
+    assert keep_best(targets, said_of(targets), logits, 16).positive.equal(targets.positive)  # who overlaps wholly keeps all
 
 
 def test_what_is_not_finite_keeps_its_cell(model):
@@ -271,7 +272,7 @@ def test_what_is_not_finite_keeps_its_cell(model):
     logits, box = torch.zeros(1, len(model.location_stride), len(MODEL.classes)), targets.box.clone()
     box[0, :, 2] = box[0, :, 0] + 0.01
     box[0, 4] = torch.nan
-    kept = keep_best(targets, said_of(targets, box=box), logits)
+    kept = keep_best(targets, said_of(targets, box=box), logits, 16)
     assert kept.positive[0].nonzero()[:, 0].tolist() == [4]
 
 
