@@ -240,9 +240,9 @@ def keep_best(targets, decoded, logits, objects):
     stay, nothing waits for the device.
     """
     with torch.no_grad():
-        own = logits.gather(1, targets.location[..., None].expand(-1, -1, logits.shape[-1])).gather(2, targets.label[..., None])
+        own = logits.flatten(1).gather(1, targets.location * logits.shape[-1] + targets.label)
         overlap = torch.where(targets.positive, box_iou(decoded.box, targets.box), 0.0)
-        worth = overlap * own.squeeze(-1).sigmoid().sqrt() + targets.positive  # one that competes is worth more than one that does not
+        worth = overlap * own.sigmoid().sqrt() + targets.positive  # one that competes is worth more than one that does not
         worth, overlap = (value.unflatten(1, (objects, -1)) for value in (worth.nan_to_num(3.0), overlap.nan_to_num(1.0)))  # NaN must show
         rank = torch.argsort(worth, dim=-1, descending=True, stable=True).argsort(-1)
         best = rank < overlap.sum(-1, keepdim=True).round().clamp(min=1)
@@ -253,9 +253,9 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
     """All losses of non-zero weight whose outputs the model has, unweighted, as {name: scalar}, each divided by the positives.
 
     logits (B, N, C) and raw (B, N, F) of `model`; `targets` of the batch; weights `LossConfig`. positives: their number in the whole step,
-    the mean over processes, at least 1: DDP averages gradients, so a local count would weigh processes unequally; with best, which lets
-    each object learn at its best cells alone (`keep_best`), it still is that of all. Every output takes part in the sum, so every
-    parameter has a gradient on every process.
+    the mean over processes, at least 1: DDP averages gradients, so a local count would weigh processes unequally. With best, and boxes
+    that are learned at all, each object learns at its best cells alone (`keep_best`); positives still is the number of all. Every output
+    takes part in the sum, so every parameter has a gradient on every process.
     """
     with torch.autocast(raw.device.type, enabled=False):
         logits, raw, K = logits.float(), raw.float(), batch["K"].float()
@@ -263,7 +263,7 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
         gathered = choose(targets.positive, gathered, torch.zeros_like(gathered))
         decoded = model.decode(gathered, targets.location, targets.label, K)
         stride = model.location_stride[targets.location]
-        targets = keep_best(targets, decoded, logits, batch["valid"].shape[1]) if best else targets
+        targets = keep_best(targets, decoded, logits, batch["valid"].shape[1]) if best and weights.loss_bbox else targets
         terms = {
             "loss_cls": lambda: loss_cls(logits, targets),
             "loss_bbox": lambda: loss_bbox(decoded, targets),

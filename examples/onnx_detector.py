@@ -103,7 +103,8 @@ def select(rows, K, config):
     found = {name: value[kept] for name, value in rows.items()}
     if config["fuse_duplicates"]:
         weight = np.where(same & (overlap > config["nms_iou"]), overlap * rows["score"], 0.0)[kept]
-        for name, shares in (("box", weight), ("pixel", weight / rows["sigma"] ** 2), ("depth", weight / rows["sigma"] ** 2)):
+        trusted = weight / rows["sigma"] ** 2
+        for name, shares in (("box", weight), ("pixel", trusted), ("depth", trusted)):
             found[name] = (shares / shares.sum(1, keepdims=True)) @ rows[name]
     pixel, depth, alpha = found.pop("pixel"), found.pop("depth"), found.pop("alpha")
     ray = (pixel - K[:2, 2]) / K[[0, 1], [0, 1]]

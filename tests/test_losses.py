@@ -386,6 +386,9 @@ def test_the_best_cells_alone_learn_an_object(model):
     alone = compute_losses(model, logits, raw, kept, batch, every, count_positives(targets))
     for name in NAMES:
         torch.testing.assert_close(losses[name], alone[name])
+    boxless = dataclasses.replace(every, loss_bbox=0.0)  # boxes that nobody learns say nothing of a cell
+    (chosen, _), (nine, _) = (all_losses(model, batch, logits, raw, boxless, best) for best in (True, False))
+    assert all(torch.equal(chosen[name], nine[name]) for name in nine)
 
 
 @pytest.mark.parametrize("name", NAMES)
