@@ -141,7 +141,7 @@ def main():
     try:
         found = OnnxDetector(options.model).predict(options.image, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], options.min_score)
     except Exception as error:  # onnxruntime's errors have no class in common
-        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
+        parser.exit(2, f"error: {options.model} on {options.image}: {str(error).splitlines()[0]}\n")
     for i, name in enumerate(found["name"]):
         print(name, *(f"{key} {np.round(found[key][i], 2)}" for key in ("score", "center", "size", "yaw", "sigma", "box")))
 

@@ -160,12 +160,14 @@ def test_the_runtime_runs_as_a_script_without_torch_and_this_project(exported, t
     assert len(done.stdout.splitlines()) == len(found["name"]) > 0
     assert done.stdout.startswith(f"{found['name'][0]} score {found['score'][0]:.2f}".rstrip("0"))
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    for model, image, focal in (("none.onnx", "image.png", 190), ("model.onnx", "image.png", 190), (command[5], "none.png", 190),
-                                (command[5], "model.onnx", 190), (command[5], "image.png", 0)):  # fmt: skip
+    (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:-2000])  # Pillow's own sentence names no file
+    cases = ((command[5], "cut.png", 190), ("none.onnx", "image.png", 190), ("model.onnx", "image.png", 190),
+             (command[5], "none.png", 190), (command[5], "model.onnx", 190), (command[5], "image.png", 0))  # fmt: skip
+    for model, image, focal in cases:
         wrong = [*command[:5], model, image, "--intrinsics", str(focal), "190", "160", "48"]
         done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
-        assert re.fullmatch("error: .+\n", done.stderr)
+        assert re.fullmatch(f"error: .*{model} on {image}: .+\n", done.stderr)
     assert len((ROOT / "examples/onnx_detector.py").read_text().splitlines()) <= 150
 
 
