@@ -231,7 +231,6 @@ class Detector(
             )
         self.backbone = _build_backbone(model)
         self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), model.channels)
-        self.fpn.layer_blocks = nn.ModuleList(nn.Identity() for _ in model.strides)  # a tower begins with a 3x3 convolution of its own
         self.class_tower = Tower(model.channels, model.channels, model.tower_convs)
         self.box_tower = Tower(model.channels + 2, model.channels, model.tower_convs)  # and the viewing ray
         self.fields = model.fields
