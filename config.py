@@ -214,7 +214,7 @@ FREE_KEYS = {  # may change when a run goes on: they do not shape the training, 
     *("out", "resume", "allow_changes", "load_from", "load_model", "log_with", "best"),
     *("data." + name for name in ("root", "val", "workers", "index", "cache", "skip_bad", "overlap")),
     *("model." + name for name in ("pretrained", "score_threshold", "nms_iou", "candidates", "max_detections", "fuse_duplicates")),
-    *("model." + name for name in ("nms_across_classes", "centerness_share", "depth_tolerance")),
+    *("model." + name for name in ("nms_across_classes", "centerness_share", "depth_tolerance", "sigma_scale")),
     *("train." + name for name in ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every")),
     *("train." + name for name in ("max_bad_steps", "timeout", "compile", "checkpoint_backbone")),
 }

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from config import Config
     from data import DataConfig, Detection3D, Source
+    from model import ModelConfig
 
 
 # ---- a model on a data set
@@ -159,6 +160,21 @@ def compute_metrics(
     return metrics
 
 
+def calibrate(model: ModelConfig, metrics: dict) -> ModelConfig:
+    """The `ModelConfig` whose sigma holds as many depth errors as a Laplace law's, .757, on the frames that the metrics are of.
+
+    A network that saw its training frames often trusts its depth too much elsewhere; one factor a class mends that, as a temperature
+    mends probabilities (Guo et al., ICML 2017). A class with fewer than `CALIBRATION_OBJECTS` matched objects keeps its factor, as do all
+    where nuScenes' metrics tell no errors.
+    """
+    scales = []
+    for name, scale in zip(model.classes, model.sigma_scale or (1.0,) * len(model.classes), strict=True):
+        errors = metrics.get("errors", {}).get(name, {}).get("all", {})
+        enough = errors.get("matched", 0) >= CALIBRATION_OBJECTS and errors["sigma_ratio"]
+        scales.append(float(f"{scale * errors['sigma_ratio']:.4g}") if enough else scale)
+    return dataclasses.replace(model, sigma_scale=tuple(scales))
+
+
 def has_samples(dataset: Detection3D) -> bool:
     """Whether each frame belongs to a sample, a moment seen by several cameras: then nuScenes' metrics are the data set's.
 
@@ -237,6 +253,7 @@ def format_metrics(metrics: dict, metric: str = "R40", errors: dict | None = Non
     return format_nuscenes(metrics) if "NDS" in metrics else format_table(metrics, metric, errors)
 
 
+CALIBRATION_OBJECTS = 20  # of a class, that its sigma is fitted to
 TESTING_FRAMES = 7518  # of KITTI's testing half
 WORST = 1e9  # of a metric of which less is better, where nothing can be averaged: JSON has no infinity
 

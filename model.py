@@ -61,6 +61,7 @@ class ModelConfig:
     fuse_duplicates: bool = True  # place and visible box of a detection become the mean over the duplicates that it suppresses
     centerness_share: float = 0.25  # score = class^(1 - share) centerness^share P(...); 0: class alone
     depth_tolerance: float = 2.0  # m: the score holds P(|depth error| < tolerance) under the predicted sigma
+    sigma_scale: tuple[float, ...] = ()  # factor of the sigma that is told, per class; empty: measured when a run keeps its best weights
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # JSON has lists
@@ -89,9 +90,12 @@ class ModelConfig:
                 raise ValueError(f"model.attributes of {owner!r} is {names}, expected names, each once")
         if self.attributes and not self.attribute_names:
             raise ValueError(f"model.attributes names none for {', '.join(self.attributes)}, expected {{}} for a model without them")
-        for name, expected in (("size_prior", len(self.classes)), ("depth_mean", len(self.strides)), ("depth_std", len(self.strides))):
+        classes, levels = len(self.classes), len(self.strides)
+        for name, expected in {"size_prior": classes, "depth_mean": levels, "depth_std": levels, "sigma_scale": classes}.items():
             if len(getattr(self, name)) not in (0, expected):
                 raise ValueError(f"model.{name} has {len(getattr(self, name))} entries, expected {expected} or none")
+        if not all(0 < factor < math.inf for factor in self.sigma_scale):
+            raise ValueError(f"model.sigma_scale is {self.sigma_scale}, expected finite factors > 0")
 
     @property
     def attribute_names(self):
@@ -244,6 +248,8 @@ class Detector(
         self.register_buffer("pixel_mean", torch.tensor(mean) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std) * 255, persistent=False)
         self.register_buffer("size_prior", torch.tensor(model.size_prior, dtype=torch.float32), persistent=False)  # (C, 3)
+        sigma_scale = model.sigma_scale or (1.0,) * len(model.classes)
+        self.register_buffer("sigma_scale", torch.tensor(sigma_scale, dtype=torch.float32), persistent=False)  # (C,)
         self.register_buffer("depth_mean", torch.tensor(model.depth_mean, dtype=torch.float32), persistent=False)  # (L,)
         self.register_buffer("depth_std", torch.tensor(model.depth_std, dtype=torch.float32), persistent=False)
         self.register_buffer("limits", torch.tensor([limit for limits in LIMITS.values() for limit in limits]), persistent=False)
@@ -500,7 +506,7 @@ class Detector(
             "depth": decoded.depth[..., 0],
             "size": decoded.size,
             "alpha": angle_from_double(decoded.double_alpha, decoded.direction.argmax(-1)),
-            "sigma": sigma,
+            "sigma": sigma * self.sigma_scale[label],  # the score keeps the learned one: AP does not depend on the factors
         }
         if decoded.velocity is not None:
             along_x, along_z = decoded.velocity.unbind(-1)

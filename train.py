@@ -35,7 +35,7 @@ from checkpoint import (
 from config import help_text, load_config, to_dict
 from data import StepBatches, UserError, build_dataset, change_colours, loading, make_loader, seed_of, unread, user_errors
 from draw import draw_frames
-from evaluate import blank_metrics, evaluate, flat_metrics, format_metrics, read_metric
+from evaluate import blank_metrics, calibrate, evaluate, flat_metrics, format_metrics, read_metric
 from guard import (
     Guard,
     Signals,
@@ -245,7 +245,8 @@ def validate(config, accelerator, model, val_set, progress, stop):
     if accelerator.is_main_process:
         if improved:
             about = {"step": step, "metric": name, "value": value}
-            save_weights(out / "best", model, to_dict(config), metrics, about, format_metrics(metrics))
+            tuned = dataclasses.replace(config, model=calibrate(config.model, metrics))
+            save_weights(out / "best", model, to_dict(tuned), metrics, about, format_metrics(metrics))
         own = out / "checkpoints" / f"step_{step:08d}"
         if own.is_dir():  # resume= may name one of another run
             amend_checkpoint(own, metrics, best_metric=name, best=progress.best, evaluated=True)

@@ -38,6 +38,7 @@ LOWEST_SCORE = -1e7  # the official "no detection": a score must be above it to 
 NO_ALPHA = -10.0  # "unknown": a single detection with this alpha makes the official evaluator leave AOS out
 MATCH_OVERLAP = 0.5  # 2D overlap above which `object_errors` compares a detection with a ground truth, any class
 PAIRS_AT_ONCE = 100_000  # pairs whose intervals meet, looked at together: about 50 MB
+WITHIN_SIGMA = 1 - np.exp(-np.sqrt(2))  # share of a Laplace law within one standard deviation, .757
 BANDS = (0, 10, 20, 30, 40, 50)  # metres of depth; the last band is open
 
 
@@ -322,7 +323,8 @@ def object_errors(
     Returns class -> band ("0-10" ... "50+", metres of the object's depth, and "all") -> {objects, matched, recall (share),
     depth_error (mean absolute, m), depth_bias (mean of predicted - true, m), depth_percent (mean absolute, of the true depth),
     heading_error (mean absolute, degrees), heading_flipped (share above 90 degrees), length_error, height_error, width_error
-    (mean absolute, m), within_1_sigma, within_2_sigma (share)}; None where nothing can be averaged.
+    (mean absolute, m), within_1_sigma, within_2_sigma (share), sigma_ratio (the factor of sigma within which the share of errors would be
+    `WITHIN_SIGMA`)}; None where nothing can be averaged.
     """
     data = _Pairs(truth, results, classes, MATCH_OVERLAP, max(MIN_HEIGHT))
     names = [f"{near}-{far}" for near, far in itertools.pairwise(BANDS)] + [f"{BANDS[-1]}+"]
@@ -361,7 +363,10 @@ def _band_errors(objects, truth, found):
         "within_2_sigma": None if sigma is None else np.abs(depth) <= 2 * sigma,
     }
     counts = {"objects": objects, "matched": matched, "recall": matched / objects if objects else None}
-    return counts | {key: float(np.mean(values)) if matched and values is not None else None for key, values in means.items()}
+    errors = {key: float(np.mean(values)) if matched and values is not None else None for key, values in means.items()}
+    told = np.zeros(matched, bool) if sigma is None else sigma > 0  # it may be unknown, NaN
+    ratio = float(np.quantile(np.abs(depth[told]) / sigma[told], WITHIN_SIGMA)) if told.any() else None
+    return counts | errors | {"sigma_ratio": ratio}
 
 
 def highest_possible(count: int, key: str) -> float:
@@ -414,6 +419,7 @@ ERROR_COLUMNS = (  # key, title, digits
     ("objects", "objects", 0), ("recall", "recall", 2), ("depth_error", "depth m", 2), ("depth_percent", "depth %", 1),
     ("depth_bias", "bias m", 2), ("heading_error", "heading", 1), ("heading_flipped", "flipped", 2), ("length_error", "l m", 2),
     ("height_error", "h m", 2), ("width_error", "w m", 2), ("within_1_sigma", "1 sigma", 2), ("within_2_sigma", "2 sigma", 2),
+    ("sigma_ratio", "ratio", 2),
 )  # fmt: skip
 
 

@@ -262,6 +262,16 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
     assert everything["within_1_sigma"] == 1
 
 
+def test_sigma_is_calibrated_class_by_class():
+    """By the ratio of its errors, on top of the factor that it has; a class with few objects keeps that, as nuScenes' classes do."""
+    errors = {name: {"all": {"matched": n, "sigma_ratio": 1.5}} for name, n in (("Car", 20), ("Pedestrian", 19), ("Cyclist", 0))}
+    model = ModelConfig(sigma_scale=(2.0, 1.1, 1.0))
+    assert evaluate.calibrate(model, {"errors": errors}).sigma_scale == (3.0, 1.1, 1.0)
+    assert evaluate.calibrate(ModelConfig(), {"errors": errors}).sigma_scale == (1.5, 1.0, 1.0)
+    errors["Car"]["all"]["sigma_ratio"] = 0.0  # every error is zero
+    assert evaluate.calibrate(model, {"errors": errors}) == evaluate.calibrate(model, {"NDS": 0.1}) == model
+
+
 def test_a_strangers_run_writes_nowhere_unasked(run, capsys, tmp_path):
     """Neither the cache nor the world of its config.json, unless the command line says so."""
     folder = tmp_path / "stranger"

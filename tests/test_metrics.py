@@ -458,15 +458,30 @@ def test_object_errors_by_band():
     assert (near["objects"], near["matched"], near["recall"], far["objects"], far["recall"]) == (1, 1, 1.0, 2, 0.5)
     expected = {"depth_error": 0.5, "depth_bias": 0.5, "depth_percent": 100 / 30, "heading_error": 180 - np.degrees(0.1)}
     expected |= {"heading_flipped": 1.0, "length_error": 0.3, "height_error": 0.1, "width_error": 0.2}
-    expected |= {"within_1_sigma": 0.0, "within_2_sigma": 1.0}
+    expected |= {"within_1_sigma": 0.0, "within_2_sigma": 1.0, "sigma_ratio": 0.5 / 0.4}
     assert {key: near[key] for key in expected} == pytest.approx(expected)
     assert far["depth_bias"] == pytest.approx(-3)
     assert far["within_1_sigma"] == 1.0
     assert errors["all"]["objects"] == 3
     assert errors["50+"] == {"objects": 0, "matched": 0} | {key: None for key in errors["50+"] if key not in ("objects", "matched")}
     without = object_errors({"0": truth}, {"0": found}, ("Car",))
-    assert without["Car"]["all"]["within_1_sigma"] is None
+    assert without["Car"]["all"]["within_1_sigma"] is without["Car"]["all"]["sigma_ratio"] is None
     assert "10-20" in format_table(kitti_ap({"0": truth}, {"0": found}, ("Car",)), errors=without)
+    unknown = dataclasses.replace(found, sigma=np.full(3, np.nan))
+    assert object_errors({"0": truth}, {"0": unknown}, ("Car",))["Car"]["all"]["sigma_ratio"] is None
+
+
+def test_sigma_times_its_ratio_holds_what_a_laplace_law_does():
+    """Whatever the errors are; and a sigma that is true has a ratio near 1."""
+    rng = np.random.default_rng(0)
+    truth = {str(i): labels({"center": (0, 1, 20)}) for i in range(2000)}
+    for spread, expected in ((1.0, 1.0), (2.5, 2.5)):
+        depth = 20 + spread * rng.laplace(scale=1 / np.sqrt(2), size=2000)
+        found = {str(i): dataclasses.replace(labels({"center": (0, 1, z)}), sigma=np.ones(1)) for i, z in enumerate(depth)}
+        ratio = object_errors(truth, found, ("Car",))["Car"]["all"]["sigma_ratio"]
+        assert ratio == pytest.approx(expected, rel=0.08)
+        wider = {id: dataclasses.replace(one, sigma=one.sigma * ratio) for id, one in found.items()}
+        assert object_errors(truth, wider, ("Car",))["Car"]["all"]["within_1_sigma"] == pytest.approx(0.757, abs=1e-3)
 
 
 def test_table_marks_capped_cells_and_says_why():

@@ -99,6 +99,8 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
         ({"attributes": {"Tram": ("a", "b")}}, r"model\.attributes names 'Tram', which is none of model\.classes: Car, "),
         ({"attributes": {"Car": ("parked", "parked")}}, r"model\.attributes of 'Car' is \('parked', 'parked'\), expected names, each once"),
         ({"attributes": {"Car": ()}}, r"model\.attributes names none for Car, expected \{\} for a model without them"),
+        ({"sigma_scale": (1.0,)}, r"model\.sigma_scale has 1 entries, expected 3 or none"),
+        ({"sigma_scale": (1.0, 0.0, 1.0)}, r"model\.sigma_scale is \(1\.0, 0\.0, 1\.0\), expected finite factors > 0"),
         ({"size_prior": ()}, r"model\.size_prior, depth_mean and depth_std are not set"),
     ],
 )
@@ -244,6 +246,16 @@ def test_averaging_moves_detections_and_drops_none(picture):
     assert (fused["center"] - single["center"]).abs().max() > 1e-4
     ray = lambda found: found["center"][:, :2] / found["center"][:, 2:]  # noqa: E731
     assert 0 < (ray(fused) - ray(single)).abs().max() < 0.2  # the projected centre moves among those of its duplicates
+
+
+def test_sigma_scale_moves_sigma_alone(picture):
+    image, cameras = torch.from_numpy(picture)[None], torch.tensor(K)[None]
+    factors = (2.0, 3.0, 0.5)
+    plain, scaled = (make_detector(score_threshold=0.0, sigma_scale=scale).eval().detect(image, cameras)[0] for scale in ((), factors))
+    assert {*plain["label"].tolist()} == {0, 1, 2}
+    torch.testing.assert_close(scaled.pop("sigma"), plain.pop("sigma") * torch.tensor(factors)[plain["label"]])
+    for name, value in plain.items():
+        torch.testing.assert_close(scaled[name], value, msg=name)
 
 
 def test_centerness_has_its_share_of_the_score(detector):

@@ -146,7 +146,8 @@ def test_log_records_have_the_agreed_keys(tiny_run):
 def test_best_loads_and_priors_are_filled_in(tiny_run):
     _, out, _ = tiny_run
     detector = Detector.from_pretrained(out / "best")
-    assert len(detector.config.size_prior) == 3
+    assert len(detector.config.size_prior) == len(detector.config.sigma_scale) == 3
+    assert read_config(out / "config.json").model.sigma_scale == ()  # measured, and not yet while it trains
     assert "AP_R40, per cent" in detector.card
     assert len(detector.config.depth_mean) == len(detector.config.strides)
     last = load_file(out / "checkpoints/step_00000006/model.safetensors")

@@ -94,6 +94,7 @@ def predict_run(run, overrides=()):
         dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
         accelerator = start_accelerator(config.train.mixed_precision)
     model = model.to(accelerator.device)
+    model.sigma_scale.fill_(1.0)  # sigma as it was learned: a run's own factors are fitted to these very frames
     return config, dataset, predict_dataset(model, dataset, accelerator, config.train.batch_size, config.data.workers)
 
 
