@@ -253,7 +253,7 @@ def format_metrics(metrics: dict, metric: str = "R40", errors: dict | None = Non
     return format_nuscenes(metrics) if "NDS" in metrics else format_table(metrics, metric, errors)
 
 
-CALIBRATION_OBJECTS = 20  # of a class, that its sigma is fitted to
+CALIBRATION_OBJECTS = 50  # of a class, that its sigma is fitted to
 TESTING_FRAMES = 7518  # of KITTI's testing half
 WORST = 1e9  # of a metric of which less is better, where nothing can be averaged: JSON has no infinity
 

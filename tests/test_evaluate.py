@@ -264,7 +264,7 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
 
 def test_sigma_is_calibrated_class_by_class():
     """By the ratio of its errors, on top of the factor that it has; a class with few objects keeps that, as nuScenes' classes do."""
-    errors = {name: {"all": {"matched": n, "sigma_ratio": 1.5}} for name, n in (("Car", 20), ("Pedestrian", 19), ("Cyclist", 0))}
+    errors = {name: {"all": {"matched": n, "sigma_ratio": 1.5}} for name, n in (("Car", 50), ("Pedestrian", 49), ("Cyclist", 0))}
     model = ModelConfig(sigma_scale=(2.0, 1.1, 1.0))
     assert evaluate.calibrate(model, {"errors": errors}).sigma_scale == (3.0, 1.1, 1.0)
     assert evaluate.calibrate(ModelConfig(), {"errors": errors}).sigma_scale == (1.5, 1.0, 1.0)
