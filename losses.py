@@ -63,17 +63,25 @@ def loss_cls(logits, targets):
     return (sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2.0) * counted[..., None]).sum()
 
 
+def box_sum(box, truth, mask):
+    """Sums (...) of 1 - GIoU of boxes (..., B, S, 4) with the true ones where mask (..., B, S)."""
+    return ((1 - generalized_iou(choose(mask, box, truth), truth)) * mask).sum((-2, -1))
+
+
 def loss_bbox(decoded, targets):
     """1 - GIoU of the visible box, (B, S, 4) px. Returns a sum over positives."""
-    box = choose(targets.positive, decoded.box, targets.box)
-    return masked_sum(1 - generalized_iou(box, targets.box), targets.positive)
+    return box_sum(decoded.box, targets.box, targets.positive)
 
 
 def loss_full_bbox(decoded, targets):
     """1 - GIoU of the whole object's box, (B, S, 4) px, of objects that lie wholly before the camera plane. Returns a sum."""
-    mask = targets.positive & targets.full_ok
-    box = choose(mask, decoded.full_box, targets.full_box)
-    return masked_sum(1 - generalized_iou(box, targets.full_box), mask)
+    return box_sum(decoded.full_box, targets.full_box, targets.positive & targets.full_ok)
+
+
+def both_box_losses(decoded, targets):
+    """`loss_bbox` and `loss_full_bbox` (2,) in half the operator calls of one after the other."""
+    masks = torch.stack([targets.positive, targets.positive & targets.full_ok])
+    return box_sum(torch.stack([decoded.box, decoded.full_box]), torch.stack([targets.box, targets.full_box]), masks)
 
 
 def loss_centerness(decoded, targets):
@@ -278,6 +286,9 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
             "loss_alpha_constrain": lambda: loss_alpha_constrain(decoded, targets),
             "loss_relative": lambda: loss_relative(decoded, targets, batch["valid"].shape[1]),
         }
+        if weights.loss_bbox and weights.loss_full_bbox:
+            visible, whole = both_box_losses(decoded, targets).unbind()
+            terms |= {"loss_bbox": lambda: visible, "loss_full_bbox": lambda: whole}
         if decoded.velocity is not None:
             terms["loss_velocity"] = lambda: loss_velocity(decoded, targets)
         if decoded.attribute is not None:

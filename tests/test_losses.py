@@ -400,6 +400,8 @@ def test_weight_zero_is_not_computed(model, name, monkeypatch):
     logits, raw = random_outputs(model, 1)
     without = LossConfig(**{n: float(n != name) for n in NAMES})
     monkeypatch.setattr(module, name, refuse)
+    if name in ("loss_bbox", "loss_full_bbox"):
+        monkeypatch.setattr(module, "both_box_losses", refuse)
     losses, _ = all_losses(model, batch, logits, raw, without)
     assert list(losses) == [n for n in NAMES if n != name]
     with pytest.raises(AssertionError, match="was computed"):
@@ -441,6 +443,20 @@ def test_every_parameter_has_a_gradient(objects):
 def test_weights_are_finite_and_not_negative(name, value):
     with pytest.raises(ValueError, match=f"loss.{name} is .*, expected a finite weight >= 0"):
         LossConfig(**{name: value})
+
+
+def test_both_box_losses_equal_one_after_the_other(model):
+    """To the bit, gradients too, whatever lies wholly before the camera and whatever is positive."""
+    batch = make_batch([CAR, CROSSING], [PERSON, FAR])
+    targets = assign(batch, model.config)
+    _, raw = random_outputs(model, 2)
+    gathered = raw.detach().gather(1, targets.location[..., None].expand(-1, -1, raw.shape[-1])).requires_grad_()
+    decoded = model.decode(gathered, targets.location, targets.label, batch["K"])
+    once, twice = module.both_box_losses(decoded, targets), [module.loss_bbox(decoded, targets), module.loss_full_bbox(decoded, targets)]
+    assert (targets.positive & ~targets.full_ok).any()
+    assert torch.equal(once, torch.stack(twice))
+    first, second = (torch.autograd.grad(value, gathered, retain_graph=True)[0] for value in (once.sum(), sum(twice)))
+    assert torch.equal(first, second)
 
 
 def test_far_away_gradients_survive():
