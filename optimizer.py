@@ -71,9 +71,13 @@ def set_lr(optimizer, lr):
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for kernels and matrices (Jordan et al., kellerjordan.github.io/posts/muon), fused AdamW for the rest.
 
-    Kernels count as (out, in x height x width); those of one shape are stacked, those of one shorter side iterated together. The update is
-    scaled to AdamW's size, .2 sqrt(longer side) (Moonlight, arXiv:2502.16982, eq. 4). Leaves a step out by itself, as fused Adam does.
+    Kernels count as (out, in x height x width); those of one shape are stacked, those of one shorter side iterated together, and a shorter
+    side beyond `BLOCK` is cut into blocks that are orthogonalised by themselves (as MuonBP does between its full steps, arXiv:2510.16981).
+    The update is scaled to AdamW's size, .2 sqrt(longer side) (Moonlight, arXiv:2502.16982, eq. 4). Leaves a step out by itself, as fused
+    Adam does.
     """
+
+    BLOCK = 128  # rows: the products of a 512 x 4608 kernel are a sixth then
 
     ITERATIONS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                   (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))  # fmt: skip  # leloykun.github.io/ponder/muon-opt-coeffs
@@ -113,7 +117,7 @@ class Muon(torch.optim.Optimizer):
             if found is not None:
                 gradient = torch.where(broken, momentum, gradient)  # then nothing moves
             momenta.append(momentum.lerp_(gradient, 1 - group["momentum"]))
-        updates = orthogonalise([momentum.flatten(2) for momentum in momenta], self.ITERATIONS, group["eps"])
+        updates = orthogonalise([momentum.flatten(2) for momentum in momenta], self.ITERATIONS, group["eps"], self.BLOCK)
         updates = [update.view_as(momentum) for update, momentum in zip(updates, momenta, strict=True)]
         sizes = [group["lr"] * 0.2 * max(params[0].flatten(1).shape) ** 0.5 for params in alike for _ in params]
 
@@ -131,14 +135,16 @@ def _rows(stacks):
     return [row for stack in stacks for row in stack]
 
 
-def orthogonalise(stacks, iterations, eps):
+def orthogonalise(stacks, iterations, eps, block):
     """Nearest orthogonal matrices, about, of stacks X (n, rows, columns): Newton-Schulz iterations X <- (a + b A + c A A) X, A = X X^T.
 
     The polynomials are multiplied on A alone, whose side is X's shorter one, and meet X once: a third of the products, and as exact in
     fp32; the A of one side, whatever the X, are iterated together. Always fp32: squaring in bf16 would lose small singular values.
+    A shorter side beyond `block` is cut into equal blocks of at most that, each of which becomes orthogonal by itself.
     """
     with torch.autocast(stacks[0].device.type, enabled=False):
-        wide = [x.float() if x.shape[1] <= x.shape[2] else x.float().mT for x in stacks]
+        whole = [x.float() if x.shape[1] <= x.shape[2] else x.float().mT for x in stacks]
+        wide = [x.unflatten(1, (count_blocks(x.shape[1], block), -1)).flatten(0, 1) for x in whole]
         turned, by_side = [None] * len(wide), {}
         for i, x in enumerate(wide):
             by_side.setdefault(x.shape[1], []).append(i)
@@ -148,7 +154,13 @@ def orthogonalise(stacks, iterations, eps):
             product = _polynomials(square / scale, iterations) * scale.rsqrt()
             for i, part in zip(own, product.split([len(wide[i]) for i in own]), strict=True):
                 turned[i] = torch.bmm(part, wide[i])
+        turned = [x.view_as(own) for x, own in zip(turned, whole, strict=True)]
         return [x if x.shape == stack.shape else x.mT for x, stack in zip(turned, stacks, strict=True)]
+
+
+def count_blocks(side, block):
+    """Into how many equal blocks of at most `block`, and at least half of it, a side is cut; 1 where none fit."""
+    return next((count for count in range(-(-side // block), 2 * side // block + 1) if side % count == 0), 1)
 
 
 def _polynomials(square, iterations):

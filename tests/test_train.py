@@ -37,7 +37,7 @@ from formats.kitti import read_split
 from guard import Window, crosses, place_in_epoch
 from losses import LossConfig
 from model import Detector, ModelConfig, checkpoint_backbone, read_meta
-from optimizer import Muon, lr_at, make_optimizer, orthogonalise
+from optimizer import Muon, count_blocks, lr_at, make_optimizer, orthogonalise
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - Epoch \[(\d+)\]\[(\d+)/(\d+)\]  lr: \d\.\d{5}, eta: \d+:\d\d:\d\d, "
@@ -565,12 +565,12 @@ def test_muon_updates_are_orthogonal_and_its_state_survives_saving():
     torch.manual_seed(0)
     for rows, columns in ((16, 80), (80, 16), (32, 32)):
         matrices = torch.randn(3, rows, columns) * torch.logspace(0, -3, columns)
-        other, update = orthogonalise([torch.randn(2, rows, 2 * rows), matrices], Muon.ITERATIONS, 1e-7)  # of one side, or of two
-        torch.testing.assert_close(update, orthogonalise([matrices], Muon.ITERATIONS, 1e-7)[0])
+        other, update = orthogonalise([torch.randn(2, rows, 2 * rows), matrices], Muon.ITERATIONS, 1e-7, 128)  # of one side, or of two
+        torch.testing.assert_close(update, orthogonalise([matrices], Muon.ITERATIONS, 1e-7, 128)[0])
         assert other.shape == (2, rows, 2 * rows)
         assert torch.linalg.svdvals(update).clamp(min=0.1).max() < 1.3
         assert torch.linalg.svdvals(update).quantile(0.25) > 0.6
-    assert torch.equal(orthogonalise([torch.zeros(1, 4, 8)], Muon.ITERATIONS, 1e-7)[0], torch.zeros(1, 4, 8))
+    assert torch.equal(orthogonalise([torch.zeros(1, 4, 8)], Muon.ITERATIONS, 1e-7, 128)[0], torch.zeros(1, 4, 8))
     model = Mixed()
     optimizer = make_optimizer(model, TrainConfig(optimizer="muon"))
     learn_noise(optimizer, model, 2)
@@ -580,6 +580,19 @@ def test_muon_updates_are_orthogonal_and_its_state_survives_saving():
     learn_noise(optimizer, model, 2, seed=1)
     learn_noise(restored, again, 2, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_muon_cuts_a_long_shorter_side_into_blocks():
+    assert [count_blocks(side, 128) for side in (64, 128, 129, 131, 192, 320, 512, 768)] == [1, 1, 1, 1, 2, 4, 4, 6]
+    assert [count_blocks(side, 8) for side in (1, 5, 9, 10, 11, 22)] == [1, 1, 1, 2, 1, 1]
+    torch.manual_seed(0)
+    for rows, columns in ((24, 80), (80, 24), (24, 24)):
+        matrices = torch.randn(3, rows, columns)
+        small, update = orthogonalise([torch.randn(2, 8, 9), matrices], Muon.ITERATIONS, 1e-7, 8)
+        wide = (lambda x: x) if rows <= columns else (lambda x: x.mT)
+        for part, whole in zip(wide(update).split(8, 1), wide(matrices).split(8, 1), strict=True):
+            torch.testing.assert_close(part, orthogonalise([whole], Muon.ITERATIONS, 1e-7, 8)[0])
+        assert (small.shape, update.shape) == ((2, 8, 9), matrices.shape)
 
 
 def test_epochs_are_images_seen_over_frames():
