@@ -63,25 +63,17 @@ def loss_cls(logits, targets):
     return (sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2.0) * counted[..., None]).sum()
 
 
-def box_sum(box, truth, mask):
-    """Sums (...) of 1 - GIoU of boxes (..., B, S, 4) with the true ones where mask (..., B, S)."""
-    return ((1 - generalized_iou(choose(mask, box, truth), truth)) * mask).sum((-2, -1))
+def loss_boxes(decoded, targets, names):
+    """1 - GIoU of boxes (B, S, 4) px: `loss_bbox` of the visible one, `loss_full_bbox` of the whole object, if before the camera.
 
-
-def loss_bbox(decoded, targets):
-    """1 - GIoU of the visible box, (B, S, 4) px. Returns a sum over positives."""
-    return box_sum(decoded.box, targets.box, targets.positive)
-
-
-def loss_full_bbox(decoded, targets):
-    """1 - GIoU of the whole object's box, (B, S, 4) px, of objects that lie wholly before the camera plane. Returns a sum."""
-    return box_sum(decoded.full_box, targets.full_box, targets.positive & targets.full_ok)
-
-
-def both_box_losses(decoded, targets):
-    """`loss_bbox` and `loss_full_bbox` (2,) in half the operator calls of one after the other."""
-    masks = torch.stack([targets.positive, targets.positive & targets.full_ok])
-    return box_sum(torch.stack([decoded.box, decoded.full_box]), torch.stack([targets.box, targets.full_box]), masks)
+    names: which of them. Returns their sums over positives (len(names),); at once, because each operator calls several backward.
+    """
+    parts = {
+        "loss_bbox": (decoded.box, targets.box, targets.positive),
+        "loss_full_bbox": (decoded.full_box, targets.full_box, targets.positive & targets.full_ok),
+    }
+    boxes, truth, mask = (torch.stack(part) for part in zip(*(parts[name] for name in names), strict=True))
+    return ((1 - generalized_iou(choose(mask, boxes, truth), truth)) * mask).sum((1, 2))
 
 
 def loss_centerness(decoded, targets):
@@ -272,10 +264,12 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
         decoded = model.decode(gathered, targets.location, targets.label, K)
         stride = model.location_stride[targets.location]
         targets = keep_best(targets, decoded, logits, batch["valid"].shape[1]) if best and weights.loss_bbox else targets
+        named = [name for name in ("loss_bbox", "loss_full_bbox") if getattr(weights, name)]
+        boxes = dict(zip(named, loss_boxes(decoded, targets, named).unbind(), strict=True)) if named else {}
         terms = {
             "loss_cls": lambda: loss_cls(logits, targets),
-            "loss_bbox": lambda: loss_bbox(decoded, targets),
-            "loss_full_bbox": lambda: loss_full_bbox(decoded, targets),
+            "loss_bbox": lambda: boxes["loss_bbox"],
+            "loss_full_bbox": lambda: boxes["loss_full_bbox"],
             "loss_centerness": lambda: loss_centerness(decoded, targets),
             "loss_size": lambda: loss_size(decoded, targets),
             "loss_location": lambda: loss_location(decoded, targets, stride),
@@ -286,9 +280,6 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
             "loss_alpha_constrain": lambda: loss_alpha_constrain(decoded, targets),
             "loss_relative": lambda: loss_relative(decoded, targets, batch["valid"].shape[1]),
         }
-        if weights.loss_bbox and weights.loss_full_bbox:
-            visible, whole = both_box_losses(decoded, targets).unbind()
-            terms |= {"loss_bbox": lambda: visible, "loss_full_bbox": lambda: whole}
         if decoded.velocity is not None:
             terms["loss_velocity"] = lambda: loss_velocity(decoded, targets)
         if decoded.attribute is not None:

@@ -15,6 +15,7 @@ from targets import Targets, assign, encode
 
 ALL = MODEL.attribute_names
 NAMES = tuple(field.name for field in dataclasses.fields(LossConfig))
+BOXES = ("loss_bbox", "loss_full_bbox")  # computed at once
 SCENES = {
     "empty": [[]],
     "single": [[CAR]],
@@ -86,6 +87,8 @@ CAMERA = torch.tensor([[[100.0, 0, 5], [0, 100, 5], [0, 0, 1]]])
 def value_of(name, decoded, targets):
     extra = {"loss_location": [torch.full_like(targets.yaw, 8.0)], "loss_regress": [CAMERA], "loss_relative": [targets.yaw.shape[1]],
              "loss_attribute": [torch.tensor([[True, True, False], [False, False, False]])]}  # fmt: skip
+    if name in BOXES:
+        return module.loss_boxes(decoded, targets, [name]).item()
     return getattr(module, name)(decoded, targets, *extra.get(name, [])).item()
 
 
@@ -399,9 +402,11 @@ def test_weight_zero_is_not_computed(model, name, monkeypatch):
     batch = make_batch([CAR])
     logits, raw = random_outputs(model, 1)
     without = LossConfig(**{n: float(n != name) for n in NAMES})
-    monkeypatch.setattr(module, name, refuse)
-    if name in ("loss_bbox", "loss_full_bbox"):
-        monkeypatch.setattr(module, "both_box_losses", refuse)
+    if name in BOXES:
+        boxes = module.loss_boxes
+        monkeypatch.setattr(module, "loss_boxes", lambda *rest: refuse() if name in rest[-1] else boxes(*rest))
+    else:
+        monkeypatch.setattr(module, name, refuse)
     losses, _ = all_losses(model, batch, logits, raw, without)
     assert list(losses) == [n for n in NAMES if n != name]
     with pytest.raises(AssertionError, match="was computed"):
@@ -445,17 +450,18 @@ def test_weights_are_finite_and_not_negative(name, value):
         LossConfig(**{name: value})
 
 
-def test_both_box_losses_equal_one_after_the_other(model):
+def test_box_losses_are_the_same_together_and_alone(model):
     """To the bit, gradients too, whatever lies wholly before the camera and whatever is positive."""
     batch = make_batch([CAR, CROSSING], [PERSON, FAR])
     targets = assign(batch, model.config)
     _, raw = random_outputs(model, 2)
     gathered = raw.detach().gather(1, targets.location[..., None].expand(-1, -1, raw.shape[-1])).requires_grad_()
     decoded = model.decode(gathered, targets.location, targets.label, batch["K"])
-    once, twice = module.both_box_losses(decoded, targets), [module.loss_bbox(decoded, targets), module.loss_full_bbox(decoded, targets)]
+    names = ["loss_bbox", "loss_full_bbox"]
+    both, alone = module.loss_boxes(decoded, targets, names), [module.loss_boxes(decoded, targets, [name]) for name in names]
     assert (targets.positive & ~targets.full_ok).any()
-    assert torch.equal(once, torch.stack(twice))
-    first, second = (torch.autograd.grad(value, gathered, retain_graph=True)[0] for value in (once.sum(), sum(twice)))
+    assert torch.equal(both, torch.cat(alone))
+    first, second = (torch.autograd.grad(value, gathered, retain_graph=True)[0] for value in (both.sum(), sum(alone).sum()))
     assert torch.equal(first, second)
 
 
@@ -464,6 +470,6 @@ def test_far_away_gradients_survive():
     for box in ([[[50.0, 50, 60, 60]]], [[[5.0, 5, 5.01, 5.01]]]):
         wrong = torch.tensor(box, requires_grad=True)
         targets = hand_made()
-        module.loss_bbox(truth_of(targets, box=wrong), targets).backward()
+        module.loss_boxes(truth_of(targets, box=wrong), targets, ["loss_bbox"]).sum().backward()
         assert wrong.grad.abs().sum() > 0
         assert torch.isfinite(wrong.grad).all()
