@@ -61,7 +61,7 @@ class ModelConfig:
     fuse_duplicates: bool = True  # place and visible box of a detection become the mean over the duplicates that it suppresses
     centerness_share: float = 0.25  # score = class^(1 - share) centerness^share P(...); 0: class alone
     depth_tolerance: float = 2.0  # m: the score holds P(|depth error| < tolerance) under the predicted sigma
-    sigma_scale: tuple[float, ...] = ()  # factor of the sigma that is told, per class; empty: measured when a run keeps its best weights
+    sigma_scale: tuple[float, ...] = ()  # factor of the sigma that is told, per class; empty: 1, and best/ has it fitted to data.val
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # JSON has lists

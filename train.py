@@ -245,8 +245,9 @@ def validate(config, accelerator, model, val_set, progress, stop):
     if accelerator.is_main_process:
         if improved:
             about = {"step": step, "metric": name, "value": value}
-            tuned = dataclasses.replace(config, model=calibrate(config.model, metrics))
-            save_weights(out / "best", model, to_dict(tuned), metrics, about, format_metrics(metrics))
+            told = config if config.model.sigma_scale else dataclasses.replace(config, model=calibrate(config.model, metrics))
+            log.info(f"factors of sigma in {out / 'best'}: {', '.join(map('{} {}'.format, told.model.classes, told.model.sigma_scale))}")
+            save_weights(out / "best", model, to_dict(told), metrics, about, format_metrics(metrics))
         own = out / "checkpoints" / f"step_{step:08d}"
         if own.is_dir():  # resume= may name one of another run
             amend_checkpoint(own, metrics, best_metric=name, best=progress.best, evaluated=True)

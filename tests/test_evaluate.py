@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import socket
@@ -263,13 +264,13 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
 
 
 def test_sigma_is_calibrated_class_by_class():
-    """By the ratio of its errors, on top of the factor that it has; a class with few objects keeps that, as nuScenes' classes do."""
-    errors = {name: {"all": {"matched": n, "sigma_ratio": 1.5}} for name, n in (("Car", 50), ("Pedestrian", 49), ("Cyclist", 0))}
-    model = ModelConfig(sigma_scale=(2.0, 1.1, 1.0))
-    assert evaluate.calibrate(model, {"errors": errors}).sigma_scale == (3.0, 1.1, 1.0)
+    """By the ratio of its errors; a class with few objects, or none that tells one, keeps its own, as nuScenes' classes do."""
+    errors = {name: {"all": {"matched": n, "sigma_ratio": 1.5}} for name, n in (("Car", 100), ("Pedestrian", 99), ("Cyclist", 0))}
     assert evaluate.calibrate(ModelConfig(), {"errors": errors}).sigma_scale == (1.5, 1.0, 1.0)
-    errors["Car"]["all"]["sigma_ratio"] = 0.0  # every error is zero
-    assert evaluate.calibrate(model, {"errors": errors}) == evaluate.calibrate(model, {"NDS": 0.1}) == model
+    for ratio in (0.0, None, math.nan, math.inf):
+        errors["Car"]["all"]["sigma_ratio"] = ratio
+        assert evaluate.calibrate(ModelConfig(), {"errors": errors}).sigma_scale == (1.0, 1.0, 1.0)
+    assert evaluate.calibrate(ModelConfig(), {"NDS": 0.1}).sigma_scale == (1.0, 1.0, 1.0)
 
 
 def test_a_strangers_run_writes_nowhere_unasked(run, capsys, tmp_path):

@@ -23,7 +23,8 @@ from frames import place_image, whole_view
 from model import Detector
 
 KITTI = ROOT.parent / "shared/data/kitti_mini/training"
-TINY = dataclasses.replace(MODEL, strides=(8, 32), level_sizes=(64.0,), depth_mean=(90.0, 40.0), depth_std=(40.0, 20.0), tower_convs=1)
+TINY = dataclasses.replace(MODEL, strides=(8, 32), level_sizes=(64.0,), depth_mean=(90.0, 40.0), depth_std=(40.0, 20.0), tower_convs=1,
+                           sigma_scale=(1.5, 0.5, 2.0))  # fmt: skip
 SIZES = ((320, 96), (640, 200), (123, 77), (400, 90))  # width, height
 
 

@@ -146,8 +146,7 @@ def test_log_records_have_the_agreed_keys(tiny_run):
 def test_best_loads_and_priors_are_filled_in(tiny_run):
     _, out, _ = tiny_run
     detector = Detector.from_pretrained(out / "best")
-    assert len(detector.config.size_prior) == len(detector.config.sigma_scale) == 3
-    assert read_config(out / "config.json").model.sigma_scale == ()  # measured, and not yet while it trains
+    assert len(detector.config.size_prior) == 3
     assert "AP_R40, per cent" in detector.card
     assert len(detector.config.depth_mean) == len(detector.config.strides)
     last = load_file(out / "checkpoints/step_00000006/model.safetensors")
@@ -554,6 +553,25 @@ def test_muon_steps_behind_fp16s_scaler():
         optimizer.zero_grad()
 
 
+def test_best_weights_carry_the_fitted_sigma(tiny_run, tmp_path, here, monkeypatch):
+    """Unless the config says one; the run's own config.json says none, so that the next evaluation is of the learned sigma again."""
+    monkeypatch.setattr(
+        train,
+        "calibrate",
+        lambda model, metrics: dataclasses.replace(model, sigma_scale=(2.0, metrics["errors"]["Car"]["all"]["objects"], 1.0)),
+    )
+    objects = json.loads((tiny_run[1] / "best/metrics.json").read_text())["errors"]["Car"]["all"]["objects"]
+    for name, asked, kept, learned in (
+        ("a", [], (2.0, objects, 1.0), ()),
+        ("b", ["model.sigma_scale=1,1.5,1"], (1.0, 1.5, 1.0), (1.0, 1.5, 1.0)),
+    ):
+        out = tmp_path / name
+        assert here(*tiny(tiny_run[0], out), "train.steps=1", *asked)[0] == 0
+        assert Detector.from_pretrained(out / "best").config.sigma_scale == kept
+        assert read_config(out / "config.json").model.sigma_scale == learned
+        assert f"Car {kept[0]}, Pedestrian {kept[1]}" in (out / "train.log").read_text()
+
+
 def test_a_metric_that_has_no_value_yet_does_not_end_a_run(tiny_run, tmp_path, here):
     arguments = [*tiny(tiny_run[0], tmp_path / "out"), "best=-errors/Car/all/depth_error", "model.score_threshold=0.99"]
     assert here(*arguments)[0] == 0
@@ -593,6 +611,11 @@ def test_muon_cuts_a_long_shorter_side_into_blocks():
         for part, whole in zip(wide(update).split(8, 1), wide(matrices).split(8, 1), strict=True):
             torch.testing.assert_close(part, orthogonalise([whole], Muon.ITERATIONS, 1e-7, 8)[0])
         assert (small.shape, update.shape) == ((2, 8, 9), matrices.shape)
+    pair = [torch.nn.Parameter(torch.zeros(rows, 300)) for rows in (Muon.BLOCK, 2 * Muon.BLOCK)]
+    pair[0].grad, pair[1].grad = torch.randn(Muon.BLOCK, 300), torch.randn(2 * Muon.BLOCK, 300)
+    pair[1].grad[Muon.BLOCK :] = pair[0].grad
+    Muon(pair, lr=0.1).step()
+    torch.testing.assert_close(pair[1][Muon.BLOCK :], pair[0])
 
 
 def test_epochs_are_images_seen_over_frames():

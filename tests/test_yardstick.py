@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, SHARED
 from safetensors.torch import load_file
 
-from config import Config, TrainConfig
+from checkpoint import save_weights
+from config import Config, TrainConfig, read_config, to_dict
 from formats.kitti import read_split
 from frames import Frame, make_labels
 from geometry import box3d_iou, project, project_boxes
@@ -88,6 +89,21 @@ def test_seeds_are_one_row_with_mean_and_spread():
     assert group(runs) == [("a", [1.0, 3.0]), ("c", [5.0])]
     assert cell([1.0, 3.0]) == "2.0 +- 1.4"
     assert cell([5.0]) == "5.0"
+
+
+def test_factors_of_sigma_part_no_seeds(tiny_run, tmp_path):
+    """Sigma is measured as it was learned, whatever was fitted to these frames, and runs stay seeds of one row."""
+    detector, config = Detector.from_pretrained(tiny_run[1] / "best"), read_config(tiny_run[1] / "best/config.json")
+    seen = []
+    for seed, scale in enumerate(((), (2.0, 3.0, 4.0))):
+        model = dataclasses.replace(config.model, sigma_scale=scale, score_threshold=0.0)
+        save_weights(tmp_path / f"{seed}/best", detector, to_dict(dataclasses.replace(config, seed=seed, model=model)), {}, {})
+        seen.append(yardstick.predict_run(tmp_path / str(seed)))
+    (one, _, first), (other, _, second) = seen
+    assert [len(values) for _, values in group([("a", one, 1.0), ("b", other, 2.0)])] == [2]
+    for id, labels in first.items():
+        assert len(labels) > 0
+        np.testing.assert_array_equal(labels.sigma, second[id].sigma)
 
 
 def test_a_run_is_measured(tiny_run, capsys, tmp_path):

@@ -89,12 +89,11 @@ def rank_correlation(a, b):
 def predict_run(run, overrides=()):
     """A run's `Config`, its `Detection3D` of held-out frames, and what its best checkpoint finds there (`predict_dataset`)."""
     with user_errors():
-        config, model = load_run(find_checkpoint(run), overrides)
+        config, model = load_run(find_checkpoint(run), ["model.sigma_scale=", *overrides])  # as learned: factors are fitted to these frames
         config = stay_at_home(config, overrides)
         dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
         accelerator = start_accelerator(config.train.mixed_precision)
     model = model.to(accelerator.device)
-    model.sigma_scale.fill_(1.0)  # sigma as it was learned: a run's own factors are fitted to these very frames
     return config, dataset, predict_dataset(model, dataset, accelerator, config.train.batch_size, config.data.workers)
 
 
