@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for kernels and matrices (Jordan et al., kellerjordan.github.io/posts/muon), fused AdamW for the rest.
 
     Kernels count as (out, in x height x width); those of one shape are stacked, those of one shorter side iterated together. A shorter side
-    beyond `BLOCK` is cut, where a divisor allows, into blocks that are orthogonalised by themselves, as MuonBP does between its full steps
+    beyond 2 `BLOCK` is cut, where a divisor allows, into blocks orthogonalised by themselves, as MuonBP does between its full steps
     (arXiv:2510.16981), which are left out here: rows keep their length, and the spectral norm may reach the root of the number of blocks.
     The update is scaled to AdamW's size, .2 sqrt(longer side) (Moonlight, arXiv:2502.16982, eq. 4). Leaves a step out by itself, as fused
     Adam does.
@@ -141,7 +141,7 @@ def orthogonalise(stacks, iterations, eps, block):
 
     The polynomials are multiplied on A alone, whose side is X's shorter one, and meet X once: a third of the products, and as exact in
     fp32; the A of one side, whatever the X, are iterated together. Always fp32: squaring in bf16 would lose small singular values.
-    A shorter side beyond `block` is cut as `count_blocks` says, and each block becomes orthogonal by itself.
+    A shorter side far beyond `block` is cut as `count_blocks` says, and each block becomes orthogonal by itself.
     """
     with torch.autocast(stacks[0].device.type, enabled=False):
         whole = [x.float() if x.shape[1] <= x.shape[2] else x.float().mT for x in stacks]
@@ -160,8 +160,9 @@ def orthogonalise(stacks, iterations, eps, block):
 
 
 def count_blocks(side, block):
-    """Into how many equal blocks of at most `block`, and at least half of it, a side is cut; 1 where none fit."""
-    return next((count for count in range(-(-side // block), 2 * side // block + 1) if side % count == 0), 1)
+    """Into how many equal blocks of at most `block`, and at least half of it, a side beyond 2 `block` is cut; 1 where none fit."""
+    fit = range(-(-side // block), 2 * side // block + 1) if side > 2 * block else ()
+    return next((count for count in fit if side % count == 0), 1)
 
 
 def _polynomials(square, iterations):

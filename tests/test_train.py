@@ -601,8 +601,8 @@ def test_muon_updates_are_orthogonal_and_its_state_survives_saving():
 
 
 def test_muon_cuts_a_long_shorter_side_into_blocks():
-    assert [count_blocks(side, 128) for side in (64, 128, 129, 131, 192, 320, 512, 768)] == [1, 1, 1, 1, 2, 4, 4, 6]
-    assert [count_blocks(side, 8) for side in (1, 5, 9, 10, 11, 22)] == [1, 1, 1, 2, 1, 1]
+    assert [count_blocks(side, 128) for side in (64, 128, 192, 256, 257, 320, 512, 768)] == [1, 1, 1, 1, 1, 4, 4, 6]
+    assert [count_blocks(side, 8) for side in (1, 9, 16, 18, 19, 22, 24)] == [1, 1, 1, 3, 1, 1, 3]
     torch.manual_seed(0)
     for rows, columns in ((24, 80), (80, 24), (24, 24)):
         matrices = torch.randn(3, rows, columns)
@@ -611,11 +611,11 @@ def test_muon_cuts_a_long_shorter_side_into_blocks():
         for part, whole in zip(wide(update).split(8, 1), wide(matrices).split(8, 1), strict=True):
             torch.testing.assert_close(part, orthogonalise([whole], Muon.ITERATIONS, 1e-7, 8)[0])
         assert (small.shape, update.shape) == ((2, 8, 9), matrices.shape)
-    pair = [torch.nn.Parameter(torch.zeros(rows, 300)) for rows in (Muon.BLOCK, 2 * Muon.BLOCK)]
-    pair[0].grad, pair[1].grad = torch.randn(Muon.BLOCK, 300), torch.randn(2 * Muon.BLOCK, 300)
-    pair[1].grad[Muon.BLOCK :] = pair[0].grad
+    pair = [torch.nn.Parameter(torch.zeros(rows, 600)) for rows in (Muon.BLOCK, 4 * Muon.BLOCK)]
+    pair[0].grad, pair[1].grad = (torch.randn(p.shape) for p in pair)
+    pair[1].grad[-Muon.BLOCK :] = pair[0].grad
     Muon(pair, lr=0.1).step()
-    torch.testing.assert_close(pair[1][Muon.BLOCK :], pair[0])
+    torch.testing.assert_close(pair[1][-Muon.BLOCK :], pair[0])
 
 
 def test_epochs_are_images_seen_over_frames():
