@@ -165,7 +165,8 @@ def calibrate(model: ModelConfig, metrics: dict) -> ModelConfig:
 
     A network that saw its training frames often trusts its depth too much elsewhere; one factor a class mends that, as a temperature
     mends probabilities (Guo et al., ICML 2017). The metrics are those of the learned sigma, and of those very frames the share is .757
-    by construction. 1 for a class with fewer than `CALIBRATION_OBJECTS` matched objects, and where nuScenes' metrics tell no errors.
+    by construction. 1 for a class with fewer than `CALIBRATION_OBJECTS` matched objects; the model as it is where all have fewer, or
+    where the metrics are nuScenes', which tell no errors.
     """
     scales = []
     for name in model.classes:
@@ -173,7 +174,7 @@ def calibrate(model: ModelConfig, metrics: dict) -> ModelConfig:
         ratio = errors.get("sigma_ratio") or 0.0
         fitted = errors.get("matched", 0) >= CALIBRATION_OBJECTS and 0 < ratio < math.inf
         scales.append(float(f"{ratio:.4g}") if fitted else 1.0)
-    return dataclasses.replace(model, sigma_scale=tuple(scales))
+    return dataclasses.replace(model, sigma_scale=tuple(scales)) if set(scales) != {1.0} else model
 
 
 def has_samples(dataset: Detection3D) -> bool:

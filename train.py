@@ -246,7 +246,8 @@ def validate(config, accelerator, model, val_set, progress, stop):
         if improved:
             about = {"step": step, "metric": name, "value": value}
             told = config if config.model.sigma_scale else dataclasses.replace(config, model=calibrate(config.model, metrics))
-            log.info(f"factors of sigma in {out / 'best'}: {', '.join(map('{} {}'.format, told.model.classes, told.model.sigma_scale))}")
+            if factors := told.model.sigma_scale:
+                log.info(f"factors of sigma in {out / 'best'}: {', '.join(map('{} {}'.format, told.model.classes, factors))}")
             save_weights(out / "best", model, to_dict(told), metrics, about, format_metrics(metrics))
         own = out / "checkpoints" / f"step_{step:08d}"
         if own.is_dir():  # resume= may name one of another run

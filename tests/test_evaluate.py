@@ -264,13 +264,13 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
 
 
 def test_sigma_is_calibrated_class_by_class():
-    """By the ratio of its errors; a class with few objects, or none that tells one, keeps its own, as nuScenes' classes do."""
+    """By the ratio of its errors; a class with few objects, or none that tells one, keeps its own; no factors at all for nuScenes."""
     errors = {name: {"all": {"matched": n, "sigma_ratio": 1.5}} for name, n in (("Car", 100), ("Pedestrian", 99), ("Cyclist", 0))}
     assert evaluate.calibrate(ModelConfig(), {"errors": errors}).sigma_scale == (1.5, 1.0, 1.0)
     for ratio in (0.0, None, math.nan, math.inf):
         errors["Car"]["all"]["sigma_ratio"] = ratio
-        assert evaluate.calibrate(ModelConfig(), {"errors": errors}).sigma_scale == (1.0, 1.0, 1.0)
-    assert evaluate.calibrate(ModelConfig(), {"NDS": 0.1}).sigma_scale == (1.0, 1.0, 1.0)
+        assert evaluate.calibrate(ModelConfig(), {"errors": errors}).sigma_scale == ()
+    assert evaluate.calibrate(ModelConfig(), {"NDS": 0.1}).sigma_scale == ()
 
 
 def test_a_strangers_run_writes_nowhere_unasked(run, capsys, tmp_path):

@@ -560,6 +560,7 @@ def test_best_weights_carry_the_fitted_sigma(tiny_run, tmp_path, here, monkeypat
         "calibrate",
         lambda model, metrics: dataclasses.replace(model, sigma_scale=(2.0, metrics["errors"]["Car"]["all"]["objects"], 1.0)),
     )
+    assert "factors of sigma" not in (tiny_run[1] / "train.log").read_text()  # too few objects to fit one
     objects = json.loads((tiny_run[1] / "best/metrics.json").read_text())["errors"]["Car"]["all"]["objects"]
     for name, asked, kept, learned in (
         ("a", [], (2.0, objects, 1.0), ()),
