@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -751,7 +752,10 @@ def _dry_step(backbone, size):
 
 
 def checkpoint_backbone(net):
-    """Keep few activations of a `Detector`'s backbone, and compute the others again in backward. Raises ValueError where timm has none."""
+    """Keep few activations of a `Detector`'s backbone, and compute the others again in backward. Raises ValueError where timm has none.
+
+    BatchNorms see a batch twice then, and move their running statistics by half as much each time: (1 - m')^2 = 1 - m leaves the same.
+    """
     backbone = net.backbone
     owner = next((getattr(backbone, name) for name in ("body", "model") if hasattr(backbone, name)), backbone)  # timm's wrappers skip these
     try:
@@ -766,3 +770,16 @@ def _pixel_statistics(backbone):
     """Mean and standard deviation (3,) in [0, 1] that the backbone's weights were trained with."""
     config = getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", None) or {}
     return config.get("mean", (0.485, 0.456, 0.406)), config.get("std", (0.229, 0.224, 0.225))
+    norms = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    for name in _computed_twice(backbone, norms, net.config.size) if norms else ():
+        norms[name].momentum = 1 - math.sqrt(1 - norms[name].momentum)
+
+
+def _computed_twice(backbone, names, size):
+    """Those of a backbone's modules that backward computes again, found by a step of a copy without numbers."""
+    dry, calls = copy.deepcopy(backbone).to("meta"), Counter()
+    for name in names:
+        module = dry.get_submodule(name).eval()  # so that those of several processes wait for none
+        module.register_forward_pre_hook(lambda *_, name=name: calls.update((name,)))  # the last one is not left: nothing more is needed
+    sum(feature.sum() for feature in dry(torch.empty(2, 3, *size, device="meta"))).backward()
+    return [name for name in names if calls[name] > 1]

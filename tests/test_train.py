@@ -696,7 +696,7 @@ def test_a_checkpointed_backbone_keeps_less_and_learns_the_same(tiny_run):
     torch.manual_seed(0)
     net, batch = Detector(config.model), torch.randint(0, 255, (2, *config.model.size, 3), dtype=torch.uint8)
     K = torch.tensor([[200.0, 0, 100], [0, 200, 50], [0, 0, 1]]).expand(2, 3, 3)
-    found = {}
+    found, statistics = {}, {}
     for on in (False, True):
         if on:
             checkpoint_backbone(net)
@@ -737,3 +737,6 @@ def test_waiting_for_data_is_said_once_with_the_workers_that_would_do(workers, w
     else:
         assert len(caplog.messages) == 1
         assert f"data.workers={enough} a process would be enough (now {workers})" in caplog.messages[0]
+        net, kept = copy.deepcopy(plain), []
+        statistics[on] = {name: b for name, b in net.named_buffers() if "running" in name}
+    torch.testing.assert_close(statistics[True], statistics[False], rtol=1e-5, atol=1e-6)  # of a batch that some layers saw twice
