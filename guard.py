@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -51,9 +51,12 @@ def start_accelerator(precision="no", accumulate=1, timeout=10.0, **options):
     Without a GPU the processes here share all cores, where accelerate launch would leave one thread to each; OMP_NUM_THREADS is kept
     where a user set it. Raises ValueError when the processes did not join: each would train alone, and write over the others.
     """
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told not in ("no", precision) and os.environ.get("RANK", "0") == "0":
+        log.warning(f"accelerate launch asks for mixed precision {told}; train.mixed_precision={precision} is what counts")
     accelerator = Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_steps=accumulate,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(accumulate, sync_with_dataloader=False),  # a number yields to environment
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=timeout))],
         **options,
     )
