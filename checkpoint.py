@@ -433,7 +433,7 @@ def find_start(config, accelerator, now):
         if config.resume == "none" and folders:
             raise ValueError(f"{config.out} holds checkpoints and resume=none; choose another out=, or delete it")
         if config.resume not in ("auto", "none") and not folders:  # a start from elsewhere; once begun, the run goes on from its own
-            folders = [Path(config.resume)]
+            folders = [find_named(config.resume)]
         for folder in folders:
             try:
                 then, before = verify_checkpoint(folder)
@@ -451,11 +451,11 @@ def find_start(config, accelerator, now):
                 for path in set_newer_aside(folder):
                     log.warning(f"kept as {path}")
             found = [folder, then, batch_size, measured]
+                then = with_best(then, before, config, now)
+            else:  # its best weights are not in this run's folder
+                then = dataclasses.replace(then, best_metric="", best=0.0, evaluated=False)
             break
     folder, then, batch_size, measured = broadcast_object_list(found)
-    if then.best_metric and (then.best_metric, then.val_digest) != (config.best, now.val_digest):
-        log.warning(f"best was {then.best_metric} on other frames or of another metric: the next evaluation begins anew")
-        then = dataclasses.replace(then, best_metric="", best=0.0)
     kept = {name: getattr(then, name) for name in ("step", "global_batch", "best_metric", "best", "evaluated")}
     progress = dataclasses.replace(now, **kept)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
@@ -463,6 +463,26 @@ def find_start(config, accelerator, now):
 
 
 def with_priors(config, measured):
+def find_named(resume):
+    """The checkpoint folder that config.resume names. Raises ValueError where there is none, or a run's folder."""
+    path = Path(resume)
+    if not path.is_dir():
+        raise ValueError(f"resume={resume}: no such folder{near(path)}")
+    if own := list_checkpoints(path / "checkpoints"):
+        raise ValueError(f"resume={resume} is a run, expected one of its checkpoints, of which {own[0]} is the newest")
+    return path
+
+
+def with_best(then, before, config, now):
+    """The `Progress` of a checkpoint, its best value left out where this run would measure another: other frames, metric or counting."""
+    counting = lambda told: (told["data"]["overlap"], told["train"]["eval_repeat"])  # noqa: E731
+    same = then.val_digest == now.val_digest and counting(before) == counting(to_dict(config))
+    if then.best_metric and (then.best_metric != config.best or not same):
+        log.warning(f"best was {then.best_metric} on other frames or counted otherwise: the next evaluation begins anew")
+        return dataclasses.replace(then, best_metric="", best=0.0)
+    return then
+
+
     """Config with the priors that it leaves empty taken from a checkpoint, so that a data set that lost an image resumes too."""
     empty = {name: value for name, value in measured.items() if not getattr(config.model, name)}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **empty))

@@ -125,7 +125,7 @@ def train(config, accelerator):
             net.compile(fullgraph=True)
             find_targets, find_losses = (torch.compile(function, fullgraph=True) for function in (assign, compute_losses))
 
-        start, global_batch, frames = progress.step, progress.global_batch, len(train_set)
+        start, global_batch, frames, evaluated = progress.step, progress.global_batch, len(train_set), progress.evaluated
         steps_per_epoch = frames / global_batch
         total = options.steps or math.ceil(options.epochs * steps_per_epoch)
         if start > total:
@@ -204,7 +204,7 @@ def train(config, accelerator):
                     window.rest()
             if evaluation is None:  # started again after the last step
                 evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)
-        finish(config, accelerator, val_set, progress, *evaluation, nothing_to_do=start == total)
+        finish(config, accelerator, val_set, progress, *evaluation, nothing_to_do=evaluated and start == total)
         return evaluation[0]
 
 

@@ -377,6 +377,24 @@ def test_labels_that_changed_are_noticed_when_a_run_goes_on(tiny_run, tmp_path, 
     changes = {
         split: "\n".join(ids.split()[::-1]),
         label: re.sub(r"(\d)\n", r"\g<1>1\n", first, count=1),
+    more = ("best=-errors/Car/all/depth_bias", "train.eval_repeat=2", "train.steps=7", "allow_changes=true")
+    code, text, _ = here(*tiny(world, out), *more)
+    assert (code, "or counted otherwise: the next evaluation begins anew" in text) == (0, True)
+
+
+def test_a_checkpoint_of_another_run_brings_no_best_value_along(tiny_run, tmp_path, here):
+    """Its best weights are elsewhere: the run that starts from it has its own from its first evaluation on."""
+    last, out = tmp_path / "other/checkpoints/step_00000006", tmp_path / "out"
+    shutil.copytree(tiny_run[1] / "checkpoints/step_00000006", last)
+    amend_checkpoint(last, {}, best=99.0)
+    code, text, err = here(*tiny(tiny_run[0], out), f"resume={last}")
+    assert code == 0, err
+    assert (out / "best/model.safetensors").exists()
+    assert "best: 99" not in text
+    assert "finished before" not in text
+    shutil.copytree(tiny_run[1] / "checkpoints", tmp_path / "same/checkpoints")
+    code, text, _ = here(*tiny(tiny_run[0], tmp_path / "same"))
+    assert (code, "this run was finished before" in text) == (0, True)
         calib: re.sub(r"P2: (\S+)", lambda m: f"P2: {float(m[1]) + 1}", others),
     }
     for path, text in changes.items():
@@ -441,7 +459,12 @@ def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, he
         (["model.channels=64"], r"step_00000006: this is not the run's config \(model\.channels: 32 -> 64\); allow_changes=true goes on"),
         (["model.channels=64", "allow_changes=true"], r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch"),
         (["resume=none"], r"holds checkpoints and resume=none; choose another out=, or delete it"),
-        ([f"resume={tmp_path / 'step_00000001'}", f"out={tmp_path / 'new'}"], r"step_00000001: cannot resume .*: meta\.json is missing"),
+        ([f"resume={tmp_path / 'step_00000001'}", f"out={tmp_path / 'new'}"], r"step_00000001: no such folder; near it are step_00000002"),
+        ([f"resume={tmp_path / 'step_00000002'}", f"out={tmp_path / 'new'}"], r"step_00000002: cannot resume .*: meta\.json is missing"),
+        (
+            [f"resume={whole}", f"out={tmp_path / 'new'}"],
+            r"is a run, expected one of its checkpoints, of which .*step_00000006 is the newest",
+        ),
         (["train.ema=0", "allow_changes=true"], r"it was written with averaged weights, and train\.ema now says otherwise"),
     ):
         code, _, err = here(*tiny(world, whole), *overrides)
