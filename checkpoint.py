@@ -218,7 +218,8 @@ def load_checkpoint(accelerator, folder, optimizer, averaged):
             raise ValueError(f"it was written {'with' if before else 'without'} averaged weights, and train.ema now says otherwise")
         accelerator.load_state(str(folder))
         accelerator.step = 0  # a random_states file of a stranger could set it
-        for p, state in optimizer.state.items():  # fused kernels would write beyond moments of another shape
+        fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
+        for p, state in optimizer.state.items() if fused else ():  # such kernels would write beyond moments of another shape
             if wrong := [name for name, value in state.items() if torch.is_tensor(value) and value.shape not in (p.shape, ())]:
                 raise ValueError(f"{OPTIMIZER}: {wrong[0]} has another shape than its weights")
             if any(name in state and state[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer")):

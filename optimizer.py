@@ -25,7 +25,7 @@ def make_optimizer(model, options):
 
 
 def find_optimizer(name):
-    """timm's description of an optimizer. Raises ValueError if there is none of that name, or if its package is missing."""
+    """timm's description of an optimizer. Raises ValueError where there is none, its package is missing, or it is of second order."""
     names = list_optimizers()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3)
@@ -33,6 +33,8 @@ def find_optimizer(name):
     info = get_optimizer_info(name)
     if isinstance(info.opt_class, str):
         raise ValueError(f"train.optimizer {name!r} needs {info.opt_class.rpartition('.')[0]}, which is not installed")
+    if info.second_order:
+        raise ValueError(f"train.optimizer {name!r} needs second derivatives, which the training does not compute")
     return info
 
 

@@ -316,6 +316,18 @@ MISTAKES = {  # name: (what is broken, overrides, the sentence)
     "near key": (None, ["model.backbon=resnet18"], r"unknown key 'model\.backbon'; did you mean model\.backbone"),
     "wrong type": (None, ["train.batch_size=many"], r"train\.batch_size=many: expected a whole number"),
     "unknown backbone": (None, ["model.backbone=resnet81"], r"model\.backbone 'resnet81' is not a timm model; near it: .*resnet"),
+    "no pretrained weights": (None, ["model.backbone=resnet10t", "model.pretrained=true"],
+                              r"model\.backbone 'resnet10t': its pretrained weights are out of reach"),
+    "channels": (None, ["model.channels=130"], r"model\.channels is 130, expected a multiple of 32, or of 4 below 128"),
+    "no tower": (None, ["model.tower_convs=0"], r"model\.tower_convs is 0, expected at least 1"),
+    "strides": (None, ["model.strides=16,8"], r"model\.strides is \(16, 8\), expected px per cell, ascending"),
+    "no such strides": (None, ["model.strides=8,12", "model.level_sizes=64", "model.size=96,384"],
+                        r"model\.backbone .* none at \[12\] of model\.strides"),
+    "seed": (None, ["seed=-1"], r"0 <= seed < 2\^32"),
+    "beta2": (None, ["train.beta2=1"], r"0 <= beta2, ema < 1"),
+    "no box loss": (None, [f"loss.{name}=0" for name in dataclasses.asdict(LossConfig()) if name not in ("loss_cls", "loss_velocity")],
+                    r"every weight but loss_cls's is 0"),
+    "second order": (None, ["train.optimizer=adahessian"], r"train\.optimizer 'adahessian' needs second derivatives"),
     "unknown optimizer": (None, ["train.optimizer=adamwww"], r"train\.optimizer 'adamwww' is unknown to timm; near it: .*adamw"),
 }  # fmt: skip
 
@@ -455,6 +467,7 @@ def test_fp16_without_a_gpu_is_refused(tiny_run, tmp_path, here):
 def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, here):
     world, whole, _ = tiny_run
     before = hashes(whole / "checkpoints/step_00000006")
+    (tmp_path / "step_00000002").mkdir()
     for overrides, words in (
         (["model.channels=64"], r"step_00000006: this is not the run's config \(model\.channels: 32 -> 64\); allow_changes=true goes on"),
         (["model.channels=64", "allow_changes=true"], r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch"),
@@ -585,6 +598,15 @@ def test_best_weights_carry_the_fitted_sigma(tiny_run, tmp_path, here, monkeypat
     )
     assert "factors of sigma" not in (tiny_run[1] / "train.log").read_text()  # too few objects to fit one
     objects = json.loads((tiny_run[1] / "best/metrics.json").read_text())["errors"]["Car"]["all"]["objects"]
+def test_moments_of_shapes_of_their_own_go_on(tiny_run, tmp_path, here):
+    """A factored optimizer's are no reason to refuse a checkpoint: its kernels are not fused."""
+    for steps in (1, 2):
+        arguments = tiny(tiny_run[0], tmp_path, "train.optimizer=adafactor", f"train.steps={steps}", "allow_changes=true")
+        code, _, err = here(*arguments)
+        assert code == 0, err
+    assert "resumed from" in (tmp_path / "train.log").read_text()
+
+
     for name, asked, kept, learned in (
         ("a", [], (2.0, objects, 1.0), ()),
         ("b", ["model.sigma_scale=1,1.5,1"], (1.0, 1.5, 1.0), (1.0, 1.5, 1.0)),
