@@ -451,10 +451,10 @@ def find_start(config, accelerator, now):
             if folder.parent == root:
                 for path in set_newer_aside(folder):
                     log.warning(f"kept as {path}")
-            found = [folder, then, batch_size, measured]
                 then = with_best(then, before, config, now)
             else:  # its best weights are not in this run's folder
                 then = dataclasses.replace(then, best_metric="", best=0.0, evaluated=False)
+            found = [folder, then, batch_size, measured]
             break
     folder, then, batch_size, measured = broadcast_object_list(found)
     kept = {name: getattr(then, name) for name in ("step", "global_batch", "best_metric", "best", "evaluated")}
@@ -463,7 +463,6 @@ def find_start(config, accelerator, now):
     return folder, progress, with_priors(config, measured)
 
 
-def with_priors(config, measured):
 def find_named(resume):
     """The checkpoint folder that config.resume names. Raises ValueError where there is none, or a run's folder."""
     path = Path(resume)
@@ -484,6 +483,7 @@ def with_best(then, before, config, now):
     return then
 
 
+def with_priors(config, measured):
     """Config with the priors that it leaves empty taken from a checkpoint, so that a data set that lost an image resumes too."""
     empty = {name: value for name, value in measured.items() if not getattr(config.model, name)}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **empty))

@@ -46,7 +46,7 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints; one is always written at the end
     keep: int = 2  # newest checkpoints that stay
     log_every: int = 50  # steps
-    max_bad_steps: int = 10  # steps in a row without a finite gradient after which the run stops; fewer are skipped and named
+    max_bad_steps: int = 10  # steps in a row without a finite gradient that stop the run (fp16: 40 at least); fewer are skipped and named
     timeout: float = 10.0  # minutes that a process waits for the others before it gives up
 
 
@@ -73,15 +73,15 @@ class Config:
         for name, least in positive.items():
             if getattr(train, name) < least:
                 raise ValueError(f"train.{name} is {getattr(train, name)}, expected at least {least}")
-        if min(train.steps, train.all_cells, self.data.workers) < 0 or self.model.channels < 4:
-            raise ValueError("expected train.steps >= 0, train.all_cells >= 0, data.workers >= 0 and model.channels >= 4")
+        if min(train.steps, train.all_cells, self.data.workers) < 0 or not 0 <= self.seed < 2**32:
+            raise ValueError("expected train.steps >= 0, train.all_cells >= 0, data.workers >= 0 and 0 <= seed < 2^32")
         choices = {"schedule": ("cosine", "step", "constant"), "mixed_precision": ("no", "bf16", "fp16")}
         for name, allowed in choices.items():
             if getattr(train, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(train, name)!r}, expected one of {', '.join(allowed)}")
-        fine = 0 < train.lr <= 1e38 and 0 <= train.ema < 1 and train.clip > 0 and train.warmup >= 0 and train.epochs > 0
-        if not fine or train.timeout <= 0:
-            raise ValueError("train: expected 0 < lr <= 1e38, 0 <= ema < 1, clip > 0, warmup >= 0, epochs > 0 and timeout > 0")
+        averages = 0 <= train.beta2 < 1 and 0 <= train.ema < 1
+        if not (0 < train.lr <= 1e38 and averages and train.clip > 0 and train.warmup >= 0 and train.epochs > 0 and train.timeout > 0):
+            raise ValueError("train: expected 0 < lr <= 1e38, 0 <= beta2, ema < 1, clip > 0, warmup >= 0, epochs > 0 and timeout > 0")
         if train.backbone_lr <= 0:
             raise ValueError(f"train.backbone_lr is {train.backbone_lr}, expected > 0; train.freeze=backbone keeps the backbone as it is")
         if train.backbone_lr != 1 and "backbone" in train.freeze:
@@ -94,6 +94,9 @@ class Config:
             raise ValueError("loss.loss_alpha_constrain compares two angle outputs: it needs model.predict_yaw=true")
         if not self.loss.loss_cls:
             raise ValueError("loss.loss_cls is 0, expected > 0: without it nothing is ever detected")
+        there = {"loss_velocity": self.model.velocity, "loss_attribute": bool(self.model.attributes)}
+        if not any(weight and there.get(name, True) for name, weight in dataclasses.asdict(self.loss).items() if name != "loss_cls"):
+            raise ValueError("loss: every weight but loss_cls's is 0, expected another one > 0: no box would ever be learned")
         low, high = self.data.scale
         if not 0.1 <= low <= high <= 10 or not 0 <= self.data.flip <= 1 or not 0 <= self.data.colour < 1:
             raise ValueError("data: expected 0.1 <= scale low <= high <= 10, 0 <= flip <= 1 and 0 <= colour < 1")

@@ -36,11 +36,16 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def user_errors():
-    """Around what reads a config or data: its ValueError or OSError is the user's. Elsewhere they are mistakes in code."""
+def user_errors(about=""):
+    """Around what reads a config or data: its ValueError or OSError is the user's. Elsewhere they are mistakes in code.
+
+    about: only those are whose sentence begins so.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
+        if not str(error).startswith(about):
+            raise
         raise UserError(str(error)) from error
 
 

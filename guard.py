@@ -154,7 +154,7 @@ class Guard:
         losses {name: scalar} and their weighted sum go into the log, and so does whether the gradient of an output was finite.
         """
         seen = []
-        for output in outputs:
+        for output in (output for output in outputs if output.requires_grad):  # all that a half of the head says may be frozen
             output.register_hook(lambda gradient: seen.append(torch.where(torch.isfinite(gradient).all(), 0.0, math.nan)))
         self.parts.append(({**{name: value.detach() for name, value in losses.items()}, "loss": loss.detach()}, seen))
         return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
@@ -238,7 +238,7 @@ def fail(out, config, accelerator, net, reports, done):
     accelerator.wait_for_everyone()
     who = "an unknown process" if report["process"] is None else f"process {report['process']}"
     raise FloatingPointError(
-        f"{config['train']['max_bad_steps']} steps in a row had no finite gradient, the last one is step {done}; "
+        f"{done - first} steps in a row had no finite gradient, the last one is step {done}; "
         f"the first is step {report['step'] + 1}: {', '.join(report['losses']) or 'gradient'} on {who}, "
         f"frames {' '.join(report['frames'])}; to replay it: python -m tools.replay {Path(out) / REPLAY}"
     )

@@ -254,8 +254,8 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
 
     logits (B, N, C) and raw (B, N, F) of `model`; `targets` of the batch; weights `LossConfig`. positives: their number in the whole step,
     the mean over processes, at least 1: DDP averages gradients, so a local count would weigh processes unequally. With best, and boxes
-    that are learned at all, each object learns at its best cells alone (`keep_best`); positives still is the number of all. Every output
-    takes part in the sum, so every parameter has a gradient on every process.
+    that are learned at all, each object learns at its best cells alone (`keep_best`); positives still is the number of all. Both heads take
+    part in the sum (`Config` sees to a loss for each), so every parameter has a gradient on every process.
     """
     with torch.autocast(raw.device.type, enabled=False):
         logits, raw, K = logits.float(), raw.float(), batch["K"].float()

@@ -72,10 +72,16 @@ class ModelConfig:
             raise ValueError(f"model.backbone {self.backbone!r} is not a timm model{'; near it: ' + ', '.join(near) if near else ''}")
         if self.norm not in ("batch", "frozen", "sync"):
             raise ValueError(f"model.norm is {self.norm!r}, expected 'batch', 'frozen' or 'sync'")
+        if not self.strides or list(self.strides) != sorted({*self.strides}) or self.strides[0] < 1:
+            raise ValueError(f"model.strides is {self.strides}, expected px per cell, ascending")
         if len(self.level_sizes) != len(self.strides) - 1:
             raise ValueError(f"model.level_sizes has {len(self.level_sizes)} borders for {len(self.strides)} strides, expected one fewer")
         if any(side <= 0 or side % max(self.strides) for side in self.size):
             raise ValueError(f"model.size is {self.size}, expected (height, width) in multiples of the largest stride, {max(self.strides)}")
+        if self.channels < 4 or self.channels % norm_groups(self.channels):
+            raise ValueError(f"model.channels is {self.channels}, expected a multiple of 32, or of 4 below 128: GroupNorm divides them")
+        if self.tower_convs < 1:
+            raise ValueError(f"model.tower_convs is {self.tower_convs}, expected at least 1")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path}, expected 0 <= drop_path < 1")
         if not 0 <= self.nms_across_classes <= 1:
@@ -206,8 +212,13 @@ class Tower(nn.Sequential):
         layers = []
         for width in [inputs, *[channels] * (convs - 1)]:
             convolution = nn.Conv2d(width, channels, 3, padding=1, bias=False)
-            layers += [convolution, nn.GroupNorm(min(32, channels // 4), channels), nn.ReLU(True)]
+            layers += [convolution, nn.GroupNorm(norm_groups(channels), channels), nn.ReLU(True)]
         super().__init__(*layers)
+
+
+def norm_groups(channels):
+    """Groups of the towers' GroupNorms: of four channels, at most 32 groups."""
+    return min(32, channels // 4)
 
 
 class Detector(
@@ -764,12 +775,6 @@ def checkpoint_backbone(net):
         raise ValueError(
             f"model.backbone {net.config.backbone!r} has no gradient checkpointing in timm; train.checkpoint_backbone=false"
         ) from None
-
-
-def _pixel_statistics(backbone):
-    """Mean and standard deviation (3,) in [0, 1] that the backbone's weights were trained with."""
-    config = getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", None) or {}
-    return config.get("mean", (0.485, 0.456, 0.406)), config.get("std", (0.229, 0.224, 0.225))
     norms = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     for name in _computed_twice(backbone, norms, net.config.size) if norms else ():
         norms[name].momentum = 1 - math.sqrt(1 - norms[name].momentum)
@@ -783,3 +788,9 @@ def _computed_twice(backbone, names, size):
         module.register_forward_pre_hook(lambda *_, name=name: calls.update((name,)))  # the last one is not left: nothing more is needed
     sum(feature.sum() for feature in dry(torch.empty(2, 3, *size, device="meta"))).backward()
     return [name for name in names if calls[name] > 1]
+
+
+def _pixel_statistics(backbone):
+    """Mean and standard deviation (3,) in [0, 1] that the backbone's weights were trained with."""
+    config = getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", None) or {}
+    return config.get("mean", (0.485, 0.456, 0.406)), config.get("std", (0.229, 0.224, 0.225))

@@ -6,6 +6,7 @@ accelerate launch --num_processes 8 train.py ...     many
 
 import argparse
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -74,6 +75,8 @@ def train(config, accelerator):
     with user_errors():
         out.mkdir(parents=True, exist_ok=True)
     with Signals(out, accelerator.is_main_process) as signals, lock_folder(out, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            (out / "STOPPED").unlink(missing_ok=True)  # now, as launch scripts start a run again that has it
         start_log(out, accelerator.is_main_process)
 
         with user_errors():
@@ -105,7 +108,8 @@ def train(config, accelerator):
 
         set_seed(config.seed)
         pretrained = config.model.pretrained and not folder  # a checkpoint replaces every weight, and its node may not reach the hub
-        net = Detector(dataclasses.replace(config.model, pretrained=pretrained))
+        with user_errors("model."):
+            net = Detector(dataclasses.replace(config.model, pretrained=pretrained))
         with user_errors():
             for line in load_weights(net, source) if source else ():
                 log.info(line)
@@ -147,6 +151,7 @@ def train(config, accelerator):
         guard = Guard(accelerator, net, optimizer, window, signals, options.max_bad_steps)
         stop = lambda: bool(signals.received)  # noqa: E731
         with loading(make_loader(train_set, order, config.data.workers, device, options.timeout)) as batches:
+            accelerator.wait_for_everyone()  # a signal stops all at once until here, and all behind a step from here on
             signals.saving = True
             if folder and not progress.evaluated and (crosses(start, period) or start == total):  # it was stopped while it evaluated
                 evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)
@@ -213,7 +218,6 @@ def open_folder(accelerator, config, unfinished):
     out = Path(config.out)
     if accelerator.is_main_process:
         (out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
-        (out / "STOPPED").unlink(missing_ok=True)
         if unfinished:
             (out / "DONE").unlink(missing_ok=True)
     if config.log_with:
@@ -306,6 +310,10 @@ def run(arguments):
         )
     try:
         train(config, accelerator)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{config.out}: {error}; with room there the same command goes on") from error
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise

@@ -78,7 +78,7 @@ def test_keys_that_only_fit_together_may_be_given_together():
         ("train.batch_size=0", r"train\.batch_size is 0, expected at least 1"),
         ("train.schedule=linear", r"train\.schedule is 'linear', expected one of cosine, step, constant"),
         ("train.lr=-1", r"expected 0 < lr"),
-        ("train.ema=1", r"0 <= ema < 1"),
+        ("train.ema=1", r"0 <= beta2, ema < 1"),
         ("loss.loss_alpha_constrain=1", r"it needs model\.predict_yaw=true"),
         ("loss.loss_cls=0", r"loss\.loss_cls is 0, expected > 0"),
         ("loss.loss_size=-1", r"loss\.loss_size is -1\.0, expected a finite weight >= 0"),

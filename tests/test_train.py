@@ -377,18 +377,6 @@ def test_what_may_change_when_a_run_goes_on(tiny_run, tmp_path, here):
     [val] = records(out, "val")
     meta = read_meta(out / "best")
     assert (meta["metric"], meta["value"]) == ("-errors/Car/all/depth_bias", val["-errors/Car/all/depth_bias"])
-
-
-def test_labels_that_changed_are_noticed_when_a_run_goes_on(tiny_run, tmp_path, here):
-    root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
-    arguments = (ROOT / "configs/kitti.py", "model.pretrained=false", *tiny(root, tmp_path / "run", kitti=True))
-    assert here(*arguments, "train.steps=2", "train.schedule=constant")[0] == 0
-    split = root / "ImageSets/train.txt"
-    ids, label, calib = split.read_text(), root / f"training/label_2/{id}.txt", root / f"training/calib/{id}.txt"
-    first, others = label.read_text(), calib.read_text()
-    changes = {
-        split: "\n".join(ids.split()[::-1]),
-        label: re.sub(r"(\d)\n", r"\g<1>1\n", first, count=1),
     more = ("best=-errors/Car/all/depth_bias", "train.eval_repeat=2", "train.steps=7", "allow_changes=true")
     code, text, _ = here(*tiny(world, out), *more)
     assert (code, "or counted otherwise: the next evaluation begins anew" in text) == (0, True)
@@ -407,6 +395,18 @@ def test_a_checkpoint_of_another_run_brings_no_best_value_along(tiny_run, tmp_pa
     shutil.copytree(tiny_run[1] / "checkpoints", tmp_path / "same/checkpoints")
     code, text, _ = here(*tiny(tiny_run[0], tmp_path / "same"))
     assert (code, "this run was finished before" in text) == (0, True)
+
+
+def test_labels_that_changed_are_noticed_when_a_run_goes_on(tiny_run, tmp_path, here):
+    root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
+    arguments = (ROOT / "configs/kitti.py", "model.pretrained=false", *tiny(root, tmp_path / "run", kitti=True))
+    assert here(*arguments, "train.steps=2", "train.schedule=constant")[0] == 0
+    split = root / "ImageSets/train.txt"
+    ids, label, calib = split.read_text(), root / f"training/label_2/{id}.txt", root / f"training/calib/{id}.txt"
+    first, others = label.read_text(), calib.read_text()
+    changes = {
+        split: "\n".join(ids.split()[::-1]),
+        label: re.sub(r"(\d)\n", r"\g<1>1\n", first, count=1),
         calib: re.sub(r"P2: (\S+)", lambda m: f"P2: {float(m[1]) + 1}", others),
     }
     for path, text in changes.items():
@@ -494,6 +494,15 @@ def test_skipped_images_are_reported(tiny_run, tmp_path, here):
     arguments = [*tiny(root, tmp_path / "run", kitti=True), "data.skip_bad=true", "train.steps=4"]
     code, out, err = here(ROOT / "configs/kitti.py", "model.pretrained=false", *arguments)
     assert (code, f"1 unreadable images were replaced (data.skip_bad): {id}" in out + err) == (0, True), err
+
+
+def test_a_full_disk_ends_in_one_sentence(tiny_run, tmp_path, here):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    code, _, err = here(*tiny(tiny_run[0], tmp_path))
+    assert code == 2
+    assert re.search(r"\nerror: .*No space left on device; with room there the same command goes on", "\n" + err)
 
 
 def test_a_mistake_in_code_keeps_its_traceback(tiny_run, tmp_path, here, monkeypatch):
@@ -589,15 +598,6 @@ def test_muon_steps_behind_fp16s_scaler():
         optimizer.zero_grad()
 
 
-def test_best_weights_carry_the_fitted_sigma(tiny_run, tmp_path, here, monkeypatch):
-    """Unless the config says one; the run's own config.json says none, so that the next evaluation is of the learned sigma again."""
-    monkeypatch.setattr(
-        train,
-        "calibrate",
-        lambda model, metrics: dataclasses.replace(model, sigma_scale=(2.0, metrics["errors"]["Car"]["all"]["objects"], 1.0)),
-    )
-    assert "factors of sigma" not in (tiny_run[1] / "train.log").read_text()  # too few objects to fit one
-    objects = json.loads((tiny_run[1] / "best/metrics.json").read_text())["errors"]["Car"]["all"]["objects"]
 def test_moments_of_shapes_of_their_own_go_on(tiny_run, tmp_path, here):
     """A factored optimizer's are no reason to refuse a checkpoint: its kernels are not fused."""
     for steps in (1, 2):
@@ -607,6 +607,15 @@ def test_moments_of_shapes_of_their_own_go_on(tiny_run, tmp_path, here):
     assert "resumed from" in (tmp_path / "train.log").read_text()
 
 
+def test_best_weights_carry_the_fitted_sigma(tiny_run, tmp_path, here, monkeypatch):
+    """Unless the config says one; the run's own config.json says none, so that the next evaluation is of the learned sigma again."""
+    monkeypatch.setattr(
+        train,
+        "calibrate",
+        lambda model, metrics: dataclasses.replace(model, sigma_scale=(2.0, metrics["errors"]["Car"]["all"]["objects"], 1.0)),
+    )
+    assert "factors of sigma" not in (tiny_run[1] / "train.log").read_text()  # too few objects to fit one
+    objects = json.loads((tiny_run[1] / "best/metrics.json").read_text())["errors"]["Car"]["all"]["objects"]
     for name, asked, kept, learned in (
         ("a", [], (2.0, objects, 1.0), ()),
         ("b", ["model.sigma_scale=1,1.5,1"], (1.0, 1.5, 1.0), (1.0, 1.5, 1.0)),
@@ -739,20 +748,22 @@ def test_a_compiled_run_equals_an_eager_one(tiny_run, tmp_path, here, monkeypatc
 def test_a_checkpointed_backbone_keeps_less_and_learns_the_same(tiny_run):
     config = read_config(tiny_run[1] / "config.json")
     torch.manual_seed(0)
-    net, batch = Detector(config.model), torch.randint(0, 255, (2, *config.model.size, 3), dtype=torch.uint8)
+    plain, batch = Detector(config.model), torch.randint(0, 255, (2, *config.model.size, 3), dtype=torch.uint8)
     K = torch.tensor([[200.0, 0, 100], [0, 200, 50], [0, 0, 1]]).expand(2, 3, 3)
     found, statistics = {}, {}
     for on in (False, True):
+        net, kept = copy.deepcopy(plain), []
         if on:
             checkpoint_backbone(net)
-        kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             logits, raw = net(batch, K)
         net.zero_grad()
         (logits.square().mean() + raw.square().mean()).backward()
         found[on] = sum(kept), [p.grad.clone() for p in net.parameters()]
+        statistics[on] = {name: b for name, b in net.named_buffers() if "running" in name}
     assert found[True][0] < 0.8 * found[False][0]
     torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(statistics[True], statistics[False], rtol=1e-5, atol=1e-6)  # of a batch that some layers saw twice
 
 
 @pytest.mark.parametrize("backbone", ["convnext_atto", "vit_tiny_patch16_224", "hrnet_w18_small"])
@@ -782,6 +793,3 @@ def test_waiting_for_data_is_said_once_with_the_workers_that_would_do(workers, w
     else:
         assert len(caplog.messages) == 1
         assert f"data.workers={enough} a process would be enough (now {workers})" in caplog.messages[0]
-        net, kept = copy.deepcopy(plain), []
-        statistics[on] = {name: b for name, b in net.named_buffers() if "running" in name}
-    torch.testing.assert_close(statistics[True], statistics[False], rtol=1e-5, atol=1e-6)  # of a batch that some layers saw twice

@@ -166,16 +166,23 @@ def test_the_architecture_comes_along(source, tmp_path):
         take_architecture(override(config, [f"load_from={bare}"]))
 
 
-def test_a_fine_tuned_run_keeps_its_backbone_and_goes_on(tiny_run, tmp_path, here):  # noqa: F811
+def test_a_fine_tuned_run_keeps_what_is_frozen_and_goes_on(tiny_run, tmp_path, here):  # noqa: F811
+    """Of which may be a whole half of the head."""
     world, whole, _ = tiny_run
-    more = [f"load_from={whole}", "load_model=true", "train.freeze=backbone", "model.classes=Pedestrian,Van,Car", "data.neighbours=[]"]
+    more = [
+        f"load_from={whole}",
+        "load_model=true",
+        "train.freeze=backbone,fpn,box_tower,box_predictor",
+        "model.classes=Pedestrian,Van,Car",
+        "data.neighbours=[]",
+    ]
     arguments = [a for a in tiny(world, tmp_path / "a") if not a.startswith(("model.", "train.steps"))]
     code, out, err = here(*arguments, *more, "train.steps=2")
     assert code == 0, err
     assert "load_model: model.backbone=test_resnet, " in out
     assert re.search(r"load_from .*: (\d+) of \1 tensors; classes kept Pedestrian, Car; new Van; dropped Cyclist\n", out)
     before, after = (load_file(find_weights(folder)) for folder in (whole, tmp_path / "a"))
-    still = [name for name in before if name.startswith("backbone.")]
+    still = [name for name in before if name.startswith(("backbone.", "fpn.", "box_"))]
     assert any("running_mean" in name for name in still)
     assert all(torch.equal(before[name], after[name]) for name in still)
     assert not torch.equal(before["class_tower.0.weight"], after["class_tower.0.weight"])
