@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from frames import Frame, Labels, load_image
+from frames import Frame, Labels, decode, load_image, upright
 from geometry import EDGES, NEAR, box3d_iou, clip_edges, project
 
 PREDICTION, TRUTH, OTHER = (255, 126, 22), (64, 200, 255), (190, 190, 190)
@@ -44,14 +44,15 @@ def draw_frame(
 ) -> Image.Image:
     """One picture of a frame: image with boxes on the left, bird's-eye view on the right.
 
-    image: a path, PIL, or (H, W, 3) uint8 RGB. K (3, 3) and both Labels belong to that image: its pixels, its camera frame, metres. Of the
-    predictions those with score >= min_score are drawn. With `classes`, predictions of other classes are left out and ground truth of
-    other classes is grey; DontCare regions are grey rectangles. max_range: metres shown ahead of the camera; by default as
-    far as the farthest box, between 30 and 100. Returns an RGB image, `width` pixels plus the bird's-eye view.
+    image: a path, PIL, or (H, W, 3) uint8 RGB, turned where its EXIF says so. K (3, 3) and both Labels belong to that image: its pixels,
+    its camera frame, metres. Of the predictions those with score >= min_score are drawn. With `classes`, predictions of other classes are
+    left out and ground truth of other classes is grey; DontCare regions are grey rectangles. max_range: metres shown ahead of the camera;
+    by default as far as the farthest box, between 30 and 100. Returns an RGB image, `width` pixels plus the bird's-eye view.
     """
     if isinstance(image, str | Path):
-        image = load_image(image)
-    picture = (image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))).convert("RGB")
+        picture = load_image(image)
+    else:
+        picture = decode(upright(image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))))
     K = np.asarray(K, float)
     layers = _layers(predictions, truth, classes, min_score)
     scale = min(width / picture.width, HEIGHT / picture.height)

@@ -47,6 +47,27 @@ def test_small_images_are_enlarged_and_a_view_is_added():
     assert draw_frame(GREY, K, CAR, CAR).tobytes() == draw_frame(Image.fromarray(GREY), K, CAR, CAR).tobytes()
 
 
+def test_images_that_are_open_already_look_as_their_files_do(tmp_path):
+    """Turned as EXIF says and scaled from 16 bits, as `Detector.predict` sees them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    Image.fromarray(np.rot90(GREY)).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.full((192, 640), 90 * 257, np.uint16)).save(tmp_path / "deep.png")
+    for name in ("turned.png", "deep.png"):
+        with Image.open(tmp_path / name) as image:
+            picture = draw_frame(image, K, CAR)
+        assert picture.tobytes() == draw_frame(tmp_path / name, K, CAR).tobytes() == draw_frame(GREY, K, CAR).tobytes()
+
+
+def test_the_face_that_looks_forward_is_filled():
+    """Of a car that comes towards the camera it is the near one, whose corners lie outside the far one."""
+    for yaw, filled in ((np.pi / 2, True), (-np.pi / 2, False)):
+        car = make_labels(["Car"], [[0, 0, 1, 1]], [[4, 1.5, 1.8]], [[0, 0.5, 16]], [yaw])
+        inside = (project(np.array([[0.8, 1.15, 14.0]]), K)[0] + 0.5) * WIDTH / 640 - 0.5  # near a corner of the near face
+        red, _, blue = np.asarray(draw_frame(GREY, K, car))[tuple(np.round(inside[::-1]).astype(int))].astype(int)
+        assert (red > blue + 20) == filled
+
+
 def test_score_and_class_filters():
     assert has_colour(draw_frame(GREY, K, CAR, None, min_score=0.8), PREDICTION)
     assert not has_colour(draw_frame(GREY, K, CAR, None, min_score=0.81).crop((0, 0, WIDTH, 432)), PREDICTION)
