@@ -49,6 +49,18 @@ def user_errors(about=""):
         raise UserError(str(error)) from error
 
 
+def check_writable(*files):
+    """Raises UserError for a file, of those that are named, that could not be written once the work is done."""
+    for path in (Path(file) for file in files if file):
+        folder = path.absolute().parent
+        if path.is_dir():
+            raise UserError(f"{path}: there is a folder of that name, expected a file to write")
+        if not folder.is_dir():
+            raise UserError(f"{path}: it cannot be written, as there is no folder {folder}")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise UserError(f"{path}: it cannot be written: permission denied")
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One list of frames. Several sources with different cameras may be listed together."""

@@ -7,7 +7,8 @@ is searched with all folders below it, or a quoted pattern such as 'drives/*/lef
 it, turned where its EXIF says so. In FILE.jsonl every line has an `image`, relative to that file, and its `K`, as in formats/jsonl.py;
 nothing else of a line is read, so labels and predictions will do.
 
-Written to DIR, where NAME is the place of a file below the folder that was given:
+Written to DIR, whose folders results and pictures are made anew; NAME is the place of a file below the folder that was given, of all with
+their suffixes where two would be called alike:
     predictions.jsonl    JSON lines as in formats/jsonl.py, in each image's own camera frame, of images and of every frame of a video,
                          which is called VIDEO.mp4/000000 and so on
     results/NAME.txt     KITTI result format, of images; in rectified camera 0 with --calib
@@ -37,14 +38,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import fetch, find_checkpoint, near
-from data import UserError, usable_cores, user_errors
+from data import UserError, check_writable, usable_cores, user_errors
 from draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
 from formats import video
 from formats.jsonl import to_json
 from formats.kitti import read_calib, split_projection, write_labels
 from formats.pool import in_order
 from frames import Frame, View, decode, in_tar, make_labels, opened, place_image, reduction_of, upright, whole_view
-from geometry import camera_problem
+from geometry import camera_problem, yaw_to_alpha
 from model import Detector, to_labels
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # what is looked for in folders
@@ -114,13 +115,19 @@ def _expand(text, out):
 
 def _search(path):
     """The images and videos in a folder and the folders below it, hidden ones apart; of a file itself, if it is one."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)  # noqa: E731
-    return [file for file in files if file.suffix.lower() in IMAGES + video.SUFFIXES and file.is_file() and not hidden(file)]
+    files, seen = [] if path.is_dir() else [path], set()
+    for folder, below, names in os.walk(path, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:  # a link to where we were
+            below.clear()
+            continue
+        seen.add(place)
+        below[:] = [name for name in below if name[0] != "."]
+        files += [Path(folder, name) for name in names]
+    return sorted(file for file in files if file.suffix.lower() in IMAGES + video.SUFFIXES and file.is_file() and file.name[0] != ".")
 
 
 def _inside(file, folder):
-    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder))
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
 
 
 def find_camera(options: argparse.Namespace, paths: Iterable[Path]) -> Camera:
@@ -137,9 +144,9 @@ def find_camera(options: argparse.Namespace, paths: Iterable[Path]) -> Camera:
     nowhere = np.zeros(3)
     if options.cameras:
         cameras = read_cameras(options.cameras)
-        if missing := [path for path in paths if path not in cameras]:
+        if missing := [path for path in paths if Path(os.path.realpath(path)) not in cameras]:
             raise ValueError(f"--cameras {options.cameras}: none of its {len(cameras)} lines is of {missing[0]}")
-        return lambda path, size: (cameras[path], nowhere)
+        return lambda path, size: (cameras[Path(os.path.realpath(path))], nowhere)
     if options.intrinsics:
         fx, fy, cx, cy = options.intrinsics
         K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
@@ -150,14 +157,18 @@ def find_camera(options: argparse.Namespace, paths: Iterable[Path]) -> Camera:
 
 
 def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
-    """Absolute path -> K (3, 3) of the lines of a JSON-lines file, of which only `image` and `K` are looked at.
+    """Absolute path, links resolved, -> K (3, 3) of the lines of a JSON-lines file, of which only `image` and `K` are looked at.
 
     Raises FileNotFoundError, or ValueError naming file, line, value and what was expected.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--cameras {path}: no such JSON-lines file")
     cameras, lines = {}, {}  # lines: path -> number of the first line that names it
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines_of_text = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--cameras {path}: not a text file: {error}") from None
+    for number, text in enumerate(lines_of_text, 1):
         if not text.strip():
             continue
         try:
@@ -167,7 +178,7 @@ def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
             raise ValueError(f"{path}:{number}: expected a JSON object with an image and its K, got {text[:80]}") from None
         if problem := camera_problem(K):
             raise ValueError(f"{path}:{number}: K: {problem}")
-        place = Path(os.path.abspath(Path(path).parent / str(image)))
+        place = Path(os.path.realpath(Path(path).parent / str(image)))
         first = lines.setdefault(place, number)
         if not np.array_equal(cameras.setdefault(place, K), K):
             raise ValueError(f"{path}:{number}: another K for {image} than on line {first}, expected one camera for an image")
@@ -277,6 +288,7 @@ def predict_images(
         for folder in ("results", *(["pictures"] if options.pictures else [])):
             (options.out / folder / shot.frame.id).parent.mkdir(parents=True, exist_ok=True)
         labels = shot.frame.labels.moved(-shot.frame.offset)
+        labels = dataclasses.replace(labels, alpha=yaw_to_alpha(labels.yaw, labels.center))  # KITTI's belongs to its own file's x and z
         write_labels(options.out / "results" / f"{shot.frame.id}.txt", labels, scores=True, digits=4)
         if options.pictures:
             draw_shot(shot).save(options.out / "pictures" / f"{shot.frame.id}.png", compress_level=1)
@@ -326,7 +338,7 @@ def predict_video(
 
 def predict(detector: Detector, inputs: dict[Path, str], camera: Camera, options: argparse.Namespace) -> int:
     """Everything for the inputs {path: name}. Returns the exit code: 1 when something could not be read, else 0."""
-    problems, found, shots, turned = [], Counter(), 0, 0
+    problems, found, shots, turned, sizes = [], Counter(), 0, 0, set()
 
     def report(error):
         problems.append(str(error))
@@ -341,12 +353,16 @@ def predict(detector: Detector, inputs: dict[Path, str], camera: Camera, options
             lines.write(json.dumps(to_json(shot.frame, options.out.absolute()), allow_nan=False) + "\n")
             found.update(shot.frame.labels.name)
             shots, turned = shots + 1, turned + shot.turned
+            sizes.add(shot.view.image_size)
     counts = ", ".join(f"{number} {name}" for name, number in found.most_common()) or "nothing"
     print(f"{options.out}{os.sep}: {counts} with a score from {options.min_score:g} in {shots} pictures")
     if turned:
         print(f"{turned} of them were turned as their EXIF says; the camera given counts as that of the turned picture")
+    if len(sizes) > 1 and (options.calib or options.intrinsics):
+        small, large = ("x".join(map(str, size)) for size in (min(sizes), max(sizes)))
+        print(f"they have {len(sizes)} sizes, such as {small} and {large}, and one camera was given for all: --cameras gives each its own")
     if problems:
-        print(f"{len(problems)} could not be read, the first: {problems[0]}", file=sys.stderr)
+        print(f"{len(problems)} were passed over, the first: {problems[0]}", file=sys.stderr)
     return 1 if problems else 0
 
 
@@ -394,22 +410,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.batch < 1:
         parser.error(f"--batch is {options.batch}, expected at least 1")
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, device=options.device).tolist()  # which the device 'meta' has not
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         first = str(error).splitlines()[0]
         parser.error(f"--device is {options.device!r}, expected cpu, cuda, cuda:1 and so on, of those that are there: {first}")
     return options
 
 
-def prepare_folder(out: Path) -> None:
-    """Make the folder, without what an earlier prediction has left in it. Raises ValueError where it cannot be."""
+def prepare_folder(out: Path, inputs: Iterable[Path] = ()) -> None:
+    """Make the folder, without what an earlier prediction has left in it. Raises ValueError where it cannot be, or an input would go."""
+    anew = [out / "results", out / "pictures"]
+    if lost := [path for path in inputs if any(_inside(path, folder) for folder in anew)]:
+        raise ValueError(f"{lost[0]} lies in a folder of {out} that is made anew; --out DIR chooses another one")
+    if files := [folder for folder in anew if folder.exists() and not folder.is_dir()]:
+        raise ValueError(f"--out {out}: {files[0]} is a file, expected a folder or nothing")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "predictions.jsonl").exists():
-            for name in ("results", "pictures"):
-                shutil.rmtree(out / name, ignore_errors=True)
+            for folder in anew:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"--out {out}: no folder can be made there: {error.strerror}") from None
+    check_writable(out / "predictions.jsonl")
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out}: it cannot be written: permission denied")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -424,11 +448,15 @@ def main(arguments: list[str] | None = None) -> int:
             check_first(inputs, camera)
             detector = load_detector(options.run, options.device)
             set_up(detector, options)
-            prepare_folder(options.out)
+            prepare_folder(options.out, inputs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return predict(detector, inputs, camera, options)
+    try:
+        return predict(detector, inputs, camera, options)
+    except OSError as error:  # a full disk
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

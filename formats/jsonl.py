@@ -3,13 +3,13 @@
     {"image": "a/0001.jpg", "K": [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], "objects": [{"class": "Car", "center": [x, y, z],
      "size": [l, h, w], "yaw": r, "box": [x1, y1, x2, y2]}]}
 
-Units and frames are those of geometry.py: metres in that image's camera frame, radians, pixels of the stored image. Image paths are
-relative to the folder of the file. Optional for a frame: `id` (default: the path without its suffix) and `ignore` (a list of 2D regions
-in which nothing is learned or counted). Optional for an object: `box` (default: the projected 3D box, clipped to the image), `truncation`
-in [0, 1], `occlusion` 0-3, `ignore` (true: only its box is kept, as a region), `velocity` [x, y, z] m/s in the camera frame,
-`attribute` (text), and what predictions add: `score` and `depth_sigma` (metres). An image may be a member of an uncompressed tar,
-`shards/0001.tar/000123.jpg`. Objects and regions that cannot be seen are left out and counted: those outside the image, behind the
-camera, or centred there without a box that meets the image.
+Units and frames are those of geometry.py: metres in that image's camera frame, radians, pixels of the picture as viewers show it, turned
+where its EXIF says so. Image paths are relative to the folder of the file. Optional for a frame: `id` (default: the path without its
+suffix) and `ignore` (a list of 2D regions in which nothing is learned or counted). Optional for an object: `box` (default: the projected
+3D box, clipped to the image), `truncation` in [0, 1], `occlusion` 0-3, `ignore` (true: only its box is kept, as a region), `velocity` [x,
+y, z] m/s in the camera frame, `attribute` (text), and what predictions add: `score` and `depth_sigma` (metres). An image may be a member
+of an uncompressed tar, `shards/0001.tar/000123.jpg`. Objects and regions that cannot be seen are left out and counted: those outside the
+image, behind the camera, or centred there without a box that meets the image.
 
     python -m formats.jsonl FILE.jsonl [--no-images] [--dropped]      every bad line by number, a summary per class, and likely mistakes
 """
@@ -57,7 +57,7 @@ ABSENT = {"truncation": -1.0, "occlusion": -1.0, "score": 1.0, "velocity": np.fu
 REGION = {"name": "DontCare", "center": np.full(3, -1000.0), "size": np.full(3, -1.0), "yaw": -10.0, **ABSENT}  # KITTI's fill values
 IMAGE_SIDES = 16, 32768  # pixels, smallest and largest believable side
 LONGEST_NAME = 200  # bytes of a part of an id: file systems take 255
-PLAIN_ID = re.compile(r"(?!\.\.?(/|$))[\w. +=@-]{1,50}(/(?!\.\.?(/|$))[\w. +=@-]{1,50})*")  # paths that are ids as they are
+PLAIN_ID = re.compile(r"(?!\.\.?(/|$))[\w. +=@-]{1,50}((?<!\.txt)/(?!\.\.?(/|$))[\w. +=@-]{1,50})*")  # paths that are ids as they are
 AT_ONCE = 1 << 20  # bytes of a file that a process reads together
 
 
@@ -121,7 +121,7 @@ def to_json(frame: Frame, folder: str | Path | None = None) -> dict:
     With `folder` the image path is made relative to it. DontCare rows become ignore regions; a 2D box without area is left out.
     """
     labels = frame.labels
-    image = frame.image if folder is None else os.path.relpath(frame.image, folder)
+    image = frame.image if folder is None else os.path.relpath(frame.image, os.path.realpath(folder))  # '..' of a link leads elsewhere
     line = {"image": Path(image).as_posix(), "K": np.asarray(frame.K, float).tolist(), "objects": [], "id": frame.id}
     for i in range(len(labels)):
         if not labels.is_3d[i]:
@@ -317,7 +317,9 @@ def _parse_id(frame):
     path = PureWindowsPath(id if _is_text(id) else "")  # which knows both separators and drives
     if not path.parts or path.anchor or ".." in path.parts or max(len(part.encode()) for part in path.parts) > LONGEST_NAME:
         raise ValueError(f"id is {_short(id)}, expected text that can name a file, such as 'a/0001'")
-    return id
+    if any(part.lower().endswith(".txt") for part in path.parts[:-1]):
+        raise ValueError(f"id is {_short(id)}, expected no folder that is called as a result file may be")
+    return "/".join(path.parts)  # a/./b and a//b are a/b
 
 
 def _numbers(value, place, shape, expected, allowed=None, limits=None):

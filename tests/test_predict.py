@@ -26,6 +26,7 @@ from formats import jsonl, video
 from formats.jsonl import read_frames
 from formats.kitti import read_calib, read_labels, split_projection, write_calib
 from frames import load_image
+from geometry import yaw_to_alpha
 from model import Detector, ModelConfig
 from predict import find_inputs, in_order, load_detector, main
 
@@ -117,6 +118,7 @@ def test_outputs_agree_with_predict_and_kitti_files_lie_in_camera_0(run, image, 
     assert results.center == pytest.approx(found.center - offset, abs=2e-4)
     assert results.size == pytest.approx(found.size, abs=1e-4)
     assert np.abs(offset).min() > 1e-3
+    assert results.alpha == pytest.approx(yaw_to_alpha(results.yaw, results.center), abs=2e-4)  # of that file's own x and z
     assert Image.open(out / "pictures/frame.png").width > 1440
 
 
@@ -202,10 +204,42 @@ def test_errors_about_paths_come_before_anything_is_written(run, image, tmp_path
         assert f"{path}: no image or video there, looked for .png, .jpg" in fails(capsys, run, image, path, "--hfov", 80)
     assert "--batch is 0, expected at least 1" in fails(capsys, run, image, "--hfov", 80, "--batch", 0)
     assert "--min-score is 1.5, expected a number from 0 to 1" in fails(capsys, run, image, "--hfov", 80, "--min-score", 1.5)
-    assert "--device is 'gpu', expected cpu, cuda, cuda:1 and so on" in fails(capsys, run, image, "--hfov", 80, "--device", "gpu")
+    for device in ("gpu", "meta"):
+        expected = f"--device is '{device}', expected cpu, cuda, cuda:1 and so on"
+        assert expected in fails(capsys, run, image, "--hfov", 80, "--device", device)
     expected = "--classes names 'Tram', this detector knows Car, Pedestrian, Cyclist"
     assert expected in fails(capsys, run, image, "--hfov", 80, "--classes", "Car", "Tram")
     assert not Path("predictions").exists()
+
+
+def test_outputs_that_cannot_be_are_told_before_the_work(run, image, tmp_path, capsys):
+    """Or would be written over an input, which stays."""
+    own = make_image(tmp_path / "out/pictures/mine.png")
+    (tmp_path / "out/predictions.jsonl").write_text("")
+    assert f"{own} lies in a folder of {tmp_path / 'out'} that is made anew" in fails(capsys, run, own, *ALL, "--out", tmp_path / "out")
+    assert own.exists()
+    (tmp_path / "taken/predictions.jsonl").mkdir(parents=True)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file/results").write_text("mine")
+    for name, words in (("taken", "predictions.jsonl: there is a folder of that name"), ("file", "results is a file, expected a folder")):
+        assert words in fails(capsys, run, image, *ALL, "--out", tmp_path / name)
+
+
+def test_links_are_followed(run, tmp_path, capsys):
+    """To folders, once each; and predictions in a linked folder name images that are found from there."""
+    make_image(tmp_path / "elsewhere/deep/1.png")
+    Image.fromarray(make_pixels().repeat(2, 0).repeat(2, 1)).save(tmp_path / "elsewhere/2.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/deep/loop").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "far/away/runs").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "far/away/runs")
+    lines = tmp_path / "runs/out/predictions.jsonl"
+    assert call(run, tmp_path / "in", *ALL, "--out", lines.parent) == 0
+    assert "they have 2 sizes, such as 320x96 and 640x192, and one camera was given for all" in capsys.readouterr().out
+    assert [frame.id for frame in read_frames(lines)] == ["link/2", "link/deep/1"]
+    assert call(run, tmp_path / "in", "--cameras", lines, "--out", tmp_path / "again", "--no-pictures") == 0
+    assert "sizes" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -223,7 +257,7 @@ def test_what_cannot_be_read_is_passed_over(run, image, tmp_path, capsys, batch)
     for text in ("b.png: cannot read the image", "c.png: cannot read the image", "n.jpg: the camera given does not suit it: focal lengths"):
         assert text in told.err
     assert "o.tif: cannot read the image: its pixels are floating-point numbers of unknown range, expected 8 or 16 bits" in told.err
-    assert "4 could not be read, the first: " in told.err
+    assert "4 were passed over, the first: " in told.err
     assert "in 3 pictures" in told.out
     assert [frame.id for frame in read_frames("predictions/predictions.jsonl")] == ["a", "m", "z"]
     assert tree(Path("predictions/results")) == ["a.txt", "m.txt", "z.txt"]
