@@ -123,7 +123,18 @@ def load_config(path, overrides=()):
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"{path}: expected a variable `config` holding a config.Config, got {type(config).__name__}")
-    return override(build(dataclasses.asdict(config), Config, str(path)), overrides)  # a dataclass takes values of any type
+    config = override(build(dataclasses.asdict(config), Config, str(path)), overrides)  # a dataclass takes values of any type
+    refuse_idle_root(overrides, *config.data.train, *config.data.val)
+    return config
+
+
+def refuse_idle_root(overrides, *sources):
+    """ValueError where the overrides give a data.root that none of the sources reads, as each names its own."""
+    for text in overrides:
+        if text.partition("=")[0].strip() == "data.root" and sources and all(source.root for source in sources):
+            raise ValueError(
+                f"{text}: nothing lies there for this config, whose sources name roots of their own, such as {sources[0].root}"
+            )
 
 
 def override(config, overrides):
@@ -140,7 +151,9 @@ def override(config, overrides):
             raise ValueError(f"{key!r} is a section, expected one of its keys, such as {key}.{dataclasses.fields(sections[key])[0].name}")
         if name not in kinds:
             near = difflib.get_close_matches(key, list(describe(config)), n=3, cutoff=0.4)
-            raise ValueError(f"unknown key {key!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} (--help lists all)")
+            raise ValueError(
+                f"unknown key {key!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} (python train.py --help lists all)"
+            )
         changed[section][name] = parse(value, kinds[name], key)
     top = changed.pop("")
     changed = {section: dataclasses.replace(sections[section], **values) for section, values in changed.items() if values}

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -25,9 +26,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from data import Source, UserError, loading, make_loader, user_errors
+from data import Source, UserError, check_writable, loading, make_loader, user_errors
 from draw import SHOWN_FRAMES, draw_curves, draw_frames
 from formats import jsonl, nuscenes, nuscenes_world, world
 from formats.index import user_folder
@@ -389,6 +391,18 @@ def _text_folder(path, option, usual, empty=False):
     return path
 
 
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises UserError for an output that could not be written once the work is done."""
+    check_writable(options.json, options.curves)
+    if options.curves and Path(options.curves).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--curves {options.curves}: no picture is called so, expected a name such as curves.png")
+    if options.out:
+        folder = Path(options.out)
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"--out {folder}: {there} is {'not writable' if there.is_dir() else 'a file'}, expected a folder to write into")
+
+
 def evaluate_files(options: argparse.Namespace) -> None:
     """The files mode: prints the table, and what is missing or extra; writes what was asked for."""
     with user_errors():
@@ -436,6 +450,8 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
     with user_errors():
         folder = find_checkpoint(options.run)
+        options.out = options.out or Path(options.run) / "evaluation"
+        check_outputs(options)
         config, model = load_run(folder, options.overrides)
         config = stay_at_home(config, options.overrides)
         accelerator = start_accelerator(config.train.mixed_precision)
@@ -448,7 +464,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     overlap, metric = options.overlap or "strict", options.metric or "R40"
     metrics, predictions = evaluate(model.to(accelerator.device), dataset, accelerator, config, overlap, options.repeat, flip=options.flip)
     if accelerator.is_main_process:
-        out = Path(options.out) if options.out else Path(options.run) / "evaluation"
+        out = Path(options.out)
         write_evaluation(out, dataset, metrics, predictions)
         print(format_metrics(metrics, metric, metrics["errors"] if options.errors else None))
         print(f"{folder}: {', '.join(sorted(path.name for path in out.glob('*')))} are in {out}")
@@ -472,7 +488,8 @@ def submit_run(options: argparse.Namespace) -> None:
         config, model = load_run(find_checkpoint(options.run), options.overrides)
         if not set(config.model.classes) & set(CLASSES):
             raise ValueError(f"--submission: KITTI's server knows {', '.join(CLASSES)}, this run only {', '.join(config.model.classes)}")
-        root = next((source.root for source in config.data.val if source.kind == "kitti"), "")
+        asked = any(text.partition("=")[0].strip() == "data.root" for text in options.overrides)
+        root = next((source.root for source in config.data.val if source.kind == "kitti" and not asked), "")
         data = dataclasses.replace(config.data, val=(Source(root=root, split=(split,)),))
         config = stay_at_home(dataclasses.replace(config, data=data), options.overrides)
         accelerator = start_accelerator(config.train.mixed_precision)
@@ -499,9 +516,12 @@ def stay_at_home(config: Config, overrides: Sequence[str]) -> Config:
     """The config of a run, which may be a stranger's, without the places outside this folder that it would have us write to.
 
     data.cache is left out unless asked for, and an index is written into the user's cache folder. Raises ValueError where the built-in
-    world would be rendered elsewhere.
+    world would be rendered elsewhere, or no source of data.val reads the data.root that was asked for.
     """
+    from config import refuse_idle_root
+
     asked = {text.partition("=")[0].strip() for text in overrides}
+    refuse_idle_root(overrides, *config.data.val)
     ours = {"cache": "", "index": str(user_folder())}
     data = dataclasses.replace(config.data, **{name: value for name, value in ours.items() if f"data.{name}" not in asked})
     for source in config.data.val if "data.val" not in asked else ():
@@ -582,14 +602,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a user's mistake is one sentence on stderr and exit code 2."""
     options = parse_arguments(arguments)
     try:
+        check_outputs(options)
         if options.submission is not None:
             submit_run(options)
         elif options.nuscenes is not None:
             evaluate_nuscenes(options)
         else:
             evaluate_files(options) if options.run is None else evaluate_run(options)
-    except UserError as error:
-        print(f"evaluate.py: {error.sentence}", file=sys.stderr)
+    except (UserError, OSError) as error:  # the latter of a disk that is full, say
+        print(f"evaluate.py: {error.sentence if isinstance(error, UserError) else error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -65,6 +65,8 @@ def test_missing_data_is_said_and_the_rest_is_measured(tmp_path, capsys, monkeyp
     (["configs/none.py"], "configs/none.py: no such config file"), (["configs/kitti.py", "train.lrr=1"], "did you mean train.lr"),
     (["configs/synthetic.py", "train.optimizer=admw"], "'admw' is unknown to timm; near it: adamw"),
     (["configs/kitti.py", "--rounds", "0"], "--rounds 0: expected at least 1"),
+    (["--data", "9", "--batch", "2"], "--batch does nothing with --data"),
+    (["configs/kitti.py", "--peak-tflops", "9"], "--peak-tflops does nothing with a config alone"),
     (["configs/kitti.py", "--gpu"], "torch sees no CUDA GPU here"),
     (["configs/kitti.py", "--gpu", "--peak-tflops", "0"], "--peak-tflops 0.0: expected numbers above 0"),
 ])  # fmt: skip

@@ -48,6 +48,20 @@ def test_overrides_combine_and_leave_the_original_alone():
     assert before == Config()
 
 
+def test_a_root_that_no_source_reads_is_refused(tmp_path):
+    """It would do nothing: each source names its own."""
+    path, sources = tmp_path / "run.py", 'train=(Source(root="/data/mine"),), val=(Source(root="{}"),)'
+    for root in ("/data/mine", ""):
+        path.write_text(
+            f"from config import Config\nfrom data import DataConfig, Source\nconfig = Config(data=DataConfig({sources.format(root)}))\n"
+        )
+        if root:
+            with pytest.raises(ValueError, match=r"data\.root=/x: nothing lies there for this config, .* such as /data/mine"):
+                load_config(path, ["data.root=/x"])
+        else:
+            assert load_config(path, ["data.root=/x"]).data.root == "/x"
+
+
 def test_keys_that_only_fit_together_may_be_given_together():
     changed = override(Config(), ["model.strides=8,16", "model.level_sizes=64", "loss.loss_alpha_constrain=1", "model.predict_yaw=true"])
     assert changed.model.strides == (8, 16)
@@ -57,7 +71,7 @@ def test_keys_that_only_fit_together_may_be_given_together():
     ("text", "words"),
     [
         ("train.lr", r"'train\.lr': expected key=value"),
-        ("train.lrr=1", r"unknown key 'train\.lrr'; did you mean train\.lr.*\(--help lists all\)"),
+        ("train.lrr=1", r"unknown key 'train\.lrr'; did you mean train\.lr.*\(python train\.py --help lists all\)"),
         ("trian.lr=1", r"unknown key 'trian\.lr'; did you mean train\.lr"),
         ("lr=1", r"unknown key 'lr'"),
         ("train.lr.x=1", r"unknown key 'train\.lr\.x'"),

@@ -303,6 +303,20 @@ def test_an_evaluation_deletes_nobodys_files(run, capsys, tmp_path):
 
 def test_flags_that_a_run_would_ignore_are_refused(run, capsys):
     assert "--classes and --split belong to --labels" in fail(capsys, run, "--classes", "Car")
+    sources = 'data.val=[{"root": "/data/mine", "split": ["val"]}]'
+    assert "data.root=/data/kitti: nothing lies there for this config" in fail(capsys, run, sources, "data.root=/data/kitti")
+
+
+def test_outputs_that_cannot_be_are_told_before_the_work(run, folders, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    monkeypatch.setattr(evaluate, "compute_metrics", None)
+    (folders / "taken").write_text("")
+    files = ("--labels", folders / "label_2", "--results", folders / "results")
+    for given in ((run,), files):
+        assert f"it cannot be written, as there is no folder {folders / 'no'}" in fail(capsys, *given, "--json", folders / "no/x.json")
+        assert f"{folders}: there is a folder of that name" in fail(capsys, *given, "--json", folders)
+        assert "no picture is called so, expected a name such as curves.png" in fail(capsys, *given, "--curves", folders / "c.xyz")
+    assert f"{folders / 'taken'} is a file, expected a folder to write into" in fail(capsys, run, "--out", folders / "taken/out")
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +365,9 @@ def test_a_submission_is_what_the_server_takes(run, testing_half, capsys, tmp_pa
         alpha = numbers[:, 11] - np.arctan2(location[:, 0], location[:, 2])
         assert np.abs(np.sin((alpha - numbers[:, 0]) / 2)).max() < 1e-3
     assert f"--submission {out}: it holds something else already" in fail(capsys, run, "--submission", out)
+    own = 'data.val=[{"root": "/data/mine", "split": ["val"]}]'  # whose root gives way to the one that is asked for
+    evaluate.main([str(run), "--submission", str(tmp_path / "again"), own, f"data.root={testing_half}"])
+    assert "detections in 3 files" in capsys.readouterr().out
 
 
 def test_classes_of_a_submission(tmp_path, capsys, run, testing_half):

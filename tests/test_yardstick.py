@@ -107,10 +107,12 @@ def test_factors_of_sigma_part_no_seeds(tiny_run, tmp_path):
 
 
 def test_a_run_is_measured(tiny_run, capsys, tmp_path):
-    assert yardstick.main([str(tiny_run[1]), "--oracles", "--json", str(tmp_path / "y.json")]) == 0
+    run = tmp_path / "lr=1"  # no override
+    run.symlink_to(tiny_run[1])
+    assert yardstick.main([str(run), "--oracles", "--json", str(tmp_path / "y.json")]) == 0
     out = capsys.readouterr().out
     assert "| 3D strict |" in out
-    assert f"| {tiny_run[1].name} | 1 |" in out
+    assert "| lr=1 | 1 |" in out
     assert "| projected centre |" in out
     written = json.loads((tmp_path / "y.json").read_text())
     values = written["runs"][0][1]

@@ -48,6 +48,7 @@ from data import (
     UserError,
     build_dataset,
     change_colours,
+    check_writable,
     collate,
     loading,
     make_loader,
@@ -649,6 +650,9 @@ def measure(path, overrides, images, rounds, memory=False):
     return found | measure_waiting(step, data, rounds) | measure_loader(data, rounds)
 
 
+IN_VAIN = {"gpu": ("rounds",), "memory": ("rounds", "peak_tflops"), "data": ("batch", "rounds", "peak_tflops"), "config": ("peak_tflops",)}
+
+
 def main(arguments=None):
     """Command line entry. Returns 0, or 2 after one sentence for an error of the user's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -660,17 +664,21 @@ def main(arguments=None):
     only.add_argument("--gpu", action="store_true", help="compare precisions, compilation and channels_last on a GPU")
     parser.add_argument("--peak-tflops", type=float, metavar="N", help="with --gpu: what the GPU could do, for mfu")
     parser.add_argument("--batch", type=int, help="images (default: 2, with --gpu the config's)")
-    parser.add_argument("--rounds", type=int, default=7, help="repetitions after one that warms up (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="repetitions after one that warms up (default: 7)")
     parser.add_argument("--json", help="also write the numbers there")
     options = parser.parse_intermixed_args(arguments)
     try:
         if (options.data is None) == (options.config is None):
             raise UserError("expected a config or --data N, and not both")
+        mode = next((name for name in ("gpu", "memory") if getattr(options, name)), "data" if options.config is None else "config")
+        if given := [name for name in IN_VAIN[mode] if getattr(options, name) is not None]:
+            raise UserError(f"--{given[0].replace('_', '-')} does nothing with {'a config alone' if mode == 'config' else '--' + mode}")
+        check_writable(options.json)
         if options.gpu and options.config:
             found = measure_gpu(options.config, options.overrides, options.batch, options.peak_tflops)
         elif options.config:
             images = 2 if options.batch is None else options.batch
-            found = measure(options.config, options.overrides, images, options.rounds, options.memory)
+            found = measure(options.config, options.overrides, images, 7 if options.rounds is None else options.rounds, options.memory)
         else:
             found = measure_data(options.data)
     except UserError as error:

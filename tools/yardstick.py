@@ -18,7 +18,7 @@ from torchvision.ops import box_iou
 
 from checkpoint import find_checkpoint, load_run
 from config import to_dict
-from data import UserError, build_dataset, user_errors
+from data import UserError, build_dataset, check_writable, user_errors
 from evaluate import compute_metrics, predict_dataset, stay_at_home
 from geometry import box3d_iou, project, unproject, yaw_to_alpha
 from guard import start_accelerator
@@ -180,12 +180,14 @@ def main(arguments=None):
     parser.add_argument("--oracles", action="store_true", help="also AP with one thing known")
     parser.add_argument("--json", help="also write the numbers there")
     options = parser.parse_intermixed_args(arguments)
-    folders, runs, oracles = [word for word in options.words if "=" not in word], [], []
+    overrides = [word for word in options.words if "=" in word and not Path(word).is_dir()]
+    folders, runs, oracles = [word for word in options.words if word not in overrides], [], []
     if not folders:
         parser.error("expected at least one run folder")
     try:
+        check_writable(options.json)
         for run in folders:
-            config, dataset, predictions = predict_run(run, [word for word in options.words if "=" in word])
+            config, dataset, predictions = predict_run(run, overrides)
             repeat = config.train.eval_repeat
             runs.append((Path(run).name, config, measure(dataset, predictions, repeat)))
             if options.oracles:
