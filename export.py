@@ -19,6 +19,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import shlex
 import shutil
 import sys
 import warnings
@@ -161,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB); it runs with")
-    print(f"  python {path.with_name(RUNTIME.name)} {path} IMAGE --intrinsics FX FY CX CY")
+    print(f"  python {shlex.quote(str(path.with_name(RUNTIME.name)))} {shlex.quote(str(path))} IMAGE --intrinsics FX FY CX CY")
     return 0
 
 

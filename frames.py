@@ -237,8 +237,16 @@ def turned(image):
 
 
 def upright(image):
-    """An `opened` image as viewers show it, turned as its EXIF orientation says; itself where that says nothing."""
-    return ImageOps.exif_transpose(image) if turned(image) in range(2, 9) else image
+    """An `opened` image as viewers show it, turned as its EXIF orientation says; itself where that says nothing.
+
+    Raises ValueError for an uncompressed grey TIFF on its side, whose pixels Pillow 13 reads in rows of a wrong length.
+    """
+    if turned(image) not in range(2, 9):
+        return image
+    size, whole = image.size, ImageOps.exif_transpose(image)
+    if image.format == "TIFF" and whole.size != size:  # Pillow has swapped a TIFF's sides before
+        raise ValueError("it is a TIFF on its side that Pillow cannot turn, expected one that is compressed or stored upright")
+    return whole
 
 
 def image_size(path, place=None):

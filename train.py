@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -267,10 +268,10 @@ def finish(config, accelerator, val_set, progress, metrics, predictions, nothing
         picture.save(out / "predictions.png")
         show_picture(accelerator, picture, progress.step)
         frame = val_set.frames[0]
-        camera = " ".join(f"{frame.K[i]:.6g}" for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
+        own, camera = shlex.quote(str(out)), " ".join(f"{frame.K[i]:.6g}" for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
         print(
             f"\n{format_metrics(metrics)}\n\nground truth beside predictions: {out / 'predictions.png'}\n\nnext:\n"
-            f"  python evaluate.py {out}\n  python predict.py {out} {frame.image} --intrinsics {camera}"
+            f"  python evaluate.py {own}\n  python predict.py {own} {shlex.quote(str(frame.image))} --intrinsics {camera}"
         )
         if nothing_to_do:
             print(f"(this run was finished before: out=runs/NAME starts another one, deleting {out} this one anew)")

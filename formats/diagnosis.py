@@ -107,7 +107,7 @@ def diagnose(frames: Sequence[Frame], sizes: np.ndarray, reading: Reading = JSON
     clear = _clear(objects)
     derived, notes = _derived_classes(objects[clear]), []
     checked = objects[clear & ~np.isin(objects.labels.name.astype(str), derived)]
-    problems = _doubt_boxes(frames, sizes, source)
+    problems = _doubt_boxes(frames, sizes, source) + _doubt_behind(objects, frames)
     found = _explain(checked, reading)
     problems += found or _doubt_frames(checked, frames) + _doubt_principal_point(objects)
     if derived:
@@ -270,8 +270,19 @@ def _least_deviation(A, b):
     return x
 
 
+def _doubt_behind(objects, frames):
+    """A sentence for labels with a 2D box of which no part lies before the camera."""
+    own = objects.labels
+    behind = np.flatnonzero(own.center[:, 2] + own.size[:, [0, 2]].sum(1) / 2 < 0)
+    if not len(behind):
+        return []
+    name, z, id = own.name[behind[0]], own.center[behind[0], 2], frames[objects.frame[behind[0]]].id
+    return [f"{len(behind)} objects lie behind the camera, and cannot be in the image: the first is a {name} at z = {z:g} m in frame {id}"]
+
+
 def _doubt_frames(objects, frames):
     """A sentence naming the frames whose every 3D box misses its 2D box, where those of the others fit."""
+    objects = objects[objects.labels.center[:, 2] > 0]
     now, best = objects.fit(objects.project()), np.full(len(frames), -1.0)
     np.maximum.at(best, objects.frame, now)
     bad, seen = np.flatnonzero((best >= 0) & (best < MISSES)), (best >= 0).sum()

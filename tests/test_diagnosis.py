@@ -252,3 +252,12 @@ def test_real_labels_are_let_alone(folder):
     frames = read_frames(SHARED / folder, ("trainval",))
     sizes = np.array([KITTI_SIZES[round(frame.K[0, 0], 4)] for frame in frames])
     assert diagnose(frames, sizes, KITTI)[0] == []
+
+
+def test_what_lies_behind_the_camera_is_named_and_makes_no_camera_wrong(good):
+    frames, sizes = good
+    labels, count = frames[0].labels, frames[0].labels.is_3d.sum()
+    behind = np.where(labels.is_3d[:, None], labels.center * [1, 1, -1], labels.center)
+    wrong = [dataclasses.replace(frames[0], labels=dataclasses.replace(labels, center=behind)), *frames[1:]]
+    [sentence] = diagnose(wrong, sizes)[0]
+    assert re.match(rf"{count} objects lie behind the camera, .* in frame 000000$", sentence)

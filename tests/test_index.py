@@ -30,7 +30,7 @@ from data import DataConfig, Source, build_dataset
 from formats import index, jsonl, kitti
 from formats.index import Frames, Part, Reading, find_columns, gather, read_packed
 from formats.world import build_world
-from frames import Frame, image_size, load_image, make_labels, opened, upright
+from frames import Frame, decode, image_size, load_image, make_labels, opened, upright
 
 MINI = SHARED / "kitti_mini"
 K = [[700.0, 0, 320], [0, 710.0, 96], [0, 0, 1]]
@@ -460,6 +460,22 @@ def test_an_image_that_took_another_size_is_named(tmp_path):
     Image.new("RGB", (642, 192)).save(tmp_path / "a.png")
     with pytest.raises(Exception, match=r"a\.png: the image is 642x192, and was 640x192 when its source was read: touch the source"):
         dataset[0]
+
+
+@pytest.mark.parametrize("mode", [np.uint8, np.uint16])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_grey_tiff_on_its_side_is_turned_or_refused(tmp_path, mode, compression):
+    """Pillow 13 garbles uncompressed ones."""
+    exif, path, pixels = Image.Exif(), tmp_path / "a.tif", np.arange(2100).reshape(30, 70).astype(mode)
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(path, exif=exif, compression=compression)
+    try:
+        image = load_image(path)
+    except OSError as error:
+        assert "a.tif: cannot read the image: it is a TIFF on its side that Pillow cannot turn" in str(error)  # noqa: PT017
+        assert compression is None
+    else:
+        assert np.array_equal(np.asarray(image), np.rot90(np.asarray(decode(Image.fromarray(pixels))), -1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif"])
