@@ -358,7 +358,10 @@ def read_folder(
     else:
         if not Path(split).is_file():
             raise FileNotFoundError(f"{split}: no such split file, expected a text file with one frame id a line")
-        ids = Path(split).read_text(encoding="utf-8-sig").split()
+        try:
+            ids = Path(split).read_text(encoding="utf-8-sig").split()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{split}: not a text file: {error}") from None
         if not ids:
             raise ValueError(f"{split}: the split is empty, expected one frame id a line")
         if len(set(ids)) < len(ids):
@@ -380,6 +383,8 @@ LABEL_FOLDERS, RESULT_FOLDERS = ("label_2", "training/label_2"), ("data", "resul
 
 def _text_folder(path, option, usual, empty=False):
     """Folder with .txt files as a Path; `empty` allows none. Raises FileNotFoundError with advice: a usual folder inside that has some."""
+    if not path:
+        raise FileNotFoundError(f"{option} is empty, expected a folder")
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{option} {path}: no such folder")
@@ -407,6 +412,9 @@ def evaluate_files(options: argparse.Namespace) -> None:
     """The files mode: prints the table, and what is missing or extra; writes what was asked for."""
     with user_errors():
         truth, results, missing, extra = read_folder(options.labels, options.results, options.split)
+        there = {name for labels in (*truth.values(), *results.values()) for name in np.unique(labels.name.astype(str))}
+        if unknown := [name for name in options.classes or () if name not in there]:
+            raise ValueError(f"--classes names {unknown[0]!r}, which no file does; there are {', '.join(sorted(there))}")
     metrics = compute_metrics(truth, results, options.classes or CLASSES, options.overlap or "strict", options.repeat or 1)
     metrics["files"] = {"missing_results": len(missing), "extra_results": len(extra)}
     print(format_table(metrics, options.metric or "R40", metrics["errors"] if options.errors else None))

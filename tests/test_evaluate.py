@@ -114,6 +114,12 @@ def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     assert f"did you mean {labels}?" in fail(capsys, "--labels", folders, "--results", results)
     assert f"did you mean {results}?" in fail(capsys, "--labels", labels, "--results", folders)
     assert "no such split file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
+    assert "--labels is empty, expected a folder" in fail(capsys, "--labels", "", "--results", "")
+    assert "--classes names 'Bus', which no file does; there are " in fail(
+        capsys, "--labels", labels, "--results", results, "--classes", "Bus"
+    )
+    (folders / "val.txt").write_bytes(b"\xff")
+    assert "val.txt: not a text file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
     (folders / "val.txt").write_text("000000 000007")
     assert "000007.txt: no label file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
     (folders / "val.txt").write_text("000000 000000")
