@@ -53,8 +53,9 @@ def test_the_table_tells_each_class(kitti, capsys):
     assert (name, use, count) == ("Car", "trained", str(len(cars)))
     assert [float(v) for v in size.split()] == pytest.approx(np.median(cars.size, 0), abs=0.0051)
     assert [float(v) for v in depth.split(" / ")] == pytest.approx(np.quantile(cars.center[:, 2], (0.05, 0.5, 0.95)), abs=0.051)
-    away = np.abs(np.sin((cars.yaw + np.pi / 2) / 2)) < np.sin(np.pi / 8)
-    assert headings.split("/")[0] == f"{100 * away.mean():.0f}"
+    x, z = np.cos(cars.yaw), -np.sin(cars.yaw)  # where a car looks
+    facing = z > np.abs(x), x > np.abs(z), -z > np.abs(x), -x > np.abs(z)  # away, right, toward, left
+    assert headings.split("/") == [f"{100 * share.mean():.0f}" for share in facing]
     assert truncated == f"{100 * (cars.truncation > 0).mean():.0f} %"
     assert occluded == f"{100 * (cars.occlusion > 0).mean():.0f} %"
     high = (cars.box[:, 3] - cars.box[:, 1]) / 2  # images of 640x192 on a canvas of 320x96

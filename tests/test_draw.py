@@ -8,7 +8,19 @@ import pytest
 from PIL import Image
 
 import draw
-from draw import OTHER, PREDICTION, TRUTH, WIDTH, best_score, draw_curves, draw_frame, draw_frames, draw_sheet, frame_quality
+from draw import (
+    OTHER,
+    PREDICTION,
+    TRUTH,
+    WIDTH,
+    balanced_score,
+    best_score,
+    draw_curves,
+    draw_frame,
+    draw_frames,
+    draw_sheet,
+    frame_quality,
+)
 from formats.kitti import read_calib, read_labels, split_projection
 from frames import Frame, make_labels
 from geometry import box_corners, project
@@ -256,3 +268,7 @@ def test_quality_and_score_level_of_frames():
     assert frame_quality(CAR, CAR[:0], ("Car",)) == 0
     assert np.isnan(frame_quality(CAR, CAR, ("Cyclist",)))
     assert best_score(kitti_ap({"0": CAR}, {"0": CAR[:0]}, ("Car",))) == 0.3
+    frame, found = Frame("0", Path("0.png"), K, CAR), [dataclasses.replace(CAR, score=np.array([score])) for score in (0.2, 0.9, 0.6)]
+    assert balanced_score([frame] * 2, found, ("Car",)) == 0.2  # two are above it
+    assert balanced_score([frame] * 2, found, ("Van",)) == 0.9
+    assert balanced_score([frame] * 9, found, ("Car",)) == 0.0

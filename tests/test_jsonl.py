@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data import DataConfig, Source, build_dataset
 from formats.jsonl import OBJECT_KEYS, main, read_frames, summarise, to_json, write_jsonl
 from formats.kitti import read_calib, read_labels, split_projection
 from frames import Frame
@@ -166,6 +167,20 @@ def test_what_cannot_be_seen_is_left_out_and_counted(folder, change, sentence, c
     assert "1 good frames, 0 bad lines, 2 objects that cannot be seen left out\nCar: 1" in capsys.readouterr().out
     assert main([str(path), "--dropped"]) == 0
     assert dropped[0] in capsys.readouterr().out
+    dataset = build_dataset(DataConfig(), (Source(kind="jsonl", root=str(path)),), ("Car",), (96, 320), True)
+    assert dataset.summary() == "1 frames; trained: Car 1; ignored: DontCare 1; left out, as they cannot be seen: 2"
+
+
+def test_objects_in_blocks_are_those_of_the_samples(folder):
+    """Of a camera whose two focal lengths differ, on a canvas that shows the image at half its size."""
+    path = write(folder, changed("K", [[500, 0, 320], [0, 400, 90], [0, 0, 1]]))
+    dataset = build_dataset(DataConfig(flip=0), (Source(kind="jsonl", root=str(path)),), ("Car",), (96, 320), True)
+    sample, [(label, size, box, depth, focal)] = dataset[0], list(dataset.whole_objects())
+    assert focal.tolist() == [200] == [sample["K"][1, 1]]
+    assert label.tolist() == [0]
+    for name, value in {"size": size, "box": box, "depth": depth}.items():
+        known = sample["center"][:, 2] if name == "depth" else sample[name]
+        np.testing.assert_allclose(value, known, rtol=1e-5, atol=1e-4)
 
 
 def test_an_object_behind_the_camera_stays_when_its_box_is_seen(folder):

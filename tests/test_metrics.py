@@ -460,6 +460,9 @@ def test_object_errors_by_band():
     expected |= {"heading_flipped": 1.0, "length_error": 0.3, "height_error": 0.1, "width_error": 0.2}
     expected |= {"within_1_sigma": 0.0, "within_2_sigma": 1.0, "sigma_ratio": 0.5 / 0.4}
     assert {key: near[key] for key in expected} == pytest.approx(expected)
+    for degrees, flipped in ((80, 0.0), (100, 1.0)):
+        turned = labels({"center": (0, 1, 15), "yaw": np.radians(degrees), "score": 0.4})
+        assert object_errors({"0": truth}, {"0": turned}, ("Car",))["Car"]["10-20"]["heading_flipped"] == flipped
     assert far["depth_bias"] == pytest.approx(-3)
     assert far["within_1_sigma"] == 1.0
     assert errors["all"]["objects"] == 3
