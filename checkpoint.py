@@ -31,6 +31,7 @@ from model import META, Detector, ModelConfig, read_meta, verify_files, write_me
 
 MODEL, RAW, OPTIMIZER = "model.safetensors", "model_1.safetensors", "optimizer.bin"  # as Accelerate names them
 CONFIG, METRICS = "config.json", "metrics.json"
+PRIORS = ("size_prior", "depth_mean", "depth_std")  # keys of the model that are measured where they are empty
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 log = logging.getLogger("deep3d")
@@ -404,8 +405,11 @@ def take_architecture(config):
 def inherit_priors(asked, measured, theirs):
     """The measured `ModelConfig` with the priors that loaded weights were trained with, except where the one asked for sets them itself.
 
-    Sizes are taken class by class; depths only where the levels of the pyramid mean the same.
+    theirs: the `ModelConfig` of those weights, if any. Sizes are taken class by class; depths only where the levels of the pyramid mean
+    the same.
     """
+    if theirs is None:
+        return measured
     taken = {}
     if not asked.size_prior:
         known = dict(zip(theirs.classes, theirs.size_prior, strict=False))  # empty where they were never measured
@@ -422,45 +426,49 @@ def inherit_priors(asked, measured, theirs):
 def find_start(config, accelerator, now):
     """Where config.resume says to go on: (checkpoint folder or None, its `Progress`, the config fitted to it and to the processes).
 
-    now: the `Progress` of a run that starts here. The main process verifies, passes damaged checkpoints over and tells the others.
-    Raises ValueError when it must not go on.
+    now: the `Progress` of a run that starts here. The main process chooses, and tells the others. Raises ValueError when it must not go on.
     """
-    found = [None, now, config.train.batch_size, {}]
-    if accelerator.is_main_process:
-        root = Path(config.out) / "checkpoints"
-        remove_leftovers(root)
-        remove_leftovers(config.out, "best")
-        folders = list_checkpoints(root)
-        if config.resume == "none" and folders:
-            raise ValueError(f"{config.out} holds checkpoints and resume=none; choose another out=, or delete it")
-        if config.resume not in ("auto", "none") and not folders:  # a start from elsewhere; once begun, the run goes on from its own
-            folders = [find_named(config.resume)]
-        for folder in folders:
-            try:
-                then, before = verify_checkpoint(folder)
-            except ValueError as error:
-                if folder == folders[-1]:
-                    raise ValueError(f"{error}; nothing older is left{f' (delete {root} to start anew)' * root.exists()}") from None
-                log.warning(f"{error}; passing it over")
-                continue
-            measured = {k: v for k, v in before["model"].items() if k in ("size_prior", "depth_mean", "depth_std")}
-            refuse_changes(config, before, then, now, folder)
-            batch_size = fit_batch(config.train, then, now.processes, folder)
-            change = f" with {then.processes} -> {now.processes} processes of {batch_size} images, the same global batch"
-            log.info(f"resumed from {folder}{change * (then.processes != now.processes)}")
-            if folder.parent == root:
-                for path in set_newer_aside(folder):
-                    log.warning(f"kept as {path}")
-                then = with_best(then, before, config, now)
-            else:  # its best weights are not in this run's folder
-                then = dataclasses.replace(then, best_metric="", best=0.0, evaluated=False)
-            found = [folder, then, batch_size, measured]
-            break
-    folder, then, batch_size, measured = broadcast_object_list(found)
+    [chosen] = broadcast_object_list([choose_checkpoint(config, now) if accelerator.is_main_process else None])
+    folder, then, batch_size, measured = chosen
     kept = {name: getattr(then, name) for name in ("step", "global_batch", "best_metric", "best", "evaluated")}
     progress = dataclasses.replace(now, **kept)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
     return folder, progress, with_priors(config, measured)
+
+
+def choose_checkpoint(config, now):
+    """(folder, its `Progress`, images per process, its measured priors) of the newest checkpoint that is whole; a start has no folder.
+
+    Damaged ones are passed over, newer ones set aside. Raises ValueError where all are damaged, or the run must not go on from it.
+    """
+    root = Path(config.out) / "checkpoints"
+    remove_leftovers(root)
+    remove_leftovers(config.out, "best")
+    folders = list_checkpoints(root)
+    if config.resume == "none" and folders:
+        raise ValueError(f"{config.out} holds checkpoints and resume=none; choose another out=, or delete it")
+    if config.resume not in ("auto", "none") and not folders:  # a start from elsewhere; once begun, the run goes on from its own
+        folders = [find_named(config.resume)]
+    for folder in folders:
+        try:
+            then, before = verify_checkpoint(folder)
+        except ValueError as error:
+            if folder == folders[-1]:
+                raise ValueError(f"{error}; nothing older is left{f' (delete {root} to start anew)' * root.exists()}") from None
+            log.warning(f"{error}; passing it over")
+            continue
+        refuse_changes(config, before, then, now, folder)
+        batch_size = fit_batch(config.train, then, now.processes, folder)
+        change = f" with {then.processes} -> {now.processes} processes of {batch_size} images, the same global batch"
+        log.info(f"resumed from {folder}{change * (then.processes != now.processes)}")
+        if folder.parent == root:
+            for path in set_newer_aside(folder):
+                log.warning(f"kept as {path}")
+            then = with_best(then, before, config, now)
+        else:  # its best weights are not in this run's folder
+            then = dataclasses.replace(then, best_metric="", best=0.0, evaluated=False)
+        return folder, then, batch_size, {k: v for k, v in before["model"].items() if k in PRIORS}
+    return None, now, config.train.batch_size, {}
 
 
 def find_named(resume):
@@ -503,9 +511,7 @@ def fit_batch(train, then, world, folder):
 
 def refuse_changes(config, before, then, now, folder):
     """Show what differs from a checkpoint's config (a dict) and data; raise ValueError unless config.allow_changes, or it cannot go on."""
-    measured = {
-        k: [] if not getattr(config.model, k) else v for k, v in before["model"].items() if k in ("size_prior", "depth_mean", "depth_std")
-    }
+    measured = {k: [] if not getattr(config.model, k) else v for k, v in before["model"].items() if k in PRIORS}
     changes = changed_keys({**before, "model": {**before["model"], **measured}}, to_dict(config))
     if now.frames != then.frames:
         changes.append(f"frames of data.train: {then.frames} -> {now.frames}")

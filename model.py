@@ -480,15 +480,16 @@ class Detector(
         """Raw outputs of `forward` -> what `detect` returns: decoded, scored, above the threshold, without duplicates."""
         boxes = self.rank(logits.float(), raw, K)
         images, candidates = boxes["score"].shape
-        box, score = boxes["box"].flatten(0, 1), boxes["score"].flatten()
-        same = boxes["label"] + len(self.config.classes) * torch.arange(images, device=raw.device)[:, None]
-        keep = batched_nms(box, score, same.flatten(), self.config.nms_iou)
+        box, score = boxes["box"].flatten(0, 1), boxes["score"].flatten()  # row r of image i becomes row i * candidates + r
+        image = torch.arange(images, device=raw.device).repeat_interleave(candidates)
+        group = image * len(self.config.classes) + boxes["label"].flatten()  # boxes of one image and class suppress one another
+        keep = batched_nms(box, score, group, self.config.nms_iou)
         keep = keep[score[keep] > self.config.score_threshold]
         if self.config.nms_across_classes:
-            keep = keep[batched_nms(box[keep], score[keep], keep // candidates, self.config.nms_across_classes)]
+            keep = keep[batched_nms(box[keep], score[keep], image[keep], self.config.nms_across_classes)]
         found = []
         for i in range(images):
-            rows = keep[keep // candidates == i][: self.config.max_detections] - i * candidates
+            rows = keep[image[keep] == i][: self.config.max_detections] - i * candidates
             every = {name: value[i] for name, value in boxes.items()}
             own = {name: value[rows] for name, value in every.items()}
             if self.config.fuse_duplicates:

@@ -97,13 +97,12 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                sides = (p.shape[0], p.numel() // p.shape[0]) if p.ndim > 1 else (1, 1)
-                matrix = min(sides) >= 4 and max(sides) <= 128 * min(sides) and p.shape[1] > 1  # a depthwise kernel is none
-                matrices.setdefault(p.shape, []).append(p) if matrix else rest.append(p)
+                if is_matrix(p):
+                    matrices.setdefault(p.shape, []).append(p)
+                else:
+                    rest.append(p)
                 if not self.state[p]:
-                    self.state[p].update({name: torch.zeros_like(p) for name in (("momentum",) if matrix else ("exp_avg", "exp_avg_sq"))})
-                    if not matrix:
-                        self.state[p]["step"] = torch.zeros((), device=p.device)
+                    self.state[p].update(begin(p))
             if matrices:
                 self.step_matrices(group, list(matrices.values()))
             averages, squares, steps = ([self.state[p][name] for p in rest] for name in ("exp_avg", "exp_avg_sq", "step"))
@@ -132,6 +131,24 @@ class Muon(torch.optim.Optimizer):
             decay = decay * ~broken
         torch._foreach_mul_(params, 1 - decay)
         torch._foreach_sub_(params, [u.to(p.dtype) for u, p in zip(updates, params, strict=True)])
+
+
+def is_matrix(p):
+    """Whether a weight is orthogonalised: a matrix or kernel of at least 4 rows and columns, none 128 times the other; not a depthwise one.
+
+    So the class output, a row a class, is AdamW's with 3 classes and Muon's with 4.
+    """
+    if p.ndim < 2 or p.shape[1] == 1:
+        return False
+    rows, columns = p.flatten(1).shape
+    return min(rows, columns) >= 4 and max(rows, columns) <= 128 * min(rows, columns)
+
+
+def begin(p):
+    """The state of a weight before its first step."""
+    if is_matrix(p):
+        return {"momentum": torch.zeros_like(p)}
+    return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": torch.zeros((), device=p.device)}
 
 
 def _rows(stacks):

@@ -86,8 +86,8 @@ def propose(point, level, strides, height, width):
 
     Returns location (B, M, 9) over all levels, inside (B, M, 9) and distance (B, M, 9) from cell to point in strides.
     """
-    first = [sum((height // s) * (width // s) for s in strides[:i]) for i in range(len(strides))]  # cells before each level
-    stride, first = (per_level(level, values)[..., None] for values in (strides, first))
+    before = [sum((height // s) * (width // s) for s in strides[:i]) for i in range(len(strides))]  # cells of the levels before each
+    stride, before = (per_level(level, values)[..., None] for values in (strides, before))
     columns, rows = width / stride, height / stride
     edge = torch.cat([columns, rows], -1) - 1
     at = (point + 0.5) / stride  # cells (B, M, 2)
@@ -98,7 +98,7 @@ def propose(point, level, strides, height, width):
     inside = ((cells >= 0) & (cells <= edge[..., None, :])).all(-1)
     distance = (cells + 0.5 - at[..., None, :]).norm(dim=-1)
     column, row = cells.unbind(-1)
-    location = first + row * columns + column
+    location = before + row * columns + column
     return torch.where(inside, location, 0).long(), inside, distance
 
 

@@ -72,7 +72,7 @@ def train(config, accelerator):
 
     Returns the metrics of the last evaluation, or None when a signal stopped the run before its end.
     """
-    out, options, device, rank = Path(config.out), config.train, accelerator.device, accelerator.process_index
+    out, device, rank = Path(config.out), accelerator.device, accelerator.process_index
     with user_errors():
         out.mkdir(parents=True, exist_ok=True)
     with Signals(out, accelerator.is_main_process) as signals, lock_folder(out, accelerator.is_main_process):
@@ -81,7 +81,7 @@ def train(config, accelerator):
         start_log(out, accelerator.is_main_process)
 
         with user_errors():
-            find_optimizer(options.optimizer)  # a typo is told now
+            find_optimizer(config.train.optimizer)  # a typo is told now
             config = take_architecture(config)
             with accelerator.main_process_first():  # the main process renders the built-in world, the others find it there
                 shape, extra = (config.model.classes, config.model.size), (config.model.velocity, config.model.attribute_names)
@@ -90,8 +90,8 @@ def train(config, accelerator):
             read_metric(blank_metrics(val_set, config), config.best)  # a typo is told now
             now = Progress(
                 processes=accelerator.num_processes,
-                global_batch=options.batch_size * accelerator.num_processes * options.accumulate,
-                asked_batch=options.batch_size,
+                global_batch=config.train.batch_size * accelerator.num_processes * config.train.accumulate,
+                asked_batch=config.train.batch_size,
                 frames=len(train_set),
                 train_digest=train_set.digest(),
                 val_digest=val_set.digest(),
@@ -99,11 +99,10 @@ def train(config, accelerator):
             if config.model.norm == "sync" and now.processes > 1 and device.type == "cpu":
                 raise ValueError("model.norm=sync needs GPUs: torch synchronises no statistics between processes on CPUs")
             folder, progress, config = find_start(config, accelerator, now)
-            options = config.train
-            measured = measure_priors(train_set, config.model)
             source = find_weights(config.load_from) if config.load_from and not folder else None
-            theirs = source and read_source(source)
-            config = dataclasses.replace(config, model=inherit_priors(config.model, measured, theirs) if theirs else measured)
+            measured = measure_priors(train_set, config.model)
+            config = dataclasses.replace(config, model=inherit_priors(config.model, measured, read_source(source) if source else None))
+            options = config.train
             log.info(f"train: {train_set.summary()}")
             log.info(f"val: {val_set.summary()}")
 
