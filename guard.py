@@ -352,19 +352,15 @@ class Window:
         table = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.rows])  # (steps, names)
         times = torch.tensor([self.data_time / len(steps), self.time / len(steps)], device=table.device)
         times = accelerator.reduce(times, "mean").tolist()
-        table = accelerator.gather(table[None]).tolist()  # (processes, steps, names)
+        table = accelerator.gather(table[None]).cpu().numpy().astype(float)  # (processes, steps, names)
         self.rows, self.steps, self.time, self.data_time = [], [], 0.0, 0.0
         self.waits.append(tuple(times))
-        good = [i for i in range(len(steps)) if math.isfinite(table[0][i][-1])]  # the norm is equal on all processes
-        logged = [(n, name) for n, name in enumerate(names) if name != "gradient"] if good else []
-        means = {name: np.mean([[rows[i][n] for i in good] for rows in table]).item() for n, name in logged}
-        broken = []
-        for i in sorted({*range(len(steps))} - {*good}):
-            own = [name for name in names if name not in ("loss", "grad_norm")]  # the sum says nothing new, the norm is everybody's
-            values = [{n: v for n, v in zip(names, rows[i], strict=True) if n in own and not math.isfinite(v)} for rows in table]
-            guilty = [(steps[i], process, found) for process, found in enumerate(values) if found]
-            broken += guilty or [(steps[i], None, {})]
-        return means and {"data_time": times[0], "time": times[1], **means}, broken
+        good = np.isfinite(table[0, :, -1])  # the norm is equal on all processes
+        broken = [row for i in np.flatnonzero(~good) for row in name_broken(steps[i], names, table[:, i])]
+        if not good.any():
+            return {}, broken
+        means = {name: table[:, good, n].mean().item() for n, name in enumerate(names) if name != "gradient"}
+        return {"data_time": times[0], "time": times[1], **means}, broken
 
     def warn_of_waiting(self, workers):
         """Say once that the workers cannot keep up, and how many could: after three windows, of which the first, a start, does not count.
@@ -382,6 +378,16 @@ class Window:
                 f"{waited / whole:.0%} of the time is spent waiting for data: data.workers={max(enough, workers + 1)} a process would be "
                 f"enough (now {workers}), if there are as many cores; data.cache=FOLDER makes each faster"
             )
+
+
+def name_broken(step, names, table):
+    """Who made a step's gradient not finite: [(step, process, {name: value})], process None where no value (processes, names) tells."""
+    own = [name not in ("loss", "grad_norm") for name in names]  # the sum says nothing new, the norm is everybody's
+    found = []
+    for process, row in enumerate(table):
+        wrong = own & ~np.isfinite(row)
+        found += [(step, process, {names[n]: row[n].item() for n in np.flatnonzero(wrong)})] if wrong.any() else []
+    return found or [(step, None, {})]
 
 
 def start_trackers(accelerator, out, config):
