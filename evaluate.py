@@ -543,8 +543,17 @@ def stay_at_home(config: Config, overrides: Sequence[str]) -> Config:
     return dataclasses.replace(config, data=data)
 
 
+JUDGING = ("metric", "overlap", "repeat", "errors", "json", "curves")
+MODES = {  # by the option that asks for it, the first one that is given: what it is called, what it needs, and what else it takes
+    "nuscenes": ("--nuscenes ROOT", ("split", "results"), ("version", "json")),
+    "submission": ("--submission DIR", ("run",), ("overrides", "split", "flip")),
+    "labels": ("an evaluation of files", ("labels", "results"), ("split", "classes", *JUDGING)),
+    "run": ("a run folder", (), ("overrides", "flip", "out", *JUDGING)),
+}
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Namespace of the command line. Exits with code 2 and one sentence when the options do not fit together."""
+    """Namespace of the command line, and its `mode` in `MODES`. Exits with code 2 and one sentence when the options do not fit together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder or checkpoint folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, such as data.root=/data/kitti")
@@ -566,43 +575,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--curves", metavar="OUT.png", help="draw the precision-recall curves here")
     parser.add_argument("--out", metavar="DIR", help="where a run's evaluation goes; default: RUN/evaluation")
     options = parser.parse_intermixed_args(arguments)  # key=value may follow an option
-    if options.nuscenes is not None:
-        return _nuscenes_options(parser, options)
-    if options.version is not None:
-        parser.exit(2, "evaluate.py: --version belongs to --nuscenes ROOT\n")
-    files = options.labels is not None or options.results is not None
-    if options.submission is not None:
-        judging = ("labels", "results", "classes", "metric", "overlap", "repeat", "errors", "json", "curves", "out")
-        if given := [f"--{name}" for name in judging if getattr(options, name) not in (None, False)]:
-            parser.exit(2, f"evaluate.py: --submission compares with no labels and writes its folder alone: leave out {', '.join(given)}\n")
-        if options.run is None:
-            parser.exit(2, "evaluate.py: --submission DIR needs a run folder, as in evaluate.py RUN --submission DIR\n")
-        return options
-    if files == (options.run is not None):
+    given = {name for name, value in vars(options).items() if value not in (None, False, [])}
+    flag = lambda name: {"run": "a run folder", "overrides": "key=value"}.get(name, f"--{name}")  # noqa: E731
+    options.mode = next((mode for mode in MODES if mode in given), "labels" if "results" in given else None)
+    if options.mode is None:
         parser.exit(2, "evaluate.py: expected either a run folder, or --labels DIR and --results DIR (--help shows both)\n")
-    if files and None in (options.labels, options.results):
-        parser.exit(2, f"evaluate.py: {'--labels' if options.labels is None else '--results'} DIR is missing\n")
-    if files and options.out:
-        parser.exit(2, "evaluate.py: --out belongs to a run; of files, --json and --curves say what is written\n")
-    if files and options.flip:
-        parser.exit(2, "evaluate.py: --flip belongs to a run: it looks at every image twice\n")
-    if options.run and (options.classes or options.split):
-        parser.exit(2, "evaluate.py: --classes and --split belong to --labels; of a run, data.val=... chooses the frames\n")
+    title, needed, more = MODES[options.mode]
+    if missing := [name for name in needed if name not in given]:
+        parser.exit(2, f"evaluate.py: {title} needs {flag(missing[0])} as well (--help shows it)\n")
+    if vain := [name for name in vars(options) if name in given - {options.mode, "mode", *needed, *more}]:
+        takes = ", ".join(map(flag, (*needed, *more)))
+        parser.exit(2, f"evaluate.py: {flag(vain[0])} does not go with {title}, which takes {takes}\n")
     if options.repeat is not None and options.repeat < 1:
         parser.exit(2, f"evaluate.py: --repeat is {options.repeat}, expected 1 or more\n")
-    return options
-
-
-def _nuscenes_options(parser, options):
-    """The options of the nuScenes mode; exits with one sentence where one is missing, or given in vain."""
-    own = ("nuscenes", "version", "split", "results", "json")
-    vain = [name for name, value in vars(options).items() if name not in own and value != parser.get_default(name) and value != []]
-    if vain:
-        name = vain[0] if vain[0] in ("run", "overrides") else f"--{vain[0]}"
-        parser.exit(2, f"evaluate.py: {name} does not go with --nuscenes, which takes --split, --results, --version and --json\n")
-    for name in ("split", "results"):
-        if getattr(options, name) is None:
-            parser.exit(2, f"evaluate.py: --nuscenes needs --{name} as well (--help shows it)\n")
     return options
 
 
@@ -611,12 +596,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     try:
         check_outputs(options)
-        if options.submission is not None:
-            submit_run(options)
-        elif options.nuscenes is not None:
-            evaluate_nuscenes(options)
-        else:
-            evaluate_files(options) if options.run is None else evaluate_run(options)
+        modes = {"run": evaluate_run, "labels": evaluate_files, "submission": submit_run, "nuscenes": evaluate_nuscenes}
+        modes[options.mode](options)
     except (UserError, OSError) as error:  # the latter of a disk that is full, say
         print(f"evaluate.py: {error.sentence if isinstance(error, UserError) else error}", file=sys.stderr)
         sys.exit(2)

@@ -105,10 +105,14 @@ def test_malformed_line_is_named(folders, capsys, text, message):
 def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     labels, results = folders / "label_2", folders / "results"
     assert "expected either a run folder, or --labels DIR and --results DIR" in fail(capsys)
-    assert "--results DIR is missing" in fail(capsys, "--labels", labels)
-    assert "expected either" in fail(capsys, "runs/x", "--labels", labels, "--results", results)
-    assert "--out belongs to a run" in fail(capsys, "--labels", labels, "--results", results, "--out", folders)
-    assert "--flip belongs to a run" in fail(capsys, "--labels", labels, "--results", results, "--flip")
+    assert "an evaluation of files needs --results as well" in fail(capsys, "--labels", labels)
+    assert "an evaluation of files needs --labels as well" in fail(capsys, "--results", results)
+    assert "a run folder does not go with an evaluation of files" in fail(capsys, "runs/x", "--labels", labels, "--results", results)
+    expected = (
+        "--out does not go with an evaluation of files, which takes --labels, --results, --split, --classes, --metric, --overlap, --repeat"
+    )
+    assert expected in fail(capsys, "--labels", labels, "--results", results, "--out", folders)
+    assert "--flip does not go with an evaluation of files" in fail(capsys, "--labels", labels, "--results", results, "--flip")
     assert "--repeat is 0" in fail(capsys, "--labels", labels, "--results", results, "--repeat", 0)
     assert f"--labels {folders / 'nowhere'}: no such folder" in fail(capsys, "--labels", folders / "nowhere", "--results", results)
     assert f"did you mean {labels}?" in fail(capsys, "--labels", folders, "--results", results)
@@ -308,7 +312,9 @@ def test_an_evaluation_deletes_nobodys_files(run, capsys, tmp_path):
 
 
 def test_flags_that_a_run_would_ignore_are_refused(run, capsys):
-    assert "--classes and --split belong to --labels" in fail(capsys, run, "--classes", "Car")
+    assert "--classes does not go with a run folder, which takes key=value, --flip, --out, --metric" in fail(
+        capsys, run, "--classes", "Car"
+    )
     sources = 'data.val=[{"root": "/data/mine", "split": ["val"]}]'
     assert "data.root=/data/kitti: nothing lies there for this config" in fail(capsys, run, sources, "data.root=/data/kitti")
 
@@ -388,8 +394,8 @@ def test_classes_of_a_submission(tmp_path, capsys, run, testing_half):
 def test_submissions_that_make_no_sense(run, testing_half, capsys, tmp_path):
     for given in ("--json x", "--curves x", "--labels x", "--out x", "--metric R40", "--overlap strict", "--errors", "--repeat 1"):
         message = fail(capsys, run, "--submission", tmp_path / "a", *given.split())
-        assert f"--submission compares with no labels and writes its folder alone: leave out {given.split()[0]}\n" in message
-    assert "--submission DIR needs a run folder" in fail(capsys, "--submission", tmp_path / "a")
+        assert f"{given.split()[0]} does not go with --submission DIR, which takes a run folder, key=value, --split, --flip\n" in message
+    assert "--submission DIR needs a run folder as well" in fail(capsys, "--submission", tmp_path / "a")
     assert "expected a KITTI folder with testing/image_2" in fail(capsys, run, "--submission", tmp_path / "a", f"data.root={tmp_path}")
     assert "expected a KITTI folder with training/image_2" in fail(
         capsys, run, "--submission", tmp_path / "a", "--split", "val", f"data.root={testing_half}"

@@ -497,11 +497,11 @@ def test_boxes_that_name_another_sample_count_there_and_are_told(invented, tmp_p
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ([], "--nuscenes needs --results as well"),
+        ([], "--nuscenes ROOT needs --results as well"),
         (["--results", "x", "--errors"], "--errors does not go with --nuscenes"),
         (["--results", "x", "--overlap", "loose"], "--overlap does not go with --nuscenes"),
         (["--results", "x", "--labels", "y"], "--labels does not go with --nuscenes"),
-        (["--results", "x", "runs/a"], "run does not go with --nuscenes"),
+        (["--results", "x", "runs/a"], "a run folder does not go with --nuscenes"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(more, sentence, capsys):
@@ -513,7 +513,7 @@ def test_options_that_do_not_fit_are_refused(more, sentence, capsys):
 
 def test_mistakes_on_the_command_line_are_one_sentence(invented, tmp_path, capsys):
     for arguments, sentence in (
-        (["--version", "x", "--labels", "a", "--results", "b"], "--version belongs to --nuscenes ROOT"),
+        (["--version", "x", "--labels", "a", "--results", "b"], "--version does not go with an evaluation of files"),
         (["--nuscenes", tmp_path, "--split", "val", "--results", "b"], "expected a nuScenes folder with its tables"),
         (["--nuscenes", invented, "--split", "mini_val", "--results", tmp_path / "b"], f"{tmp_path / 'b'}: no such result file"),
         (["--nuscenes", invented, "--split", "mini_val", "--results", invented / "expected.json"], "found no 'results'"),
