@@ -331,7 +331,7 @@ class Detection3D(Dataset):
         labels = place_labels(frame.labels, view)
         seen = ((labels.box[:, 2:] - labels.box[:, :2]) >= 1).all(1)  # what the crop leaves out is out of view
         labels = labels[seen]
-        label, trained, ignored = self.roles(labels)
+        label, trained, ignored = self.roles(labels, labels.name, np.arange(len(labels)))
         objects = labels[trained]
         full_box, crosses = project_boxes(objects.center, objects.size, objects.yaw, K)
         full_box[crosses] = 0
@@ -349,16 +349,14 @@ class Detection3D(Dataset):
             sample["attribute"] = torch.tensor([index.get(name, -1) for name in known], dtype=torch.long)
         return sample
 
-    def roles(self, labels, names=None):
+    def roles(self, labels, names, kind):
         """Class index (n,), -1 for none, and which of n boxes on the canvas are trained and which ignored: (n,) bool each.
 
-        With names (c,), labels.name holds places in them, as in `Part.labels`.
+        names (c,): of classes; kind (n,): the place of each box's among them. `labels.name` is not looked at.
         """
-        known, index = labels.name if names is None else names, {name: i for i, name in enumerate(self.classes)}
-        label = np.array([index.get(name, -1) for name in known], dtype=np.int64)
-        ignored = np.array([name in ("DontCare", *self.config.neighbours) for name in known], dtype=bool)
-        if names is not None:
-            label, ignored = label[labels.name], ignored[labels.name]
+        index = {name: i for i, name in enumerate(self.classes)}
+        label = np.array([index.get(name, -1) for name in names], dtype=np.int64)[kind]
+        ignored = np.array([name in ("DontCare", *self.config.neighbours) for name in names], dtype=bool)[kind]
         hard = (labels.box[:, 3] - labels.box[:, 1] < self.config.min_height) | (labels.occlusion > self.config.max_occlusion)
         trained = (label >= 0) & labels.is_3d & ~(hard & self.training)
         return label, trained, ignored | ((label >= 0) & ~trained)
@@ -413,7 +411,7 @@ class Detection3D(Dataset):
             labels = part.labels(objects)
             boxes = labels.box * np.tile(scale, 2)[owner] + np.tile(0.5 * scale - 0.5, 2)[owner]
             boxes = np.clip(boxes, 0, np.tile(shown - 1, 2)[owner])
-            label, trained, _ = self.roles(dataclasses.replace(labels, box=boxes), part.names)
+            label, trained, _ = self.roles(dataclasses.replace(labels, box=boxes), part.names, labels.name)
             rows = np.flatnonzero(trained & (sizes[owner, 0] > 0) & ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1))
             focal = (scale[:, 1] * part.columns["K"][frames, 4])[owner[rows]]
             columns = labels.size[rows], boxes[rows], labels.center[rows, 2], focal
@@ -434,7 +432,7 @@ class Detection3D(Dataset):
                 sizes = self.sizes(part, first, frames, strict=False)
                 scale = np.where(sizes[:, 1] > 0, whole_sizes(np.maximum(sizes, 1), self.size)[:, 1] / np.maximum(sizes[:, 1], 1), 1.0)
                 labels = dataclasses.replace(labels, box=labels.box * scale[part.owners(frames)][:, None])
-            _, trained, ignored = self.roles(labels, names)
+            _, trained, ignored = self.roles(labels, names, labels.name)
             for title, rows in (("trained", trained), ("ignored", ignored), ("background", ~trained & ~ignored)):
                 for name, count in zip(names, np.bincount(labels.name[rows], minlength=len(names)).tolist(), strict=True):
                     found[title][name] += count * times[part]

@@ -312,8 +312,8 @@ class Columns:
 
     def objects(self, start: int, stop: int) -> slice:
         """Rows of the objects of frames start to stop."""
-        last = self.columns["last"]
-        return slice(int(last[start - 1]) if start else 0, int(last[stop - 1]) if stop > start else int(last[start - 1]) if start else 0)
+        before = lambda frame: int(self.columns["last"][frame - 1]) if frame else 0  # noqa: E731 - objects of the frames before
+        return slice(before(start), before(max(start, stop)))
 
     def repeated(self, count: int) -> tuple[str, int] | None:
         """An id that the first `count` frames hold several times, and how often; None when each is there once."""

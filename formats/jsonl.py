@@ -454,7 +454,10 @@ def _read_singly(path, start, lines):
 
 
 def _read_together(lines, folder):
-    """The chunk of lines of which nothing is wrong; else one of many errors. Checks what `_parse_line` checks, in columns."""
+    """The chunk of lines of which all is usual, checked in columns; else one of many errors, and `_read_singly` says what is wrong.
+
+    Takes nothing that `_parse_line` refuses: a new rule goes there first, then in here.
+    """
     decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
     frames = [decode(line.decode("utf-8")) for line in lines]
     _expect({dict}.issuperset(map(type, frames)) and all(_known(keys, FRAME_KEYS) for keys in set(map(tuple, frames))))

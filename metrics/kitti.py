@@ -207,10 +207,11 @@ def _crossing(a, b, a_frame, b_frame):
     intervals are, hardly a pair in vain. Ranks in place of values let one search serve all frames.
     """
     values, rank = np.unique(np.concatenate([a.ravel(), b.ravel()]), return_inverse=True)
-    a = rank[: a.size].reshape(-1, 2) + a_frame[:, None] * len(values)
+    a = rank[: a.size].reshape(-1, 2) + a_frame[:, None] * len(values)  # each frame has ranks of its own: none meets another
     b = rank[a.size :].reshape(-1, 2) + b_frame[:, None] * len(values)
-    yield from _beginning(a, b[:, 0])
-    yield from ((i, j) for j, i in _beginning(b + np.array([1, 0]), a[:, 0]))  # those that begin together were in the first
+    yield from _beginning(a, b[:, 0])  # b begins in a
+    later = b + np.array([1, 0])  # a begins in b, after b: those that begin together have been
+    yield from ((i, j) for j, i in _beginning(later, a[:, 0]))
 
 
 def _beginning(intervals, starts):
