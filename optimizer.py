@@ -140,7 +140,7 @@ def is_matrix(p):
     """
     if p.ndim < 2 or p.shape[1] == 1:
         return False
-    rows, columns = p.flatten(1).shape
+    rows, columns = p.shape[0], p.numel() // p.shape[0]
     return min(rows, columns) >= 4 and max(rows, columns) <= 128 * min(rows, columns)
 
 
