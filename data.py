@@ -358,7 +358,8 @@ class Detection3D(Dataset):
         label = np.array([index.get(name, -1) for name in names], dtype=np.int64)[kind]
         ignored = np.array([name in ("DontCare", *self.config.neighbours) for name in names], dtype=bool)[kind]
         hard = (labels.box[:, 3] - labels.box[:, 1] < self.config.min_height) | (labels.occlusion > self.config.max_occlusion)
-        trained = (label >= 0) & labels.is_3d & ~(hard & self.training)
+        seen = (labels.box[:, 2:] > labels.box[:, :2]).all(1)  # converters write boxes without area for what a camera does not see
+        trained = (label >= 0) & labels.is_3d & seen & ~(hard & self.training)
         return label, trained, ignored | ((label >= 0) & ~trained)
 
     def view_of(self, index):

@@ -24,14 +24,13 @@ READS = {  # half of a KITTI folder: what is read of it
 }
 AT_ONCE = 500  # frames that a process reads together
 FIELDS = {"box": ("2D box is", 3, 7), "size": ("h, w, l are", 7, 10), "center": ("x, y, z are", 10, 13), "yaw": ("rotation_y is", 13, 14)}
-OCCLUSIONS = (-1, 0, 1, 2, 3)  # -1: not known
 
 
 def read_labels(path, scores=False):
     """Read a label file (15 fields a line) or, with scores, a result file (16). Returns Labels in rectified camera 0.
 
     Raises FileNotFoundError, or ValueError naming file and line for a wrong field count, a non-number, a non-finite number and, in
-    labels, a number that is not plausible or a 2D box without area.
+    labels, a number that is not plausible or a 2D box that is inside out.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # a byte order mark would become part of the first class
@@ -88,12 +87,8 @@ def _parse_row(fields, count, place):
         if (fields[0] != "DontCare" or key == "box") and not low <= min(row[start:stop]) <= max(row[start:stop]) <= high:
             values = ", ".join(f"{value:g}" for value in row[start:stop])
             raise ValueError(f"{place}: {title} {values}, expected numbers from {low:g} to {high:g}")
-    if row[0] != -1 and not 0 <= row[0] <= 1:
-        raise ValueError(f"{place}: truncation {row[0]:g}, expected a number from 0 to 1, or -1")
-    if row[1] not in OCCLUSIONS:
-        raise ValueError(f"{place}: occlusion {row[1]:g}, expected 0, 1, 2 or 3, or -1")
-    if row[5] <= row[3] or row[6] <= row[4]:
-        raise ValueError(f"{place}: 2D box {row[3]:g} {row[4]:g} {row[5]:g} {row[6]:g} has no area, expected x1 < x2, y1 < y2")
+    if row[5] < row[3] or row[6] < row[4]:
+        raise ValueError(f"{place}: 2D box {row[3]:g} {row[4]:g} {row[5]:g} {row[6]:g} is inside out, expected x1 <= x2, y1 <= y2")
     return row if len(row) == 15 else [*row, 1.0]
 
 
@@ -360,7 +355,6 @@ def _check_rows(names, values):
         low, high = PLAUSIBLE[key]
         inside = ((low <= values[:, start:stop]) & (values[:, start:stop] <= high)).all(1)
         fine &= inside if key == "box" else inside | boxes
-    fine &= (values[:, 3] < values[:, 5]) & (values[:, 4] < values[:, 6])
-    fine &= ((values[:, 0] == -1) | ((values[:, 0] >= 0) & (values[:, 0] <= 1))) & np.isin(values[:, 1], OCCLUSIONS)
+    fine &= (values[:, 3] <= values[:, 5]) & (values[:, 4] <= values[:, 6])
     if not fine.all():
         raise ValueError("a number is not plausible")

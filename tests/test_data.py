@@ -236,6 +236,13 @@ def test_the_summary_counts_what_training_ignores(folder):
     assert build(folder, sources, max_occlusion=-1).summary().startswith("6 frames; trained: Car 6, Pedestrian 5, Cyclist 0;")
     (folder / "training/image_2/000001.png").write_bytes(b"no picture")
     assert some.summary()
+    label = folder / "training/label_2/000002.txt"
+    lines = [line.split() for line in label.read_text().splitlines()]
+    flat = [[*row[:4], "0", "0", "0", "0", *row[8:]] if row[0] == "Car" else row for row in lines]  # as converters write what is not seen
+    label.write_text("\n".join(map(" ".join, flat)))
+    again = build(folder, sources, training=True)
+    assert again.summary() == plain.replace("Car 6", "Car 5").replace("ignored: ", "ignored: Car 1, ")
+    assert 0 not in again[(0, 2)]["label"]
 
 
 def test_a_class_without_objects_is_named_before_training(folder):
