@@ -486,7 +486,7 @@ def with_best(then, before, config, now):
     counting = lambda told: (told["data"]["overlap"], told["train"]["eval_repeat"])  # noqa: E731
     same = then.val_digest == now.val_digest and counting(before) == counting(to_dict(config))
     if then.best_metric and (then.best_metric != config.best or not same):
-        log.warning(f"best was {then.best_metric} on other frames or counted otherwise: the next evaluation begins anew")
+        log.warning(f"best was {then.best_metric} of another metric, on other frames or counted otherwise: the next evaluation begins anew")
         return dataclasses.replace(then, best_metric="", best=0.0)
     return then
 

@@ -132,9 +132,7 @@ def refuse_idle_root(overrides, *sources):
     """ValueError where the overrides give a data.root that none of the sources reads, as each names its own."""
     for text in overrides:
         if text.partition("=")[0].strip() == "data.root" and sources and all(source.root for source in sources):
-            raise ValueError(
-                f"{text}: nothing lies there for this config, whose sources name roots of their own, such as {sources[0].root}"
-            )
+            raise ValueError(f"{text}: no source reads it, as each names a root of its own, such as {sources[0].root}")
 
 
 def override(config, overrides):

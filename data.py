@@ -8,6 +8,7 @@ machine.
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import signal
@@ -49,8 +50,13 @@ def user_errors(about=""):
         raise UserError(str(error)) from error
 
 
+def disk_is_full(error):
+    """Whether an OSError tells that there is no room left: nobody's mistake in code."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def check_writable(*files):
-    """Raises UserError for a file, of those that are named, that could not be written once the work is done."""
+    """Raises UserError for the first of the files, those that are None or empty apart, that could not be written once the work is done."""
     for path in (Path(file) for file in files if file):
         folder = path.absolute().parent
         if path.is_dir():

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import Source, UserError, check_writable, loading, make_loader, user_errors
+from data import Source, UserError, check_writable, disk_is_full, loading, make_loader, user_errors
 from draw import SHOWN_FRAMES, draw_curves, draw_frames
 from formats import jsonl, nuscenes, nuscenes_world, world
 from formats.index import user_folder
@@ -398,9 +398,10 @@ def _text_folder(path, option, usual, empty=False):
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises UserError for an output that could not be written once the work is done."""
-    check_writable(options.json, options.curves)
-    if options.curves and Path(options.curves).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--curves {options.curves}: no picture is called so, expected a name such as curves.png")
+    own = options.out and Path(options.out).absolute()  # which will be there by then
+    check_writable(*(path for path in (options.json, options.curves) if path and Path(path).absolute().parent != own))
+    if options.curves and Image.registered_extensions().get(Path(options.curves).suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--curves {options.curves}: not a picture's suffix, expected a name such as curves.png")
     if options.out:
         folder = Path(options.out)
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -410,10 +411,11 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 def evaluate_files(options: argparse.Namespace) -> None:
     """The files mode: prints the table, and what is missing or extra; writes what was asked for."""
+    check_outputs(options)
     with user_errors():
         truth, results, missing, extra = read_folder(options.labels, options.results, options.split)
         there = {name for labels in (*truth.values(), *results.values()) for name in np.unique(labels.name.astype(str))}
-        if unknown := [name for name in options.classes or () if name not in there]:
+        if unknown := [name for name in options.classes or () if name not in there and name not in CLASSES]:
             raise ValueError(f"--classes names {unknown[0]!r}, which no file does; there are {', '.join(sorted(there))}")
     metrics = compute_metrics(truth, results, options.classes or CLASSES, options.overlap or "strict", options.repeat or 1)
     metrics["files"] = {"missing_results": len(missing), "extra_results": len(extra)}
@@ -430,6 +432,7 @@ def evaluate_files(options: argparse.Namespace) -> None:
 
 def evaluate_nuscenes(options: argparse.Namespace) -> None:
     """The nuScenes mode: prints the table; writes what the official metrics_summary.json holds where it was asked for."""
+    check_outputs(options)
     with user_errors():
         truth = nuscenes.read_truth(options.nuscenes, (options.split,), options.version or "")
         if not len(truth.boxes):
@@ -595,10 +598,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a user's mistake is one sentence on stderr and exit code 2."""
     options = parse_arguments(arguments)
     try:
-        check_outputs(options)
         modes = {"run": evaluate_run, "labels": evaluate_files, "submission": submit_run, "nuscenes": evaluate_nuscenes}
         modes[options.mode](options)
-    except (UserError, OSError) as error:  # the latter of a disk that is full, say
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and not disk_is_full(error):
+            raise
         print(f"evaluate.py: {error.sentence if isinstance(error, UserError) else error}", file=sys.stderr)
         sys.exit(2)
 

@@ -239,7 +239,7 @@ def turned(image):
 def upright(image):
     """An `opened` image as viewers show it, turned as its EXIF orientation says; itself where that says nothing.
 
-    Raises ValueError for an uncompressed grey TIFF on its side, whose pixels Pillow 13 reads in rows of a wrong length.
+    Raises ValueError for an uncompressed TIFF on its side whose pixels Pillow 13 reads in rows of a wrong length, as it does of grey ones.
     """
     if turned(image) not in range(2, 9):
         return image

@@ -763,10 +763,11 @@ def _dry_step(backbone, size):
     return [p.grad is not None for p in dry.parameters()]
 
 
-def checkpoint_backbone(net):
+def checkpoint_backbone(net, compiled=False):
     """Keep few activations of a `Detector`'s backbone, and compute the others again in backward. Raises ValueError where timm has none.
 
     BatchNorms see a batch twice then, and move their running statistics by half as much each time: (1 - m')^2 = 1 - m leaves the same.
+    compiled: by torch.compile, which moves them once.
     """
     backbone = net.backbone
     owner = next((getattr(backbone, name) for name in ("body", "model") if hasattr(backbone, name)), backbone)  # timm's wrappers skip these
@@ -776,8 +777,9 @@ def checkpoint_backbone(net):
         raise ValueError(
             f"model.backbone {net.config.backbone!r} has no gradient checkpointing in timm; train.checkpoint_backbone=false"
         ) from None
-    norms = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    for name in _computed_twice(backbone, norms, net.config.size) if norms else ():
+    norms = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training}
+    learns = any(p.requires_grad for p in backbone.parameters())  # else nothing is computed again
+    for name in _computed_twice(backbone, norms, net.config.size) if norms and learns and not compiled else ():
         norms[name].momentum = 1 - math.sqrt(1 - norms[name].momentum)
 
 

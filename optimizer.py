@@ -134,9 +134,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_matrix(p):
-    """Whether a weight is orthogonalised: a matrix or kernel of at least 4 rows and columns, none 128 times the other; not a depthwise one.
+    """Whether a weight is orthogonalised: a matrix or kernel, none that is depthwise, of at least 4 rows and columns.
 
-    So the class output, a row a class, is AdamW's with 3 classes and Muon's with 4.
+    Neither may be more than 128 times the other: the class output of 128 channels, a row of 1152 a class, is Muon's from 9 classes on.
     """
     if p.ndim < 2 or p.shape[1] == 1:
         return False

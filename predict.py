@@ -7,19 +7,20 @@ is searched with all folders below it, or a quoted pattern such as 'drives/*/lef
 it, turned where its EXIF says so. In FILE.jsonl every line has an `image`, relative to that file, and its `K`, as in formats/jsonl.py;
 nothing else of a line is read, so labels and predictions will do.
 
-Written to DIR, whose folders results and pictures are made anew; NAME is the place of a file below the folder that was given, of all with
-their suffixes where two would be called alike:
+Written to DIR, whose folders results and pictures are made anew. NAME is a file's path below the given folder, without its suffix; where
+two would be equal, below the folder that holds all, and if need be with the suffixes:
     predictions.jsonl    JSON lines as in formats/jsonl.py, in each image's own camera frame, of images and of every frame of a video,
                          which is called VIDEO.mp4/000000 and so on
     results/NAME.txt     KITTI result format, of images; in rectified camera 0 with --calib
     pictures/NAME.png    the boxes on the image and from above; of a video pictures/NAME.mp4 with its frames and rate, without sound
 
-Exit code 1: something could not be read and was passed over; 2: nothing was done, for the reason given.
+Exit code 1: something could not be read and was passed over; 2: nothing was done, or the disk is full, as the sentence says.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import glob
 import itertools
 import json
@@ -38,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import fetch, find_checkpoint, near
-from data import UserError, check_writable, usable_cores, user_errors
+from data import UserError, check_writable, disk_is_full, usable_cores, user_errors
 from draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
 from formats import video
 from formats.jsonl import to_json
@@ -107,7 +108,9 @@ def _expand(text, out):
         roots = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
     else:
         raise FileNotFoundError(f"{text}: no such image, video or folder{near(path)}")
-    files = [file for root in roots for file in _search(root) if not _inside(file, out)]
+    files = [file for root in roots for file in _search(root)]
+    own = {*_inside(files, out)}
+    files = [file for file in files if file not in own]
     if not files:
         raise ValueError(f"{text}: no image or video there, looked for {', '.join(IMAGES + video.SUFFIXES)}")
     return files, base
@@ -121,13 +124,20 @@ def _search(path):
             below.clear()
             continue
         seen.add(place)
-        below[:] = [name for name in below if name[0] != "."]
+        below[:] = sorted((n for n in below if n[0] != "."), key=lambda n, folder=folder: (os.path.islink(os.path.join(folder, n)), n))
         files += [Path(folder, name) for name in names]
     return sorted(file for file in files if file.suffix.lower() in IMAGES + video.SUFFIXES and file.is_file() and file.name[0] != ".")
 
 
-def _inside(file, folder):
-    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+def _inside(files, folder):
+    """Those of the files that lie in a folder or below it. Links of folders are followed, those of files are files."""
+    real = functools.cache(os.path.realpath)
+    return [file for file in files if Path(real(file.parent)).is_relative_to(real(folder))]
+
+
+def _resolved(path):
+    """A path with the links of its folder resolved, not its own: two names of one file may have cameras of their own."""
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def find_camera(options: argparse.Namespace, paths: Iterable[Path]) -> Camera:
@@ -144,9 +154,9 @@ def find_camera(options: argparse.Namespace, paths: Iterable[Path]) -> Camera:
     nowhere = np.zeros(3)
     if options.cameras:
         cameras = read_cameras(options.cameras)
-        if missing := [path for path in paths if Path(os.path.realpath(path)) not in cameras]:
+        if missing := [path for path in paths if _resolved(path) not in cameras]:
             raise ValueError(f"--cameras {options.cameras}: none of its {len(cameras)} lines is of {missing[0]}")
-        return lambda path, size: (cameras[Path(os.path.realpath(path))], nowhere)
+        return lambda path, size: (cameras[_resolved(path)], nowhere)
     if options.intrinsics:
         fx, fy, cx, cy = options.intrinsics
         K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
@@ -157,7 +167,7 @@ def find_camera(options: argparse.Namespace, paths: Iterable[Path]) -> Camera:
 
 
 def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
-    """Absolute path, links resolved, -> K (3, 3) of the lines of a JSON-lines file, of which only `image` and `K` are looked at.
+    """Absolute path, as `_resolved` has it -> K (3, 3) of the lines of a JSON-lines file, of which only `image` and `K` are looked at.
 
     Raises FileNotFoundError, or ValueError naming file, line, value and what was expected.
     """
@@ -178,7 +188,7 @@ def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
             raise ValueError(f"{path}:{number}: expected a JSON object with an image and its K, got {text[:80]}") from None
         if problem := camera_problem(K):
             raise ValueError(f"{path}:{number}: K: {problem}")
-        place = Path(os.path.realpath(Path(path).parent / str(image)))
+        place = _resolved(Path(path).parent / str(image))
         first = lines.setdefault(place, number)
         if not np.array_equal(cameras.setdefault(place, K), K):
             raise ValueError(f"{path}:{number}: another K for {image} than on line {first}, expected one camera for an image")
@@ -418,22 +428,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare_folder(out: Path, inputs: Iterable[Path] = ()) -> None:
-    """Make the folder, without what an earlier prediction has left in it. Raises ValueError where it cannot be, or an input would go."""
+    """Make the folder, without what an earlier prediction has left in it. Raises ValueError or UserError, with nothing deleted, where it
+    cannot be, or an input would go.
+    """
     anew = [out / "results", out / "pictures"]
-    if lost := [path for path in inputs if any(_inside(path, folder) for folder in anew)]:
+    if lost := [path for folder in anew for path in _inside(inputs, folder)]:
         raise ValueError(f"{lost[0]} lies in a folder of {out} that is made anew; --out DIR chooses another one")
     if files := [folder for folder in anew if folder.exists() and not folder.is_dir()]:
         raise ValueError(f"--out {out}: {files[0]} is a file, expected a folder or nothing")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "predictions.jsonl").exists():
-            for folder in anew:
-                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"--out {out}: no folder can be made there: {error.strerror}") from None
     check_writable(out / "predictions.jsonl")
     if not os.access(out, os.W_OK):
         raise ValueError(f"--out {out}: it cannot be written: permission denied")
+    if (out / "predictions.jsonl").exists():
+        for folder in anew:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -454,7 +466,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return predict(detector, inputs, camera, options)
-    except OSError as error:  # a full disk
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 

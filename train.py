@@ -6,7 +6,6 @@ accelerate launch --num_processes 8 train.py ...     many
 
 import argparse
 import dataclasses
-import errno
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ from checkpoint import (
     take_architecture,
 )
 from config import help_text, load_config, to_dict
-from data import StepBatches, UserError, build_dataset, change_colours, loading, make_loader, seed_of, unread, user_errors
+from data import StepBatches, UserError, build_dataset, change_colours, disk_is_full, loading, make_loader, seed_of, unread, user_errors
 from draw import draw_frames
 from evaluate import blank_metrics, calibrate, evaluate, flat_metrics, format_metrics, read_metric
 from guard import (
@@ -120,7 +119,7 @@ def train(config, accelerator):
             published = average.module if average else net  # the weights that are evaluated and saved for prediction
             share_state(accelerator, net, average and average.module)
             if options.checkpoint_backbone:
-                checkpoint_backbone(net)
+                checkpoint_backbone(net, compiled=options.compile)
             if folder:
                 load_checkpoint(accelerator, folder, optimizer, averaged=bool(average))
 
@@ -311,7 +310,7 @@ def run(arguments):
     try:
         train(config, accelerator)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not disk_is_full(error):
             raise
         raise UserError(f"{config.out}: {error}; with room there the same command goes on") from error
     except RuntimeError as error:

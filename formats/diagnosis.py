@@ -277,7 +277,7 @@ def _doubt_behind(objects, frames):
     if not len(behind):
         return []
     name, z, id = own.name[behind[0]], own.center[behind[0], 2], frames[objects.frame[behind[0]]].id
-    return [f"{len(behind)} objects lie behind the camera, and cannot be in the image: the first is a {name} at z = {z:g} m in frame {id}"]
+    return [f"objects behind the camera, which cannot be in the image: {len(behind)}, the first a {name} at z = {z:g} m in frame {id}"]
 
 
 def _doubt_frames(objects, frames):

@@ -121,7 +121,9 @@ def to_json(frame: Frame, folder: str | Path | None = None) -> dict:
     With `folder` the image path is made relative to it. DontCare rows become ignore regions; a 2D box without area is left out.
     """
     labels = frame.labels
-    image = frame.image if folder is None else os.path.relpath(frame.image, os.path.realpath(folder))  # '..' of a link leads elsewhere
+    image = frame.image
+    if folder is not None:  # links resolved, as '..' leads elsewhere from one; but not the image's own, whose name is what counts
+        image = os.path.relpath(os.path.join(os.path.realpath(image.parent), image.name), os.path.realpath(folder))
     line = {"image": Path(image).as_posix(), "K": np.asarray(frame.K, float).tolist(), "objects": [], "id": frame.id}
     for i in range(len(labels)):
         if not labels.is_3d[i]:
@@ -317,8 +319,8 @@ def _parse_id(frame):
     path = PureWindowsPath(id if _is_text(id) else "")  # which knows both separators and drives
     if not path.parts or path.anchor or ".." in path.parts or max(len(part.encode()) for part in path.parts) > LONGEST_NAME:
         raise ValueError(f"id is {_short(id)}, expected text that can name a file, such as 'a/0001'")
-    if any(part.lower().endswith(".txt") for part in path.parts[:-1]):
-        raise ValueError(f"id is {_short(id)}, expected no folder that is called as a result file may be")
+    if any(part.endswith(".txt") for part in path.parts[:-1]):
+        raise ValueError(f"id is {_short(id)}, expected no folder whose name ends in .txt")
     return "/".join(path.parts)  # a/./b and a//b are a/b
 
 

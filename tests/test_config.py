@@ -56,7 +56,7 @@ def test_a_root_that_no_source_reads_is_refused(tmp_path):
             f"from config import Config\nfrom data import DataConfig, Source\nconfig = Config(data=DataConfig({sources.format(root)}))\n"
         )
         if root:
-            with pytest.raises(ValueError, match=r"data\.root=/x: nothing lies there for this config, .* such as /data/mine"):
+            with pytest.raises(ValueError, match=r"data\.root=/x: no source reads it, as each names a root of its own, such as /data/mine"):
                 load_config(path, ["data.root=/x"])
         else:
             assert load_config(path, ["data.root=/x"]).data.root == "/x"

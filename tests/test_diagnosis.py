@@ -260,4 +260,4 @@ def test_what_lies_behind_the_camera_is_named_and_makes_no_camera_wrong(good):
     behind = np.where(labels.is_3d[:, None], labels.center * [1, 1, -1], labels.center)
     wrong = [dataclasses.replace(frames[0], labels=dataclasses.replace(labels, center=behind)), *frames[1:]]
     [sentence] = diagnose(wrong, sizes)[0]
-    assert re.match(rf"{count} objects lie behind the camera, .* in frame 000000$", sentence)
+    assert re.match(rf"objects behind the camera, .*: {count}, the first a .* in frame 000000$", sentence)

@@ -178,7 +178,8 @@ def run_processes(count, *arguments):
 
 
 def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
-    evaluate.main([str(run), "--out", str(run / "one")])
+    evaluate.main([str(run), "--out", str(run / "one"), "--curves", str(run / "one/also.png")])
+    assert (run / "one/also.png").exists()
     assert "AP_R40, per cent: 5 frames" in capsys.readouterr().out
     outputs = run_processes(2, str(run), "--out", str(run / "two"))
     assert [text.count("AP_R40, per cent: 5 frames") for text in outputs] == [1, 0]
@@ -316,7 +317,7 @@ def test_flags_that_a_run_would_ignore_are_refused(run, capsys):
         capsys, run, "--classes", "Car"
     )
     sources = 'data.val=[{"root": "/data/mine", "split": ["val"]}]'
-    assert "data.root=/data/kitti: nothing lies there for this config" in fail(capsys, run, sources, "data.root=/data/kitti")
+    assert "data.root=/data/kitti: no source reads it" in fail(capsys, run, sources, "data.root=/data/kitti")
 
 
 def test_outputs_that_cannot_be_are_told_before_the_work(run, folders, capsys, monkeypatch):
@@ -327,7 +328,7 @@ def test_outputs_that_cannot_be_are_told_before_the_work(run, folders, capsys, m
     for given in ((run,), files):
         assert f"it cannot be written, as there is no folder {folders / 'no'}" in fail(capsys, *given, "--json", folders / "no/x.json")
         assert f"{folders}: there is a folder of that name" in fail(capsys, *given, "--json", folders)
-        assert "no picture is called so, expected a name such as curves.png" in fail(capsys, *given, "--curves", folders / "c.xyz")
+        assert "not a picture's suffix, expected a name such as curves.png" in fail(capsys, *given, "--curves", folders / "c.psd")
     assert f"{folders / 'taken'} is a file, expected a folder to write into" in fail(capsys, run, "--out", folders / "taken/out")
 
 

@@ -95,6 +95,14 @@ def test_classes_may_hold_spaces_and_any_script(folder):
     assert read_frames(path)[0].labels.name.tolist() == names
 
 
+@pytest.mark.parametrize("id", ["a/./b", "a//b", "a\\b"])
+def test_ids_that_name_one_file_are_one(folder, id):
+    [frame] = read_frames(write(folder, changed("id", id)))
+    assert frame.id == "a/b"
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: .*a/b"):
+        read_frames(write(folder, changed("id", "a/b"), changed("id", id)))
+
+
 def test_an_id_left_out_is_the_path_within_any_folder(folder):
     frames = [{**FRAME, "image": image, "objects": []} for image in ("../x/0001.png", "./a//1.v.png", "/data/b.png", "c:\\a\\b.png")]
     assert [frame.id for frame in read_frames(write(folder, *frames), images=False)] == ["x/0001", "a/1.v", "data/b", "a/b"]
@@ -242,6 +250,7 @@ BAD = [
         ("id", id, "expected text that can name a file, such as 'a/0001'")
         for id in ("../x", "a/../x", "a\\..\\x", "/x", "\\x", "c:\\x", "c:x", "", ".", "a\0b", "a\nb", "\udfff", "a/" + "x" * 300, 7)
     ),
+    ("id", "a.txt/b", "expected no folder whose name ends in .txt"),
     ("image", "a/\0.png", 'image is "a/\\u0000.png", expected a path'),
 ]
 

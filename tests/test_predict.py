@@ -219,10 +219,15 @@ def test_outputs_that_cannot_be_are_told_before_the_work(run, image, tmp_path, c
     assert f"{own} lies in a folder of {tmp_path / 'out'} that is made anew" in fails(capsys, run, own, *ALL, "--out", tmp_path / "out")
     assert own.exists()
     (tmp_path / "taken/predictions.jsonl").mkdir(parents=True)
+    (tmp_path / "taken/results").mkdir()
+    (tmp_path / "taken/results/mine.txt").write_text("mine")
     (tmp_path / "file").mkdir()
     (tmp_path / "file/results").write_text("mine")
     for name, words in (("taken", "predictions.jsonl: there is a folder of that name"), ("file", "results is a file, expected a folder")):
         assert words in fails(capsys, run, image, *ALL, "--out", tmp_path / name)
+    assert (tmp_path / "taken/results/mine.txt").exists()
+    (tmp_path / "out/pictures/link.png").symlink_to(image)
+    assert "is made anew" in fails(capsys, run, tmp_path / "out/pictures/link.png", *ALL, "--out", tmp_path / "out")
 
 
 def test_links_are_followed(run, tmp_path, capsys):
@@ -240,6 +245,17 @@ def test_links_are_followed(run, tmp_path, capsys):
     assert [frame.id for frame in read_frames(lines)] == ["link/2", "link/deep/1"]
     assert call(run, tmp_path / "in", "--cameras", lines, "--out", tmp_path / "again", "--no-pictures") == 0
     assert "sizes" not in capsys.readouterr().out
+    for name, focal in (("a", 140), ("b", 150)):  # two frames of one picture
+        (tmp_path / f"{name}.png").symlink_to(tmp_path / "elsewhere/deep/1.png")
+        line = {"image": f"{name}.png", "K": [[focal, 0, 160], [0, focal, 48], [0, 0, 1]]}
+        with open(tmp_path / "two.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert (
+        call(run, tmp_path / "a.png", tmp_path / "b.png", "--cameras", tmp_path / "two.jsonl", "--out", tmp_path / "two", "--no-pictures")
+        == 0
+    )
+    assert [frame.K[0, 0] for frame in read_frames(tmp_path / "two/predictions.jsonl")] == [140, 150]
+    assert '"image": "../a.png"' in (tmp_path / "two/predictions.jsonl").read_text()
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -37,7 +37,7 @@ from formats.kitti import read_split
 from guard import Window, crosses, place_in_epoch
 from losses import LossConfig
 from model import Detector, ModelConfig, checkpoint_backbone, read_meta
-from optimizer import Muon, count_blocks, lr_at, make_optimizer, orthogonalise
+from optimizer import Muon, count_blocks, is_matrix, lr_at, make_optimizer, orthogonalise
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - Epoch \[(\d+)\]\[(\d+)/(\d+)\]  lr: \d\.\d{5}, eta: \d+:\d\d:\d\d, "
@@ -584,6 +584,12 @@ def test_muon_is_timms_in_single_precision(monkeypatch):
         torch.testing.assert_close(ours, theirs[1], rtol=0, atol=1e-6, msg=name)
 
 
+def test_who_gets_muon():
+    shapes = {(4, 8): True, (3, 8): False, (64,): False, (4, 512): True, (4, 516): False, (32, 1, 3, 3): False, (8, 128, 3, 3): False,
+              (9, 128, 3, 3): True}  # fmt: skip
+    assert {shape: is_matrix(torch.zeros(shape)) for shape in shapes} == shapes
+
+
 def test_muon_steps_behind_fp16s_scaler():
     Accelerator(cpu=True)
     model = Mixed()
@@ -751,10 +757,12 @@ def test_a_checkpointed_backbone_keeps_less_and_learns_the_same(tiny_run):
     plain, batch = Detector(config.model), torch.randint(0, 255, (2, *config.model.size, 3), dtype=torch.uint8)
     K = torch.tensor([[200.0, 0, 100], [0, 200, 50], [0, 0, 1]]).expand(2, 3, 3)
     found, statistics = {}, {}
-    for on in (False, True):
+    for on in (False, True, "compiled"):
         net, kept = copy.deepcopy(plain), []
         if on:
-            checkpoint_backbone(net)
+            checkpoint_backbone(net, compiled=on == "compiled")
+        if on == "compiled":
+            net.compile(backend="aot_eager")
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             logits, raw = net(batch, K)
         net.zero_grad()
@@ -763,7 +771,8 @@ def test_a_checkpointed_backbone_keeps_less_and_learns_the_same(tiny_run):
         statistics[on] = {name: b for name, b in net.named_buffers() if "running" in name}
     assert found[True][0] < 0.8 * found[False][0]
     torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(statistics[True], statistics[False], rtol=1e-5, atol=1e-6)  # of a batch that some layers saw twice
+    for on in (True, "compiled"):  # of a batch that some layers saw twice
+        torch.testing.assert_close(statistics[on], statistics[False], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["convnext_atto", "vit_tiny_patch16_224", "hrnet_w18_small"])

@@ -173,6 +173,7 @@ def test_a_fine_tuned_run_keeps_what_is_frozen_and_goes_on(tiny_run, tmp_path, h
         f"load_from={whole}",
         "load_model=true",
         "train.freeze=backbone,fpn,box_tower,box_predictor",
+        "train.checkpoint_backbone=true",
         "model.classes=Pedestrian,Van,Car",
         "data.neighbours=[]",
     ]
