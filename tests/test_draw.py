@@ -116,6 +116,15 @@ def test_heading_in_the_view_from_above():
     assert columns.max() - middle == pytest.approx(3.2 * scale, abs=2)
 
 
+def test_the_view_from_above_shows_what_the_camera_sees():
+    """At z = 21 m between the rays of the image's edges, which lie askew about a principal point off the middle."""
+    picture = draw_frame(GREY, K - [[0, 0, 160], [0, 0, 0], [0, 0, 0]], None, CAR[:0], max_range=30)
+    row = np.asarray(picture).astype(int)[round(432 - 20 - 21 * (432 - 40) / 30), WIDTH:]
+    seen = np.flatnonzero(np.abs(row - draw.WEDGE).max(-1) < 3)
+    metres = (seen[[0, -1]] - len(row) / 2) / ((432 - 40) / 30)
+    assert metres == pytest.approx([21 * -160.5 / 700, 21 * 479.5 / 700], abs=0.2)
+
+
 def test_sheet_places_pictures_in_reading_order():
     pictures = [(Image.new("RGB", (20 + i, height), (i * 40, 0, 0)), "") for i, height in enumerate((10, 14))]
     sheet = draw_sheet(pictures, line=6)
