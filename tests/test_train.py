@@ -368,8 +368,10 @@ def test_what_may_change_when_a_run_goes_on(tiny_run, tmp_path, here):
         ("train.steps=3", "allow_changes=true"): r"it has 4 steps, and this run would end after 3",
     }
     for overrides, words in refused.items():
+        (out / "STOPPED").write_text("")  # of an earlier end: a launch script would start this again and again
         code, _, err = here(*tiny(world, out), *overrides)
         assert code == 2
+        assert not (out / "STOPPED").exists()
         assert re.search(words, err), err
     code, text, err = here(*tiny(world, out), "model.score_threshold=0.2", "model.nms_iou=0.5", "best=-errors/Car/all/depth_bias")
     assert code == 0, err
@@ -457,6 +459,16 @@ def test_other_ways_to_train(tiny_run, tmp_path, here, more, close):
     ours, theirs = losses_of(tmp_path / "out"), losses_of(tiny_run[1])
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=close)
     assert (ours[0]["loss"] != theirs[0]["loss"]) == (close > 1e-3)
+
+
+def test_the_environment_changes_neither_accumulation_nor_precision(tiny_run, tmp_path, here, monkeypatch):
+    """A launcher's wish for another precision is told."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    code, out, err = here(*tiny(tiny_run[0], tmp_path / "out"), "train.steps=2", "train.schedule=constant")
+    assert code == 0, err
+    assert "asks for mixed precision bf16; train.mixed_precision=no is what counts" in out + err
+    assert losses_of(tmp_path / "out")[0] == losses_of(tiny_run[1])[0]
 
 
 def test_fp16_without_a_gpu_is_refused(tiny_run, tmp_path, here):
