@@ -132,6 +132,14 @@ def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     assert "no weights there" in fail(capsys, folders)
 
 
+def test_a_full_disk_is_one_sentence(folders, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    assert "No space left on device" in fail(
+        capsys, "--labels", folders / "label_2", "--results", folders / "results", "--json", "/dev/full"
+    )
+
+
 def test_files_mode_needs_neither_timm_nor_accelerate(folders):
     code = (
         f"import sys, evaluate; evaluate.main(['--labels', {str(folders / 'label_2')!r}, '--results', {str(folders / 'results')!r}]); "

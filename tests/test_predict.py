@@ -230,6 +230,15 @@ def test_outputs_that_cannot_be_are_told_before_the_work(run, image, tmp_path, c
     assert "is made anew" in fails(capsys, run, tmp_path / "out/pictures/link.png", *ALL, "--out", tmp_path / "out")
 
 
+def test_a_full_disk_is_one_sentence(run, image, tmp_path, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/predictions.jsonl").symlink_to("/dev/full")
+    assert call(run, image, *ALL, "--out", tmp_path / "out") == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_links_are_followed(run, tmp_path, capsys):
     """To folders, once each; and predictions in a linked folder name images that are found from there."""
     make_image(tmp_path / "elsewhere/deep/1.png")
