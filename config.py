@@ -25,21 +25,29 @@ class TrainConfig:
 
     batch_size: int = 8  # images per process and micro-step
     accumulate: int = 1  # micro-steps per optimizer step
-    epochs: float = 12  # passes over data.train; steps = epochs * frames / (batch_size * processes * accumulate), rounded up
+    epochs: float = (
+        12  # passes over data.train; steps = epochs * frames / (batch_size * processes * accumulate), rounded up
+    )
     steps: int = 0  # optimizer steps; above 0 replaces epochs
     optimizer: str = "adamw"  # 'muon', or any timm optimizer
-    freeze: tuple[str, ...] = ()  # modules or parameters that stay as they are, such as backbone.layer1: statistics of their norms too
+    freeze: tuple[
+        str, ...
+    ] = ()  # modules or parameters that stay as they are, such as backbone.layer1: statistics of their norms too
     backbone_lr: float = 1.0  # factor of the learning rate for the backbone
     beta2: float = 0.999  # decay of the second moment, of optimizers that have one; short runs like 0.99
     lr: float = 1e-3  # peak learning rate, for the global batch as it is (not rescaled)
     weight_decay: float = 0.01  # not on norms and biases
     schedule: str = "cosine"  # 'cosine' to 0, 'step' by 0.1 at 2/3 and 11/12 of the steps, 'constant'
     warmup: int = 100  # steps of linear warm-up
-    all_cells: int = 100  # first steps, in which an object is learned at all the cells around it; later at its best ones
+    all_cells: int = (
+        100  # first steps, in which an object is learned at all the cells around it; later at its best ones
+    )
     clip: float = 35.0  # largest gradient norm
     mixed_precision: str = "no"  # 'no', 'bf16', 'fp16'
     compile: bool = False  # torch.compile of model, targets and losses, each as one graph
-    checkpoint_backbone: bool = False  # compute the backbone's activations again in backward instead of keeping them: less memory, slower
+    checkpoint_backbone: bool = (
+        False  # compute the backbone's activations again in backward instead of keeping them: less memory, slower
+    )
     ema: float = 0.998  # decay of the averaged weights that are evaluated and published; 0: none
     eval_every: float = 1.0  # epochs between evaluations; 0: only at the end
     eval_repeat: int = 1  # count every val frame so many times: lifts the official cap on R40 of few frames
@@ -58,7 +66,9 @@ class Config:
     seed: int = 0  # of weights, order and augmentation
     resume: str = "auto"  # 'auto': go on from the newest checkpoint in out, 'none': start anew in an empty out, or a checkpoint folder
     allow_changes: bool = False  # resume although keys that shape the training differ from the run's
-    load_from: str = ""  # start from weights: a run, checkpoint, .safetensors file or hub id; classes are matched by name
+    load_from: str = (
+        ""  # start from weights: a run, checkpoint, .safetensors file or hub id; classes are matched by name
+    )
     load_model: bool = False  # take the architecture of load_from along, such as backbone, size and channels; classes stay the config's
     log_with: str = ""  # 'tensorboard', 'trackio' or 'wandb', beside log.jsonl
     best: str = "mean/3d/moderate/AP_R40"  # number of metrics.json that chooses best/; a '-' before it: lower is better
@@ -69,7 +79,15 @@ class Config:
 
     def __post_init__(self):
         train = self.train
-        positive = {"batch_size": 1, "accumulate": 1, "keep": 1, "log_every": 1, "save_every": 1, "max_bad_steps": 1, "eval_repeat": 1}
+        positive = {
+            "batch_size": 1,
+            "accumulate": 1,
+            "keep": 1,
+            "log_every": 1,
+            "save_every": 1,
+            "max_bad_steps": 1,
+            "eval_repeat": 1,
+        }
         for name, least in positive.items():
             if getattr(train, name) < least:
                 raise ValueError(f"train.{name} is {getattr(train, name)}, expected at least {least}")
@@ -80,10 +98,21 @@ class Config:
             if getattr(train, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(train, name)!r}, expected one of {', '.join(allowed)}")
         averages = 0 <= train.beta2 < 1 and 0 <= train.ema < 1
-        if not (0 < train.lr <= 1e38 and averages and train.clip > 0 and train.warmup >= 0 and train.epochs > 0 and train.timeout > 0):
-            raise ValueError("train: expected 0 < lr <= 1e38, 0 <= beta2, ema < 1, clip > 0, warmup >= 0, epochs > 0 and timeout > 0")
+        if not (
+            0 < train.lr <= 1e38
+            and averages
+            and train.clip > 0
+            and train.warmup >= 0
+            and train.epochs > 0
+            and train.timeout > 0
+        ):
+            raise ValueError(
+                "train: expected 0 < lr <= 1e38, 0 <= beta2, ema < 1, clip > 0, warmup >= 0, epochs > 0 and timeout > 0"
+            )
         if train.backbone_lr <= 0:
-            raise ValueError(f"train.backbone_lr is {train.backbone_lr}, expected > 0; train.freeze=backbone keeps the backbone as it is")
+            raise ValueError(
+                f"train.backbone_lr is {train.backbone_lr}, expected > 0; train.freeze=backbone keeps the backbone as it is"
+            )
         if train.backbone_lr != 1 and "backbone" in train.freeze:
             raise ValueError(
                 "train.freeze=backbone keeps the backbone as it is, and train.backbone_lr says how fast it learns: leave one out"
@@ -95,8 +124,14 @@ class Config:
         if not self.loss.loss_cls:
             raise ValueError("loss.loss_cls is 0, expected > 0: without it nothing is ever detected")
         there = {"loss_velocity": self.model.velocity, "loss_attribute": bool(self.model.attributes)}
-        if not any(weight and there.get(name, True) for name, weight in dataclasses.asdict(self.loss).items() if name != "loss_cls"):
-            raise ValueError("loss: every weight but loss_cls's is 0, expected another one > 0: no box would ever be learned")
+        if not any(
+            weight and there.get(name, True)
+            for name, weight in dataclasses.asdict(self.loss).items()
+            if name != "loss_cls"
+        ):
+            raise ValueError(
+                "loss: every weight but loss_cls's is 0, expected another one > 0: no box would ever be learned"
+            )
         low, high = self.data.scale
         if not 0.1 <= low <= high <= 10 or not 0 <= self.data.flip <= 1 or not 0 <= self.data.colour < 1:
             raise ValueError("data: expected 0.1 <= scale low <= high <= 10, 0 <= flip <= 1 and 0 <= colour < 1")
@@ -123,7 +158,9 @@ def load_config(path, overrides=()):
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"{path}: expected a variable `config` holding a config.Config, got {type(config).__name__}")
-    config = override(build(dataclasses.asdict(config), Config, str(path)), overrides)  # a dataclass takes values of any type
+    config = override(
+        build(dataclasses.asdict(config), Config, str(path)), overrides
+    )  # a dataclass takes values of any type
     refuse_idle_root(overrides, *config.data.train, *config.data.val)
     return config
 
@@ -137,7 +174,9 @@ def refuse_idle_root(overrides, *sources):
 
 def override(config, overrides):
     """Config with `key=value` strings applied; values are parsed by the type of the field."""
-    sections = {"": config} | {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.type)}
+    sections = {"": config} | {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.type)
+    }
     changed = {section: {} for section in sections}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -146,7 +185,9 @@ def override(config, overrides):
         if not equals:
             raise ValueError(f"{text!r}: expected key=value, such as train.lr=1e-4")
         if key in sections:
-            raise ValueError(f"{key!r} is a section, expected one of its keys, such as {key}.{dataclasses.fields(sections[key])[0].name}")
+            raise ValueError(
+                f"{key!r} is a section, expected one of its keys, such as {key}.{dataclasses.fields(sections[key])[0].name}"
+            )
         if name not in kinds:
             near = difflib.get_close_matches(key, list(describe(config)), n=3, cutoff=0.4)
             raise ValueError(
@@ -154,7 +195,9 @@ def override(config, overrides):
             )
         changed[section][name] = parse(value, kinds[name], key)
     top = changed.pop("")
-    changed = {section: dataclasses.replace(sections[section], **values) for section, values in changed.items() if values}
+    changed = {
+        section: dataclasses.replace(sections[section], **values) for section, values in changed.items() if values
+    }
     return dataclasses.replace(config, **changed, **top)
 
 
@@ -198,7 +241,9 @@ def build(value, kind, key):
         for name in value:
             if name not in hints:
                 near = difflib.get_close_matches(name, hints, n=1)
-                raise ValueError(f"{key}: unknown key {name!r}, expected {near[0] if near else 'one of ' + ', '.join(hints)}")
+                raise ValueError(
+                    f"{key}: unknown key {name!r}, expected {near[0] if near else 'one of ' + ', '.join(hints)}"
+                )
         return kind(**{name: build(v, hints[name], f"{key}.{name}") for name, v in value.items()})
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -227,9 +272,15 @@ def to_dict(config):
 FREE_KEYS = {  # may change when a run goes on: they do not shape the training, or, like the global batch, are compared by themselves
     *("out", "resume", "allow_changes", "load_from", "load_model", "log_with", "best"),
     *("data." + name for name in ("root", "val", "workers", "index", "cache", "skip_bad", "overlap")),
-    *("model." + name for name in ("pretrained", "score_threshold", "nms_iou", "candidates", "max_detections", "fuse_duplicates")),
+    *(
+        "model." + name
+        for name in ("pretrained", "score_threshold", "nms_iou", "candidates", "max_detections", "fuse_duplicates")
+    ),
     *("model." + name for name in ("nms_across_classes", "centerness_share", "depth_tolerance", "sigma_scale")),
-    *("train." + name for name in ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every")),
+    *(
+        "train." + name
+        for name in ("batch_size", "accumulate", "eval_every", "eval_repeat", "save_every", "keep", "log_every")
+    ),
     *("train." + name for name in ("max_bad_steps", "timeout", "compile", "checkpoint_backbone")),
 }
 
@@ -245,7 +296,10 @@ def changed_keys(old, new, prefix=""):
             changes += changed_keys(before, after, key + ".")
             continue
         if key == "data.train":  # its roots may move
-            before, after = ([{k: v for k, v in source.items() if k != "root"} for source in sources or ()] for sources in (before, after))
+            before, after = (
+                [{k: v for k, v in source.items() if k != "root"} for source in sources or ()]
+                for sources in (before, after)
+            )
         if before != after:
             changes.append(f"{key}: {json.dumps(before)} -> {json.dumps(after)}")
     return changes
@@ -279,8 +333,12 @@ def describe(config):
 
 def help_text(config):
     """All keys with value, unit and meaning, a line each."""
-    rows = [(key, json.dumps(dataclasses_to_json(value)), comment) for key, (value, comment) in describe(config).items()]
-    return "\n".join(f"  {key}={value if len(value) <= 60 else value[:57] + '...'}\n      {comment}" for key, value, comment in rows)
+    rows = [
+        (key, json.dumps(dataclasses_to_json(value)), comment) for key, (value, comment) in describe(config).items()
+    ]
+    return "\n".join(
+        f"  {key}={value if len(value) <= 60 else value[:57] + '...'}\n      {comment}" for key, value, comment in rows
+    )
 
 
 def dataclasses_to_json(value):

@@ -19,21 +19,28 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from formats import jsonl, kitti, nuscenes, nuscenes_world, world
+from formats import jsonl, kitti, nuscenes
 from formats.index import Frames
-from frames import decode, in_tar, opened, place_image, place_labels, random_view, reduction_of, tar_of, upright, whole_sizes, whole_view
-from geometry import camera_problem, project_boxes
+from scene.frames import (
+    UserError,
+    decode,
+    in_tar,
+    opened,
+    place_image,
+    place_labels,
+    random_view,
+    reduction_of,
+    tar_of,
+    upright,
+    usable_cores,
+    whole_sizes,
+    whole_view,
+)
+from scene.geometry import camera_problem, project_boxes
+from world import cameras as nuscenes_world
+from world import street as world
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
-
-
-class UserError(Exception):
-    """Something that the user wrote, gave or has no room for, in one sentence; shown without a traceback."""
-
-    @property
-    def sentence(self):
-        """What is shown: the last line, because an error of a loader worker arrives with its traceback above it."""
-        return (str(self).strip().splitlines() or [repr(self)])[-1].removeprefix("data.UserError: ")
 
 
 @contextlib.contextmanager
@@ -71,9 +78,13 @@ def check_writable(*files):
 class Source:
     """One list of frames. Several sources with different cameras may be listed together."""
 
-    kind: str = "kitti"  # 'kitti' folder, 'jsonl' file, 'nuscenes' folder, 'synthetic' built-in world (rendered on first use)
+    kind: str = (
+        "kitti"  # 'kitti' folder, 'jsonl' file, 'nuscenes' folder, 'synthetic' built-in world (rendered on first use)
+    )
     root: str = ""  # folder or .jsonl file; empty: data.root
-    split: tuple[str, ...] = ("train",)  # ImageSets/<split>.txt or any file.txt; 'all'; 'testing': KITTI's, no labels; nuScenes' names
+    split: tuple[str, ...] = (
+        "train",
+    )  # ImageSets/<split>.txt or any file.txt; 'all'; 'testing': KITTI's, no labels; nuScenes' names
     repeat: int = 1  # how many times each frame is listed in an epoch
     limit: int = 0  # use only the first frames of the list; 0: all
     rename: dict[str, str] = dataclasses.field(default_factory=dict)  # class names of the source -> the model's
@@ -90,13 +101,23 @@ class DataConfig:
     root: str = "data/kitti"  # folder of sources that name none
     train: tuple[Source, ...] = (Source(),)  # sources to train on
     val: tuple[Source, ...] = (Source(split=("val",)),)  # sources to evaluate on
-    neighbours: tuple[str, ...] = ("Van", "Person_sitting")  # neither object nor background: ignored in training, with DontCare
-    min_height: float = 0.0  # input px: objects whose visible box is lower are ignored in training, neither object nor background
+    neighbours: tuple[str, ...] = (
+        "Van",
+        "Person_sitting",
+    )  # neither object nor background: ignored in training, with DontCare
+    min_height: float = (
+        0.0  # input px: objects whose visible box is lower are ignored in training, neither object nor background
+    )
     max_occlusion: int = 3  # objects with a higher KITTI occlusion level (0-3) are ignored in training
     flip: float = 0.5  # probability of a mirror image
-    scale: tuple[float, float] = (1.0, 1.0)  # range of the random scale; above 1 crops, below 1 pads, both at a random position
+    scale: tuple[float, float] = (
+        1.0,
+        1.0,
+    )  # range of the random scale; above 1 crops, below 1 pads, both at a random position
     colour: float = 0.0  # strength of brightness, contrast and saturation changes: each factor in 1 +- colour
-    overlap: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)  # class -> overlap to exceed in 2D, BEV, 3D
+    overlap: dict[str, tuple[float, float, float]] = dataclasses.field(
+        default_factory=dict
+    )  # class -> overlap to exceed in 2D, BEV, 3D
     workers: int = 2  # loader processes per training process
     index: str = ""  # folder for what was read of the sources; empty: beside each, or in the user's cache folder
     cache: str = ""  # folder for decoded frames, read instead of decoding again; 1.4 MB a KITTI frame; empty: none
@@ -126,17 +147,14 @@ def change_colours(batch):
         return image
     planes = image.permute(0, 3, 1, 2).flatten(2)  # (B, 3, H W)
     with torch.autocast(image.device.type, enabled=False):
-        changed = torch.baddbmm(colour[..., 3:], colour[..., :3], planes.float()).round_().clamp_(0, 255).to(torch.uint8)
+        changed = (
+            torch.baddbmm(colour[..., 3:], colour[..., :3], planes.float()).round_().clamp_(0, 255).to(torch.uint8)
+        )
     row, column = (torch.arange(n, device=image.device) for n in image.shape[1:3])
     x1, y1, x2, y2 = batch["covered"][..., None].unbind(1)  # (B, 1) each
     inside = ((row >= y1) & (row < y2))[:, :, None] & ((column >= x1) & (column < x2))[:, None]
     changed = torch.where(inside.flatten(1)[:, None], changed, planes)
     return changed.transpose(1, 2).contiguous().view_as(image)
-
-
-def usable_cores():
-    """Number of cores that this process may use, where the system says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def read_source(source, config, problems=None):
@@ -169,7 +187,11 @@ READ_BY = {  # kind of a source: which of the fields that only some read
 def find_folders(source, root):
     """[(kind, folder or file, splits)] that a source is read from; the built-in world is rendered where it is not there."""
     fields = ("split", "version", "cameras", "world_frames", "world_seed")
-    vain = [name for name in fields if name not in READ_BY.get(source.kind, fields) and getattr(source, name) != getattr(Source(), name)]
+    vain = [
+        name
+        for name in fields
+        if name not in READ_BY.get(source.kind, fields) and getattr(source, name) != getattr(Source(), name)
+    ]
     if vain:
         raise ValueError(f"data source {root}: {vain[0]} means nothing to kind={source.kind}")
     if source.kind in ("kitti", "jsonl", "nuscenes"):
@@ -177,11 +199,15 @@ def find_folders(source, root):
     if source.kind != "synthetic":
         raise ValueError(f"data source kind is {source.kind!r}, expected 'kitti', 'jsonl', 'nuscenes' or 'synthetic'")
     if len({*source.split}) < len(source.split):
-        raise ValueError(f"data source {root}: split lists {', '.join(source.split)}, expected each once; use repeat= to repeat")
+        raise ValueError(
+            f"data source {root}: split lists {', '.join(source.split)}, expected each once; use repeat= to repeat"
+        )
     found, wanted = [], (source.world_frames, source.world_seed)
     for split in source.split:
         if split in nuscenes_world.SPLITS:
-            found.append(("nuscenes", nuscenes_world.build_nuscenes_world(root, split, *wanted, usable_cores()), (split,)))
+            found.append(
+                ("nuscenes", nuscenes_world.build_nuscenes_world(root, split, *wanted, usable_cores()), (split,))
+            )
         else:
             found.append(("kitti", world.build_world(root, split, *wanted, workers=usable_cores()), (split,)))
     return found
@@ -214,7 +240,9 @@ def build_dataset(config, sources, classes, size, training, seed=0, velocity=Fal
     if not sources:
         raise ValueError(f"{name} lists no source, expected at least one")
     if not training and any(source.repeat > 1 for source in sources):
-        raise ValueError("data.val lists frames more than once, expected repeat=1; train.eval_repeat counts each frame several times")
+        raise ValueError(
+            "data.val lists frames more than once, expected repeat=1; train.eval_repeat counts each frame several times"
+        )
     listed = [read_source(source, config) for source in sources]
     marks = [f"{number}_" if len(sources) > 1 else "" for number in range(len(sources))]
     listed = [[dataclasses.replace(part, mark=mark) for part in own] for own, mark in zip(listed, marks, strict=True)]
@@ -225,7 +253,9 @@ def build_dataset(config, sources, classes, size, training, seed=0, velocity=Fal
         names = frames.count_names()
         if missing := [wanted for wanted in classes if wanted not in names]:
             there = ", ".join(sorted(names.keys() - {"DontCare"})) or "none"
-            raise ValueError(f"no frame of {name} holds an object of class {missing[0]!r} of model.classes; the classes there are: {there}")
+            raise ValueError(
+                f"no frame of {name} holds an object of class {missing[0]!r} of model.classes; the classes there are: {there}"
+            )
     return Detection3D(frames, classes, size, config, training, seed, velocity, attributes)
 
 
@@ -287,7 +317,9 @@ class Detection3D(Dataset):
         self.cache = FrameCache(config.cache) if config.cache else None
         clash = set(classes) & {*config.neighbours, "DontCare"}
         if clash:
-            raise ValueError(f"data.neighbours names {sorted(clash)}, which model.classes trains; remove it from one of them")
+            raise ValueError(
+                f"data.neighbours names {sorted(clash)}, which model.classes trains; remove it from one of them"
+            )
 
     def __len__(self):
         return len(self.frames)
@@ -307,20 +339,35 @@ class Detection3D(Dataset):
         frame = self.frames[index]
         with opened(frame.image, self.frames.place(index)) as file:
             image = upright(file)
-            size, reduction = image.size, reduction_of(image, self.size, max(1.0, self.config.scale[1]) if self.training else 1.0)
-            kept = self.cache.read(frame.image, (size[0] // reduction, size[1] // reduction), reduction) if self.cache else None
+            size, reduction = (
+                image.size,
+                reduction_of(image, self.size, max(1.0, self.config.scale[1]) if self.training else 1.0),
+            )
+            kept = (
+                self.cache.read(frame.image, (size[0] // reduction, size[1] // reduction), reduction)
+                if self.cache
+                else None
+            )
             pixels = np.array(decode(image, reduction)) if kept is None else kept
         if problem := camera_problem(frame.K, *size):
             raise UserError(f"{frame.image}: its camera matrix: {problem}")
         if (known := self.frames.image_size(index) or size) != size:
             was = f"{known[0]}x{known[1]} when its source was read"
-            raise UserError(f"{frame.image}: the image is {size[0]}x{size[1]}, and was {was}: touch the source to read it anew")
+            raise UserError(
+                f"{frame.image}: the image is {size[0]}x{size[1]}, and was {was}: touch the source to read it anew"
+            )
         if self.cache and kept is None:
             self.cache.write(frame.image, pixels, reduction)
         rng = np.random.default_rng((self.seed, epoch, index))
-        view = random_view(rng, *size, self.size, self.config.scale, self.config.flip) if self.training else whole_view(*size, self.size)
+        view = (
+            random_view(rng, *size, self.size, self.config.scale, self.config.flip)
+            if self.training
+            else whole_view(*size, self.size)
+        )
         sample = self.sample_from(frame, view)
-        sample.update(image=torch.from_numpy(place_image(pixels, view)), index=torch.tensor(index), skipped=torch.tensor(skipped))
+        sample.update(
+            image=torch.from_numpy(place_image(pixels, view)), index=torch.tensor(index), skipped=torch.tensor(skipped)
+        )
         if self.training and self.config.colour:
             sample["colour"] = torch.from_numpy(sample_colour(rng, pixels, self.config.colour).astype(np.float32))
             sample["covered"] = torch.tensor(view.covered)
@@ -341,7 +388,14 @@ class Detection3D(Dataset):
         objects = labels[trained]
         full_box, crosses = project_boxes(objects.center, objects.size, objects.yaw, K)
         full_box[crosses] = 0
-        arrays = {"K": K, "center": objects.center, "size": objects.size, "yaw": objects.yaw, "box": objects.box, "full_box": full_box}
+        arrays = {
+            "K": K,
+            "center": objects.center,
+            "size": objects.size,
+            "yaw": objects.yaw,
+            "box": objects.box,
+            "full_box": full_box,
+        }
         sample = {name: torch.from_numpy(np.asarray(array, np.float32)) for name, array in arrays.items()}
         sample["label"] = torch.from_numpy(label[trained])
         sample["crosses"] = torch.from_numpy(crosses)
@@ -363,8 +417,12 @@ class Detection3D(Dataset):
         index = {name: i for i, name in enumerate(self.classes)}
         label = np.array([index.get(name, -1) for name in names], dtype=np.int64)[kind]
         ignored = np.array([name in ("DontCare", *self.config.neighbours) for name in names], dtype=bool)[kind]
-        hard = (labels.box[:, 3] - labels.box[:, 1] < self.config.min_height) | (labels.occlusion > self.config.max_occlusion)
-        seen = (labels.box[:, 2:] > labels.box[:, :2]).all(1)  # converters write boxes without area for what a camera does not see
+        hard = (labels.box[:, 3] - labels.box[:, 1] < self.config.min_height) | (
+            labels.occlusion > self.config.max_occlusion
+        )
+        seen = (labels.box[:, 2:] > labels.box[:, :2]).all(
+            1
+        )  # converters write boxes without area for what a camera does not see
         trained = (label >= 0) & labels.is_3d & seen & ~(hard & self.training)
         return label, trained, ignored | ((label >= 0) & ~trained)
 
@@ -437,11 +495,17 @@ class Detection3D(Dataset):
             labels, names = part.labels(objects), part.names
             if self.training and self.config.min_height:
                 sizes = self.sizes(part, first, frames, strict=False)
-                scale = np.where(sizes[:, 1] > 0, whole_sizes(np.maximum(sizes, 1), self.size)[:, 1] / np.maximum(sizes[:, 1], 1), 1.0)
+                scale = np.where(
+                    sizes[:, 1] > 0,
+                    whole_sizes(np.maximum(sizes, 1), self.size)[:, 1] / np.maximum(sizes[:, 1], 1),
+                    1.0,
+                )
                 labels = dataclasses.replace(labels, box=labels.box * scale[part.owners(frames)][:, None])
             _, trained, ignored = self.roles(labels, names, labels.name)
             for title, rows in (("trained", trained), ("ignored", ignored), ("background", ~trained & ~ignored)):
-                for name, count in zip(names, np.bincount(labels.name[rows], minlength=len(names)).tolist(), strict=True):
+                for name, count in zip(
+                    names, np.bincount(labels.name[rows], minlength=len(names)).tolist(), strict=True
+                ):
                     found[title][name] += count * times[part]
         parts = [f"{len(self)} frames"]
         for title, counts in found.items():
@@ -481,7 +545,11 @@ def collate(samples, multiple=16):
 
 def unread(batch):
     """Indices of the frames that a batch holds others for, because their images could not be read (data.skip_bad)."""
-    return [index - skipped for index, skipped in zip(batch["index"].tolist(), batch["skipped"].tolist(), strict=True) if skipped]
+    return [
+        index - skipped
+        for index, skipped in zip(batch["index"].tolist(), batch["skipped"].tolist(), strict=True)
+        if skipped
+    ]
 
 
 def seed_of(*numbers):

@@ -8,7 +8,9 @@
 Files need neither timm nor a GPU: KITTI's are read in rectified camera 0, nuScenes' in the global frame, and compared as they are.
 """
 
-from __future__ import annotations  # Accelerator and Detection3D are named in signatures only, so that files need neither
+from __future__ import (
+    annotations,  # Accelerator and Detection3D are named in signatures only, so that files need neither
+)
 
 import argparse
 import dataclasses
@@ -30,15 +32,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Source, UserError, check_writable, disk_is_full, loading, make_loader, user_errors
-from draw import SHOWN_FRAMES, draw_curves, draw_frames
-from formats import jsonl, nuscenes, nuscenes_world, world
+from formats import jsonl, nuscenes
 from formats.index import user_folder
 from formats.kitti import read_labels, write_labels
-from frames import Labels, make_labels
-from geometry import yaw_to_alpha
 from metrics.kitti import CLASSES, MIN_OVERLAP, format_table, kitti_ap, object_errors
 from metrics.nuscenes import format_table as format_nuscenes
 from metrics.nuscenes import nuscenes_metrics
+from scene.draw import SHOWN_FRAMES, draw_curves, draw_frames
+from scene.frames import Labels, make_labels
+from scene.geometry import yaw_to_alpha
+from world import cameras as nuscenes_world
+from world import street as world
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +75,7 @@ def predict_dataset(
     """
     from accelerate.utils import gather_object  # the files mode needs neither
 
-    from guard import Stopped
+    from engine.guard import Stopped
 
     own = list(range(len(dataset)))[accelerator.process_index :: accelerator.num_processes]
     batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
@@ -83,7 +87,9 @@ def predict_dataset(
     frames_each = -(-len(dataset) // accelerator.num_processes)
     rounds = -(-frames_each // batch_size)  # equal on all processes, of which some have a batch fewer
     with loading(loader) as loaded:
-        for number in tqdm(range(rounds), "evaluating", disable=None if progress and accelerator.is_main_process else True):
+        for number in tqdm(
+            range(rounds), "evaluating", disable=None if progress and accelerator.is_main_process else True
+        ):
             if accelerator.reduce(torch.tensor(float(stop()), device=accelerator.device)) > 0:
                 detector.train(training)
                 raise Stopped
@@ -91,21 +97,34 @@ def predict_dataset(
                 continue
             indices, batch = batches[number], next(loaded)
             with accelerator.autocast():
-                detections = detector.detect(batch["image"].to(accelerator.device), batch["K"].to(accelerator.device), flip)
+                detections = detector.detect(
+                    batch["image"].to(accelerator.device), batch["K"].to(accelerator.device), flip
+                )
             for index, skipped, detection in zip(indices, batch["skipped"].tolist(), detections, strict=True):
                 unread += [dataset.ids[index]] * bool(skipped)
-                found.append((dataset.ids[index], to_source(detection, dataset, index, skipped, detector.config.attribute_names)))
+                found.append(
+                    (dataset.ids[index], to_source(detection, dataset, index, skipped, detector.config.attribute_names))
+                )
     detector.train(training)
     gathered = gather_object(found)
     predictions = dict(gathered)
-    assert sorted(id for id, _ in gathered) == sorted(dataset.ids), f"gathered {len(gathered)} frames of a data set of {len(dataset)}"
+    assert sorted(id for id, _ in gathered) == sorted(dataset.ids), (
+        f"gathered {len(gathered)} frames of a data set of {len(dataset)}"
+    )
     if unread:
-        print(f"{len(unread)} unreadable images count as frames without detections, the first is {unread[0]}", file=sys.stderr)
+        print(
+            f"{len(unread)} unreadable images count as frames without detections, the first is {unread[0]}",
+            file=sys.stderr,
+        )
     return {id: predictions[id] for id in dataset.ids}
 
 
 def to_source(
-    detection: dict[str, torch.Tensor], dataset: Detection3D, index: int, skipped: int = 0, attributes: Sequence[str] = ()
+    detection: dict[str, torch.Tensor],
+    dataset: Detection3D,
+    index: int,
+    skipped: int = 0,
+    attributes: Sequence[str] = (),
 ) -> Labels:
     """One dict of `Detector.detect` -> Labels in the source's own frame and original pixels. attributes: the names of its indices."""
     from model import to_labels
@@ -113,7 +132,9 @@ def to_source(
     if skipped:
         return make_labels([], [], [], [], [])
     found = to_labels(detection, dataset.view_of(index), dataset.classes, attributes=attributes)
-    center = found.center - dataset.frames[index].offset  # before alpha is derived: KITTI's alpha belongs to its own file's x and z
+    center = (
+        found.center - dataset.frames[index].offset
+    )  # before alpha is derived: KITTI's alpha belongs to its own file's x and z
     return dataclasses.replace(found, center=center, alpha=yaw_to_alpha(found.yaw, center))
 
 
@@ -135,9 +156,18 @@ def evaluate(
     from accelerate.utils import broadcast_object_list
 
     predictions = predict_dataset(
-        model, dataset, accelerator, config.train.batch_size, config.data.workers, stop=stop, timeout=config.train.timeout, flip=flip
+        model,
+        dataset,
+        accelerator,
+        config.train.batch_size,
+        config.data.workers,
+        stop=stop,
+        timeout=config.train.timeout,
+        flip=flip,
     )
-    if has_samples(dataset):  # by the main process alone: the tables of all of nuScenes fill gigabytes while they are read
+    if has_samples(
+        dataset
+    ):  # by the main process alone: the tables of all of nuScenes fill gigabytes while they are read
         metrics = [compute_sample_metrics(dataset, predictions, config.data) if accelerator.is_main_process else None]
         return broadcast_object_list(metrics)[0], predictions
     truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
@@ -186,7 +216,9 @@ def has_samples(dataset: Detection3D) -> bool:
     """
     grouped = dataset.frames.grouped()
     if len(grouped) > 1:
-        raise ValueError("data.val lists nuScenes and other sources, expected one kind of them: they have different metrics")
+        raise ValueError(
+            "data.val lists nuScenes and other sources, expected one kind of them: they have different metrics"
+        )
     return grouped == {True}
 
 
@@ -210,11 +242,15 @@ def check_samples(dataset: Detection3D, config: Config) -> None:
             "data.val lists several nuScenes sources or splits of the built-in world, expected one: it is evaluated as a whole"
         )
     if strange := [name for name in dataset.classes if name not in nuscenes.ATTRIBUTES]:
-        raise ValueError(f"model.classes names {strange[0]!r}, and nuScenes' metrics know only {', '.join(nuscenes.ATTRIBUTES)}")
+        raise ValueError(
+            f"model.classes names {strange[0]!r}, and nuScenes' metrics know only {', '.join(nuscenes.ATTRIBUTES)}"
+        )
     if val[0].limit and len(set(Counter(dataset.frames.groups()).values())) > 1:
         raise ValueError(f"data.val: limit={val[0].limit} parts the cameras of a sample, which are evaluated together")
     if config.data.overlap or config.train.eval_repeat > 1:
-        raise ValueError("data.overlap and train.eval_repeat belong to KITTI's metrics, and the frames of data.val are nuScenes'")
+        raise ValueError(
+            "data.overlap and train.eval_repeat belong to KITTI's metrics, and the frames of data.val are nuScenes'"
+        )
 
 
 def name_sample_metrics(metrics: dict) -> dict:
@@ -249,7 +285,9 @@ def blank_metrics(dataset: Detection3D, config: Config) -> dict:
         return compute_metrics({}, {}, dataset.classes)
     check_samples(dataset, config)
     none, nowhere = nuscenes.parse_results({}, []), np.zeros((0, 2))
-    return name_sample_metrics(nuscenes_metrics(nuscenes.Truth([], none, nowhere, np.zeros((0, 4, 3)), np.zeros(0, int)), none))
+    return name_sample_metrics(
+        nuscenes_metrics(nuscenes.Truth([], none, nowhere, np.zeros((0, 4, 3)), np.zeros(0, int)), none)
+    )
 
 
 def format_metrics(metrics: dict, metric: str = "R40", errors: dict | None = None) -> str:
@@ -286,7 +324,10 @@ def read_metric(metrics: dict, name: str) -> float:
 
 def flat_metrics(metrics: dict) -> dict[str, float]:
     """Every number of an evaluation by its path, for logs; curves and settings apart."""
-    numbers, rest = {}, [("", {key: value for key, value in metrics.items() if key not in ("curves", "settings", "cfg")})]
+    numbers, rest = (
+        {},
+        [("", {key: value for key, value in metrics.items() if key not in ("curves", "settings", "cfg")})],
+    )
     while rest:
         path, place = rest.pop()
         for key, value in place.items():
@@ -317,14 +358,18 @@ def write_evaluation(folder: str | Path, dataset: Detection3D, metrics: dict, pr
             path = folder / "results" / f"{id}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_labels(path, labels, scores=True, digits=4)
-        frames.append(dataclasses.replace(frame, id=id, image=frame.image.absolute(), labels=labels.moved(frame.offset)))
+        frames.append(
+            dataclasses.replace(frame, id=id, image=frame.image.absolute(), labels=labels.moved(frame.offset))
+        )
     if samples:
         nuscenes.write_results(folder / "results_nusc.json", nuscenes.merge_cameras(dataset.frames, predictions))
     else:
         draw_curves(metrics).save(folder / "curves.png")
     jsonl.write_jsonl(folder / "predictions.jsonl", frames)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    draw_frames(dataset.frames, predictions, metrics, dataset.classes, best=0, worst=2 * SHOWN_FRAMES).save(folder / "worst.png")
+    draw_frames(dataset.frames, predictions, metrics, dataset.classes, best=0, worst=2 * SHOWN_FRAMES).save(
+        folder / "worst.png"
+    )
 
 
 def write_submission(folder: str | Path, predictions: dict[str, Labels]) -> tuple[int, int]:
@@ -336,7 +381,9 @@ def write_submission(folder: str | Path, predictions: dict[str, Labels]) -> tupl
     written = total = 0
     for id, labels in predictions.items():
         known = labels[np.isin(labels.name.astype(str), CLASSES)]
-        write_labels(Path(folder) / "data" / f"{id}.txt", known[np.argsort(-known.score, kind="stable")], scores=True, digits=4)
+        write_labels(
+            Path(folder) / "data" / f"{id}.txt", known[np.argsort(-known.score, kind="stable")], scores=True, digits=4
+        )
         written, total = written + len(known), total + len(labels)
     return written, total - written
 
@@ -352,7 +399,10 @@ def read_folder(
     Returns truth and results (id -> Labels in rectified camera 0), the ids without a result file, and the ids of result files that
     belong to no frame. Raises FileNotFoundError or ValueError in one sentence that names the file, and the line where there is one.
     """
-    labels, results = _text_folder(labels, "--labels", LABEL_FOLDERS), _text_folder(results, "--results", RESULT_FOLDERS, empty=True)
+    labels, results = (
+        _text_folder(labels, "--labels", LABEL_FOLDERS),
+        _text_folder(results, "--results", RESULT_FOLDERS, empty=True),
+    )
     if split is None:
         ids = sorted(path.stem for path in labels.glob("*.txt"))
     else:
@@ -378,7 +428,10 @@ def read_folder(
     return truth, found, [id for id in ids if id not in there], sorted(there - set(ids))
 
 
-LABEL_FOLDERS, RESULT_FOLDERS = ("label_2", "training/label_2"), ("data", "results")  # where a parent folder usually holds the files
+LABEL_FOLDERS, RESULT_FOLDERS = (
+    ("label_2", "training/label_2"),
+    ("data", "results"),
+)  # where a parent folder usually holds the files
 
 
 def _text_folder(path, option, usual, empty=False):
@@ -406,7 +459,9 @@ def check_outputs(options: argparse.Namespace) -> None:
         folder = Path(options.out)
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
-            raise UserError(f"--out {folder}: {there} is {'not writable' if there.is_dir() else 'a file'}, expected a folder to write into")
+            raise UserError(
+                f"--out {folder}: {there} is {'not writable' if there.is_dir() else 'a file'}, expected a folder to write into"
+            )
 
 
 def evaluate_files(options: argparse.Namespace) -> None:
@@ -416,12 +471,18 @@ def evaluate_files(options: argparse.Namespace) -> None:
         truth, results, missing, extra = read_folder(options.labels, options.results, options.split)
         there = {name for labels in (*truth.values(), *results.values()) for name in np.unique(labels.name.astype(str))}
         if unknown := [name for name in options.classes or () if name not in there and name not in CLASSES]:
-            raise ValueError(f"--classes names {unknown[0]!r}, which no file does; there are {', '.join(sorted(there))}")
-    metrics = compute_metrics(truth, results, options.classes or CLASSES, options.overlap or "strict", options.repeat or 1)
+            raise ValueError(
+                f"--classes names {unknown[0]!r}, which no file does; there are {', '.join(sorted(there))}"
+            )
+    metrics = compute_metrics(
+        truth, results, options.classes or CLASSES, options.overlap or "strict", options.repeat or 1
+    )
     metrics["files"] = {"missing_results": len(missing), "extra_results": len(extra)}
     print(format_table(metrics, options.metric or "R40", metrics["errors"] if options.errors else None))
     if missing:
-        print(f"{len(missing)} of {len(truth)} frames have no result file and count as empty, the first is {missing[0]}.txt")
+        print(
+            f"{len(missing)} of {len(truth)} frames have no result file and count as empty, the first is {missing[0]}.txt"
+        )
     if extra:
         print(f"{len(extra)} result files belong to no evaluated frame and are left out, the first is {extra[0]}.txt")
     if options.json:
@@ -436,7 +497,9 @@ def evaluate_nuscenes(options: argparse.Namespace) -> None:
     with user_errors():
         truth = nuscenes.read_truth(options.nuscenes, (options.split,), options.version or "")
         if not len(truth.boxes):
-            raise ValueError(f"{options.nuscenes}: split {options.split} holds no annotation, expected some to evaluate against")
+            raise ValueError(
+                f"{options.nuscenes}: split {options.split} holds no annotation, expected some to evaluate against"
+            )
         results, meta = nuscenes.read_results(options.results, truth.tokens)
         start = time.perf_counter()
         metrics = nuscenes_metrics(truth, results)
@@ -444,7 +507,9 @@ def evaluate_nuscenes(options: argparse.Namespace) -> None:
     mixed = np.flatnonzero(results.sample != results.listed)
     if len(mixed):
         first = truth.tokens[results.listed[mixed[0]]]
-        print(f"{len(mixed)} boxes name another sample than the one they are listed under, and count there; the first is under {first}")
+        print(
+            f"{len(mixed)} boxes name another sample than the one they are listed under, and count there; the first is under {first}"
+        )
     if options.json:
         metrics |= {"meta": meta, "eval_time": time.perf_counter() - start}
         Path(options.json).write_text(json.dumps(metrics, indent=1))
@@ -455,9 +520,9 @@ def evaluate_nuscenes(options: argparse.Namespace) -> None:
 
 def evaluate_run(options: argparse.Namespace) -> None:
     """The run mode: prints the table on the main process and fills the folder `evaluation` beside the checkpoint."""
-    from checkpoint import find_checkpoint, load_run
     from data import build_dataset
-    from guard import start_accelerator
+    from engine.checkpoint import find_checkpoint, load_run
+    from engine.guard import start_accelerator
 
     with user_errors():
         folder = find_checkpoint(options.run)
@@ -467,13 +532,17 @@ def evaluate_run(options: argparse.Namespace) -> None:
         config = stay_at_home(config, options.overrides)
         accelerator = start_accelerator(config.train.mixed_precision)
         with accelerator.main_process_first():  # the main process may have to render the built-in world
-            dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
+            dataset = build_dataset(
+                config.data, config.data.val, config.model.classes, config.model.size, training=False
+            )
         if has_samples(dataset):
             check_samples(dataset, config)
             if vain := [name for name in ("errors", "curves", "repeat", "overlap", "metric") if getattr(options, name)]:
                 raise ValueError(f"--{vain[0]} belongs to KITTI's metrics, and the frames of data.val are nuScenes'")
     overlap, metric = options.overlap or "strict", options.metric or "R40"
-    metrics, predictions = evaluate(model.to(accelerator.device), dataset, accelerator, config, overlap, options.repeat, flip=options.flip)
+    metrics, predictions = evaluate(
+        model.to(accelerator.device), dataset, accelerator, config, overlap, options.repeat, flip=options.flip
+    )
     if accelerator.is_main_process:
         out = Path(options.out)
         write_evaluation(out, dataset, metrics, predictions)
@@ -488,9 +557,9 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 def submit_run(options: argparse.Namespace) -> None:
     """The submission mode: a run's detections on a split of KITTI's folder, by default its testing half, for the server."""
-    from checkpoint import find_checkpoint, load_run
     from data import build_dataset
-    from guard import start_accelerator
+    from engine.checkpoint import find_checkpoint, load_run
+    from engine.guard import start_accelerator
 
     with user_errors():
         folder, split = Path(options.submission), options.split or "testing"
@@ -498,20 +567,28 @@ def submit_run(options: argparse.Namespace) -> None:
             raise ValueError(f"--submission {folder}: it holds something else already, expected a new or empty folder")
         config, model = load_run(find_checkpoint(options.run), options.overrides)
         if not set(config.model.classes) & set(CLASSES):
-            raise ValueError(f"--submission: KITTI's server knows {', '.join(CLASSES)}, this run only {', '.join(config.model.classes)}")
+            raise ValueError(
+                f"--submission: KITTI's server knows {', '.join(CLASSES)}, this run only {', '.join(config.model.classes)}"
+            )
         asked = any(text.partition("=")[0].strip() == "data.root" for text in options.overrides)
         root = next((source.root for source in config.data.val if source.kind == "kitti" and not asked), "")
         data = dataclasses.replace(config.data, val=(Source(root=root, split=(split,)),))
         config = stay_at_home(dataclasses.replace(config, data=data), options.overrides)
         accelerator = start_accelerator(config.train.mixed_precision)
         with accelerator.main_process_first():
-            dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
+            dataset = build_dataset(
+                config.data, config.data.val, config.model.classes, config.model.size, training=False
+            )
         if odd := [id for id in dataset.ids if not re.fullmatch(r"\d{6}", id)]:
-            raise ValueError(f"--submission: frame {odd[0]} of split {split}, expected a name of six digits, as the server's are")
+            raise ValueError(
+                f"--submission: frame {odd[0]} of split {split}, expected a name of six digits, as the server's are"
+            )
         if accelerator.is_main_process:
             (folder / "data").mkdir(parents=True, exist_ok=True)  # where it cannot be, that is told before the work
     model, batch_size, workers = model.to(accelerator.device), config.train.batch_size, config.data.workers
-    predictions = predict_dataset(model, dataset, accelerator, batch_size, workers, timeout=config.train.timeout, flip=options.flip)
+    predictions = predict_dataset(
+        model, dataset, accelerator, batch_size, workers, timeout=config.train.timeout, flip=options.flip
+    )
     if accelerator.is_main_process:
         with user_errors():
             written, others = write_submission(folder, predictions)
@@ -534,15 +611,23 @@ def stay_at_home(config: Config, overrides: Sequence[str]) -> Config:
     asked = {text.partition("=")[0].strip() for text in overrides}
     refuse_idle_root(overrides, *config.data.val)
     ours = {"cache": "", "index": str(user_folder())}
-    data = dataclasses.replace(config.data, **{name: value for name, value in ours.items() if f"data.{name}" not in asked})
+    data = dataclasses.replace(
+        config.data, **{name: value for name, value in ours.items() if f"data.{name}" not in asked}
+    )
     for source in config.data.val if "data.val" not in asked else ():
         root = Path(source.root or config.data.root)
-        if source.kind != "synthetic" or (not source.root and "data.root" in asked) or root.resolve().is_relative_to(Path.cwd()):
+        if (
+            source.kind != "synthetic"
+            or (not source.root and "data.root" in asked)
+            or root.resolve().is_relative_to(Path.cwd())
+        ):
             continue
         for split in source.split:
             find = nuscenes_world.world_folder if split in nuscenes_world.SPLITS else world.world_folder
             if not find(root, split, source.world_frames, source.world_seed).is_dir():
-                raise ValueError(f"the run's config would render the built-in world into {root}; data.root=FOLDER says where it may")
+                raise ValueError(
+                    f"the run's config would render the built-in world into {root}; data.root=FOLDER says where it may"
+                )
     return dataclasses.replace(config, data=data)
 
 
@@ -559,20 +644,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Namespace of the command line, and its `mode` in `MODES`. Exits with code 2 and one sentence when the options do not fit together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder or checkpoint folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config, such as data.root=/data/kitti")
-    parser.add_argument("--labels", metavar="DIR", help="KITTI label files, one per frame")
-    parser.add_argument("--results", metavar="DIR", help="KITTI result files (16 fields a line), one per frame; or nuScenes' one file")
-    parser.add_argument("--split", metavar="FILE", help="frame ids to evaluate, one a line; default: every label file; or a split's name")
     parser.add_argument(
-        "--submission", metavar="DIR", help="write DIR/data for KITTI's server; here --split names a split (default: testing)"
+        "overrides", nargs="*", metavar="key=value", help="changes to the run's config, such as data.root=/data/kitti"
+    )
+    parser.add_argument("--labels", metavar="DIR", help="KITTI label files, one per frame")
+    parser.add_argument(
+        "--results", metavar="DIR", help="KITTI result files (16 fields a line), one per frame; or nuScenes' one file"
+    )
+    parser.add_argument(
+        "--split",
+        metavar="FILE",
+        help="frame ids to evaluate, one a line; default: every label file; or a split's name",
+    )
+    parser.add_argument(
+        "--submission",
+        metavar="DIR",
+        help="write DIR/data for KITTI's server; here --split names a split (default: testing)",
     )
     parser.add_argument("--nuscenes", metavar="ROOT", help="nuScenes folder, whose tables are in ROOT/v1.0-*")
     parser.add_argument("--version", help="of its tables, such as v1.0-mini; default: the only one there is")
     parser.add_argument("--classes", nargs="+", help=f"class names of the files; default: {' '.join(CLASSES)}")
     parser.add_argument("--metric", choices=("R40", "R11"), help="recall positions of the table; default: R40")
     parser.add_argument("--overlap", choices=tuple(MIN_OVERLAP), help="overlap thresholds; default: strict")
-    parser.add_argument("--repeat", type=int, metavar="N", help="count every frame N times: lifts the cap on few objects")
-    parser.add_argument("--flip", action="store_true", help="of a run: average what is said of an image and of its mirror image")
+    parser.add_argument(
+        "--repeat", type=int, metavar="N", help="count every frame N times: lifts the cap on few objects"
+    )
+    parser.add_argument(
+        "--flip", action="store_true", help="of a run: average what is said of an image and of its mirror image"
+    )
     parser.add_argument("--errors", action="store_true", help="also print depth, heading and size errors by distance")
     parser.add_argument("--json", metavar="OUT", help="write every number here")
     parser.add_argument("--curves", metavar="OUT.png", help="draw the precision-recall curves here")
@@ -582,7 +681,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flag = lambda name: {"run": "a run folder", "overrides": "key=value"}.get(name, f"--{name}")  # noqa: E731
     options.mode = next((mode for mode in MODES if mode in given), "labels" if "results" in given else None)
     if options.mode is None:
-        parser.exit(2, "evaluate.py: expected either a run folder, or --labels DIR and --results DIR (--help shows both)\n")
+        parser.exit(
+            2, "evaluate.py: expected either a run folder, or --labels DIR and --results DIR (--help shows both)\n"
+        )
     title, needed, more = MODES[options.mode]
     if missing := [name for name in needed if name not in given]:
         parser.exit(2, f"evaluate.py: {title} needs {flag(missing[0])} as well (--help shows it)\n")

@@ -29,9 +29,9 @@ import torch
 from torch import nn
 from torchvision.ops import nms
 
-from geometry import alpha_to_yaw, unproject
 from model import Detector, average_duplicates
 from predict import load_detector
+from scene.geometry import alpha_to_yaw, unproject
 
 VERSION = 1  # of inputs, outputs and metadata
 OPSET = 18
@@ -46,7 +46,9 @@ class Rows(nn.Module):
         super().__init__()
         self.detector, self.suppress, self.half = copy.deepcopy(detector), suppress, half
         if half:
-            for part in self.detector.children():  # what `decode` knows are the detector's own buffers, which stay in fp32
+            for (
+                part
+            ) in self.detector.children():  # what `decode` knows are the detector's own buffers, which stay in fp32
                 part.half()
         self.names: list[str] = []  # of the outputs, once it ran
 
@@ -65,8 +67,12 @@ def select_rows(boxes, K, config):
     """`Detector.select` in fixed shapes: (B, S, ...) candidates -> (B, max_detections, ...), rows that hold nothing with score 0."""
     images, candidates = boxes["score"].shape
     flat = {name: value.flatten(0, 1) for name, value in boxes.items()}
-    flat["label"] = (boxes["label"] + len(config.classes) * torch.arange(images)[:, None]).flatten()  # of other images: other classes
-    apart = flat["box"] + flat["label"][:, None] * (max(config.size) + 1)  # as torchvision's batched_nms keeps classes apart
+    flat["label"] = (
+        boxes["label"] + len(config.classes) * torch.arange(images)[:, None]
+    ).flatten()  # of other images: other classes
+    apart = flat["box"] + flat["label"][:, None] * (
+        max(config.size) + 1
+    )  # as torchvision's batched_nms keeps classes apart
     keep = nms(apart, flat["score"], config.nms_iou)
     if across := config.nms_across_classes:
         images_apart = flat["box"] + (flat["label"] // len(config.classes))[:, None] * (max(config.size) + 1)
@@ -136,17 +142,25 @@ def resize(detector: Detector, size: tuple[int, int]) -> Detector:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 and one sentence when it is wrong."""
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--size", metavar=("H", "W"), nargs=2, type=int, help="canvas in pixels (default: the run's model.size)")
-    parser.add_argument("--half", action="store_true", help="fp16 weights, and fp16 where torch.autocast would compute in it")
+    parser.add_argument(
+        "--size", metavar=("H", "W"), nargs=2, type=int, help="canvas in pixels (default: the run's model.size)"
+    )
+    parser.add_argument(
+        "--half", action="store_true", help="fp16 weights, and fp16 where torch.autocast would compute in it"
+    )
     parser.add_argument("--nms", action="store_true", help="suppress and average duplicates in the graph")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("exported"), help="default: exported")
     options = parser.parse_args(arguments)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        parser.error(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install {' '.join(NEEDED)}")
+        parser.error(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install {' '.join(NEEDED)}"
+        )
     return options
 
 
@@ -162,7 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB); it runs with")
-    print(f"  python {shlex.quote(str(path.with_name(RUNTIME.name)))} {shlex.quote(str(path))} IMAGE --intrinsics FX FY CX CY")
+    print(
+        f"  python {shlex.quote(str(path.with_name(RUNTIME.name)))} {shlex.quote(str(path))} IMAGE --intrinsics FX FY CX CY"
+    )
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from geometry import box_iou, generalized_iou, heading_bin, ray_angle
+from scene.geometry import box_iou, generalized_iou, heading_bin, ray_angle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,9 @@ def loss_cls(logits, targets):
     logits (B, N, C). Returns a sum.
     """
     images, count, classes = logits.shape
-    flat = torch.where(targets.positive, targets.location * classes + targets.label, count * classes)  # losers go to a spare cell
+    flat = torch.where(
+        targets.positive, targets.location * classes + targets.label, count * classes
+    )  # losers go to a spare cell
     truth = logits.new_zeros(images, count * classes + 1).scatter(1, flat, 1.0)[:, :-1].view(images, count, classes)
     counted = ~targets.ignored | truth.bool().any(-1)
     return (sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2.0) * counted[..., None]).sum()
@@ -152,7 +154,9 @@ def loss_regress(decoded, targets, K):
     """
     mask = targets.positive & targets.center_ok
     truth, depth = targets.center, targets.center[..., 2:]
-    metres = depth.clamp(min=0.1) / torch.stack([K[:, None, 0, 0], K[:, None, 1, 1]], -1)  # per px at the true depth (B, S, 2)
+    metres = depth.clamp(min=0.1) / torch.stack(
+        [K[:, None, 0, 0], K[:, None, 1, 1]], -1
+    )  # per px at the true depth (B, S, 2)
     ray = truth / depth.clamp(min=0.1)
     if decoded.yaw_vector is None:
         sine, cosine = turn(*half_angle(decoded.double_alpha, targets.alpha), ray_angle(truth))
@@ -226,7 +230,9 @@ def loss_attribute(decoded, targets, possible):
     possible (C, A) bool: which class may have which attribute; a label that is impossible for its class counts as unknown.
     """
     truth = targets.attribute.clamp(min=0)
-    mask = targets.positive & (targets.attribute >= 0) & possible[targets.label].gather(-1, truth[..., None]).squeeze(-1)
+    mask = (
+        targets.positive & (targets.attribute >= 0) & possible[targets.label].gather(-1, truth[..., None]).squeeze(-1)
+    )
     logits = choose(mask, decoded.attribute, torch.zeros_like(decoded.attribute))
     return masked_sum(F.cross_entropy(logits.transpose(1, 2), truth, reduction="none"), mask)
 
@@ -242,8 +248,12 @@ def keep_best(targets, decoded, logits, objects):
     with torch.no_grad():
         own = logits.flatten(1).gather(1, targets.location * logits.shape[-1] + targets.label)
         overlap = torch.where(targets.positive, box_iou(decoded.box, targets.box), 0.0)
-        worth = overlap * own.sigmoid().sqrt() + targets.positive  # one that competes is worth more than one that does not
-        worth, overlap = (value.unflatten(1, (objects, -1)) for value in (worth.nan_to_num(3.0), overlap.nan_to_num(1.0)))  # NaN must show
+        worth = (
+            overlap * own.sigmoid().sqrt() + targets.positive
+        )  # one that competes is worth more than one that does not
+        worth, overlap = (
+            value.unflatten(1, (objects, -1)) for value in (worth.nan_to_num(3.0), overlap.nan_to_num(1.0))
+        )  # NaN must show
         rank = torch.argsort(worth, dim=-1, descending=True, stable=True).argsort(-1)
         best = rank < overlap.sum(-1, keepdim=True).round().clamp(min=1)
         return dataclasses.replace(targets, positive=targets.positive & best.flatten(1))
@@ -263,7 +273,9 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
         gathered = choose(targets.positive, gathered, torch.zeros_like(gathered))
         decoded = model.decode(gathered, targets.location, targets.label, K)
         stride = model.location_stride[targets.location]
-        targets = keep_best(targets, decoded, logits, batch["valid"].shape[1]) if best and weights.loss_bbox else targets
+        targets = (
+            keep_best(targets, decoded, logits, batch["valid"].shape[1]) if best and weights.loss_bbox else targets
+        )
         named = [name for name in ("loss_bbox", "loss_full_bbox") if getattr(weights, name)]
         boxes = dict(zip(named, loss_boxes(decoded, targets, named).unbind(), strict=True)) if named else {}
         terms = {

@@ -9,8 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import os
 from collections import Counter
@@ -28,8 +26,8 @@ from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou
 
-from frames import decode, make_labels, opened, place_image, reduction_of, upright, whole_view
-from geometry import LIMITS, MIN_DEPTH, SPEED, alpha_to_yaw, camera_problem, heading_bin, unproject
+from scene.frames import decode, make_labels, opened, place_image, reduction_of, upright, whole_view
+from scene.geometry import LIMITS, MIN_DEPTH, SPEED, alpha_to_yaw, camera_problem, heading_bin, unproject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,44 +40,67 @@ class ModelConfig:
     norm: str = "batch"  # backbone BatchNorm: 'batch', 'frozen' (statistics and affine), 'sync' (over processes, GPU)
     size: tuple[int, int] = (384, 1280)  # network input (height, width), px; images are scaled to fit and padded
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
-    size_prior: tuple[tuple[float, float, float], ...] = ()  # mean (l, h, w) m per class; empty: measured on the training labels
+    size_prior: tuple[
+        tuple[float, float, float], ...
+    ] = ()  # mean (l, h, w) m per class; empty: measured on the training labels
     strides: tuple[int, ...] = (8, 16, 32)  # px per cell of the pyramid levels
-    level_sizes: tuple[float, ...] = (64.0, 128.0)  # px: longest side of the visible box at which the next level takes over
+    level_sizes: tuple[float, ...] = (
+        64.0,
+        128.0,
+    )  # px: longest side of the visible box at which the next level takes over
     depth_mean: tuple[float, ...] = ()  # virtual metres per level; empty: measured on the training labels
     depth_std: tuple[float, ...] = ()  # virtual metres per level; empty: measured on the training labels
     virtual_focal: float = 700.0  # px: depth z counts as z * virtual_focal / fy
-    projected_center: bool = True  # cells are chosen around the projected 3D centre; false: around the visible box's centre
+    projected_center: bool = (
+        True  # cells are chosen around the projected 3D centre; false: around the visible box's centre
+    )
     channels: int = 128  # of the FPN and the towers
     tower_convs: int = 2  # 3x3 convolutions in each of the two towers
     predict_yaw: bool = False  # a second angle output, for loss_alpha_constrain
     velocity: bool = False  # two outputs: speed along x and z of the camera, for loss_velocity
-    attributes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # class -> what it may be, such as vehicle.parked
+    attributes: dict[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # class -> what it may be, such as vehicle.parked
     score_threshold: float = 0.05  # detections below are dropped
     nms_iou: float = 0.6  # of visible boxes, per class
-    nms_across_classes: float = 0.0  # IoU of visible boxes above which the best of any class stays alone; 0: a thing may be of two classes
+    nms_across_classes: float = (
+        0.0  # IoU of visible boxes above which the best of any class stays alone; 0: a thing may be of two classes
+    )
     candidates: int = 300  # locations decoded per image, before non-maximum suppression
     max_detections: int = 100  # per image
-    fuse_duplicates: bool = True  # place and visible box of a detection become the mean over the duplicates that it suppresses
+    fuse_duplicates: bool = (
+        True  # place and visible box of a detection become the mean over the duplicates that it suppresses
+    )
     centerness_share: float = 0.25  # score = class^(1 - share) centerness^share P(...); 0: class alone
     depth_tolerance: float = 2.0  # m: the score holds P(|depth error| < tolerance) under the predicted sigma
-    sigma_scale: tuple[float, ...] = ()  # factor of the sigma that is told, per class; empty: 1, and best/ has it fitted to data.val
+    sigma_scale: tuple[
+        float, ...
+    ] = ()  # factor of the sigma that is told, per class; empty: 1, and best/ has it fitted to data.val
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # JSON has lists
             object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
         if not timm.is_model(self.backbone):
             near = difflib.get_close_matches(self.backbone.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-            raise ValueError(f"model.backbone {self.backbone!r} is not a timm model{'; near it: ' + ', '.join(near) if near else ''}")
+            raise ValueError(
+                f"model.backbone {self.backbone!r} is not a timm model{'; near it: ' + ', '.join(near) if near else ''}"
+            )
         if self.norm not in ("batch", "frozen", "sync"):
             raise ValueError(f"model.norm is {self.norm!r}, expected 'batch', 'frozen' or 'sync'")
         if not self.strides or list(self.strides) != sorted({*self.strides}) or self.strides[0] < 1:
             raise ValueError(f"model.strides is {self.strides}, expected px per cell, ascending")
         if len(self.level_sizes) != len(self.strides) - 1:
-            raise ValueError(f"model.level_sizes has {len(self.level_sizes)} borders for {len(self.strides)} strides, expected one fewer")
+            raise ValueError(
+                f"model.level_sizes has {len(self.level_sizes)} borders for {len(self.strides)} strides, expected one fewer"
+            )
         if any(side <= 0 or side % max(self.strides) for side in self.size):
-            raise ValueError(f"model.size is {self.size}, expected (height, width) in multiples of the largest stride, {max(self.strides)}")
+            raise ValueError(
+                f"model.size is {self.size}, expected (height, width) in multiples of the largest stride, {max(self.strides)}"
+            )
         if self.channels < 4 or self.channels % norm_groups(self.channels):
-            raise ValueError(f"model.channels is {self.channels}, expected a multiple of 32, or of 4 below 128: GroupNorm divides them")
+            raise ValueError(
+                f"model.channels is {self.channels}, expected a multiple of 32, or of 4 below 128: GroupNorm divides them"
+            )
         if self.tower_convs < 1:
             raise ValueError(f"model.tower_convs is {self.tower_convs}, expected at least 1")
         if not 0 <= self.drop_path < 1:
@@ -91,14 +112,23 @@ class ModelConfig:
         if not self.classes or len({*self.classes}) < len(self.classes):
             raise ValueError(f"model.classes is {self.classes}, expected class names, each once")
         if stray := [name for name in self.attributes if name not in self.classes]:
-            raise ValueError(f"model.attributes names {stray[0]!r}, which is none of model.classes: {', '.join(self.classes)}")
+            raise ValueError(
+                f"model.attributes names {stray[0]!r}, which is none of model.classes: {', '.join(self.classes)}"
+            )
         for owner, names in self.attributes.items():
             if not all(names) or len({*names}) < len(names):
                 raise ValueError(f"model.attributes of {owner!r} is {names}, expected names, each once")
         if self.attributes and not self.attribute_names:
-            raise ValueError(f"model.attributes names none for {', '.join(self.attributes)}, expected {{}} for a model without them")
+            raise ValueError(
+                f"model.attributes names none for {', '.join(self.attributes)}, expected {{}} for a model without them"
+            )
         classes, levels = len(self.classes), len(self.strides)
-        for name, expected in {"size_prior": classes, "depth_mean": levels, "depth_std": levels, "sigma_scale": classes}.items():
+        for name, expected in {
+            "size_prior": classes,
+            "depth_mean": levels,
+            "depth_std": levels,
+            "sigma_scale": classes,
+        }.items():
             if len(getattr(self, name)) not in (0, expected):
                 raise ValueError(f"model.{name} has {len(getattr(self, name))} entries, expected {expected} or none")
         if not all(0 < factor < math.inf for factor in self.sigma_scale):
@@ -143,7 +173,9 @@ class Decoded:
     yaw_vector: Tensor | None  # (S, 2) sine and cosine of the yaw output, with predict_yaw
     centerness: Tensor  # (S,) logit
     velocity: Tensor | None = None  # (S, 2) along x and z of the camera, m/s, with velocity
-    attribute: Tensor | None = None  # (S, A) logits of the attributes, IMPOSSIBLE where the class has none such, with attributes
+    attribute: Tensor | None = (
+        None  # (S, A) logits of the attributes, IMPOSSIBLE where the class has none such, with attributes
+    )
 
 
 IMPOSSIBLE = -1e9  # logit of an attribute that a class cannot have: a softmax gives it 0, with finite gradients
@@ -251,7 +283,9 @@ class Detector(
         self.box_tower = Tower(model.channels + 2, model.channels, model.tower_convs)  # and the viewing ray
         self.fields = model.fields
         if model.attributes:
-            possible = [[name in model.attributes.get(owner, ()) for name in model.attribute_names] for owner in model.classes]
+            possible = [
+                [name in model.attributes.get(owner, ()) for name in model.attribute_names] for owner in model.classes
+            ]
             self.register_buffer("attribute_possible", torch.tensor(possible), persistent=False)  # (C, A) bool
         self.class_predictor = nn.Conv2d(model.channels, len(model.classes), 3, padding=1)
         self.box_predictor = nn.Conv2d(model.channels, sum(self.fields.values()), 3, padding=1)
@@ -259,12 +293,18 @@ class Detector(
         mean, std = _pixel_statistics(self.backbone)
         self.register_buffer("pixel_mean", torch.tensor(mean) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std) * 255, persistent=False)
-        self.register_buffer("size_prior", torch.tensor(model.size_prior, dtype=torch.float32), persistent=False)  # (C, 3)
+        self.register_buffer(
+            "size_prior", torch.tensor(model.size_prior, dtype=torch.float32), persistent=False
+        )  # (C, 3)
         sigma_scale = model.sigma_scale or (1.0,) * len(model.classes)
         self.register_buffer("sigma_scale", torch.tensor(sigma_scale, dtype=torch.float32), persistent=False)  # (C,)
-        self.register_buffer("depth_mean", torch.tensor(model.depth_mean, dtype=torch.float32), persistent=False)  # (L,)
+        self.register_buffer(
+            "depth_mean", torch.tensor(model.depth_mean, dtype=torch.float32), persistent=False
+        )  # (L,)
         self.register_buffer("depth_std", torch.tensor(model.depth_std, dtype=torch.float32), persistent=False)
-        self.register_buffer("limits", torch.tensor([limit for limits in LIMITS.values() for limit in limits]), persistent=False)
+        self.register_buffer(
+            "limits", torch.tensor([limit for limits in LIMITS.values() for limit in limits]), persistent=False
+        )
         pixel, stride, level = self.make_locations(*model.size)
         self.register_buffer("location_pixel", pixel, persistent=False)  # (N, 2)
         self.register_buffer("location_stride", stride, persistent=False)  # (N,)
@@ -285,8 +325,6 @@ class Detector(
     def _from_pretrained(cls, *, model_id, model=None, strict=True, **options):
         if model is None:
             raise ValueError("config.json has no section 'model', expected one written by deep3d")
-        if (Path(model_id) / META).exists():
-            verify_files(model_id)
         model = dataclasses.replace(model, pretrained=False)  # the weights are here already
         detector = super()._from_pretrained(model_id=model_id, model=model, strict=strict, **options)
         detector.card = _read_card(model_id, options)
@@ -295,7 +333,11 @@ class Detector(
     def generate_model_card(self, results=""):
         """README.md of a folder of weights: the one that these came with, else CARD filled in. results: Markdown."""
         about = self._hub_mixin_info.model_card_data
-        return ModelCard(self.card) if self.card else ModelCard.from_template(about, template_str=CARD, config=self.config, results=results)
+        return (
+            ModelCard(self.card)
+            if self.card
+            else ModelCard.from_template(about, template_str=CARD, config=self.config, results=results)
+        )
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
@@ -312,7 +354,9 @@ class Detector(
         for predictor in (self.class_predictor, self.box_predictor):
             nn.init.normal_(predictor.weight, std=0.01)
             nn.init.zeros_(predictor.bias)
-        nn.init.constant_(self.class_predictor.bias, -math.log((1 - 0.01) / 0.01))  # focal loss paper (arXiv:1708.02002), section 4.1
+        nn.init.constant_(
+            self.class_predictor.bias, -math.log((1 - 0.01) / 0.01)
+        )  # focal loss paper (arXiv:1708.02002), section 4.1
         start = sum(list(self.fields.values())[: list(self.fields).index("full_box")])
         nn.init.constant_(self.box_predictor.bias[start : start + 4], 1.0)  # boxes start the right way out
 
@@ -333,7 +377,9 @@ class Detector(
             inside = [p for name, p in self.named_parameters() if _lies_in(name, owner)]
             if not inside:
                 there = ", ".join(name for name, _ in self.named_children())
-                raise ValueError(f"train.freeze: no parameter lies in {owner!r}, expected one of {there}, or a module inside them")
+                raise ValueError(
+                    f"train.freeze: no parameter lies in {owner!r}, expected one of {there}, or a module inside them"
+                )
             for parameter in inside:
                 parameter.requires_grad_(False)
         if not any(p.requires_grad for p in self.parameters()):
@@ -354,7 +400,9 @@ class Detector(
     def rays(self, K):
         """Viewing ray (x / z, y / z) of every location under K (B, 3, 3), as maps (B, 2, H, W), one per level."""
         counts = [(self.config.size[0] // s) * (self.config.size[1] // s) for s in self.config.strides]
-        ray = (self.location_pixel - K[:, None, :2, 2]) / torch.stack([K[:, 0, 0], K[:, 1, 1]], -1)[:, None]  # (B, N, 2)
+        ray = (self.location_pixel - K[:, None, :2, 2]) / torch.stack([K[:, 0, 0], K[:, 1, 1]], -1)[
+            :, None
+        ]  # (B, N, 2)
         parts = zip(ray.transpose(1, 2).split(counts, 2), self.config.strides, strict=True)
         return [part.unflatten(2, (self.config.size[0] // s, self.config.size[1] // s)) for part, s in parts]
 
@@ -367,7 +415,8 @@ class Detector(
         x = (image.permute(0, 3, 1, 2).float() - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
         features = self.backbone(x)
         features = [
-            f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.backbone.feature_info.channels(), strict=True)
+            f if f.shape[1] == c else f.permute(0, 3, 1, 2)
+            for f, c in zip(features, self.backbone.feature_info.channels(), strict=True)
         ]
         pyramid = list(self.fpn({str(i): f for i, f in enumerate(features)}).values())
         logits = [self.class_predictor(self.class_tower(p)).flatten(2) for p in pyramid]
@@ -402,7 +451,9 @@ class Detector(
         box = torch.cat([pixel - before, pixel + after], -1)
         before, after = (stride * 4 * out["full_box"]).split(2, -1)  # signed
         a, b = pixel - before, pixel + after
-        full_box = torch.cat([torch.minimum(a, b), torch.maximum(a, b)], -1)  # crossed sides are sorted, so that a gradient remains
+        full_box = torch.cat(
+            [torch.minimum(a, b), torch.maximum(a, b)], -1
+        )  # crossed sides are sorted, so that a gradient remains
 
         size = self.size_prior[label] * torch.exp(out["size"])
         mean, std = self.depth_mean[level], self.depth_std[level]
@@ -431,7 +482,9 @@ class Detector(
             yaw_vector=unit(out["yaw"]) if "yaw" in out else None,
             centerness=out["centerness"].squeeze(-1),
             velocity=SPEED * out["velocity"] if "velocity" in out else None,
-            attribute=torch.where(self.attribute_possible[label], out["attribute"], IMPOSSIBLE) if "attribute" in out else None,
+            attribute=torch.where(self.attribute_possible[label], out["attribute"], IMPOSSIBLE)
+            if "attribute" in out
+            else None,
         )
 
     def mirror(self, logits, raw):
@@ -480,9 +533,14 @@ class Detector(
         """Raw outputs of `forward` -> what `detect` returns: decoded, scored, above the threshold, without duplicates."""
         boxes = self.rank(logits.float(), raw, K)
         images, candidates = boxes["score"].shape
-        box, score = boxes["box"].flatten(0, 1), boxes["score"].flatten()  # row r of image i becomes row i * candidates + r
+        box, score = (
+            boxes["box"].flatten(0, 1),
+            boxes["score"].flatten(),
+        )  # row r of image i becomes row i * candidates + r
         image = torch.arange(images, device=raw.device).repeat_interleave(candidates)
-        group = image * len(self.config.classes) + boxes["label"].flatten()  # boxes of one image and class suppress one another
+        group = (
+            image * len(self.config.classes) + boxes["label"].flatten()
+        )  # boxes of one image and class suppress one another
         keep = batched_nms(box, score, group, self.config.nms_iou)
         keep = keep[score[keep] > self.config.score_threshold]
         if self.config.nms_across_classes:
@@ -503,7 +561,9 @@ class Detector(
         """The best `candidates` (location, class) pairs of each image, decoded and scored: dict of (B, S, ...) tensors. Fixed shapes."""
         classes = logits.shape[-1]
         share = self.config.centerness_share
-        seen = logits.sigmoid() ** (1 - share) * raw[..., :1].float().sigmoid() ** share  # centerness is the first field
+        seen = (
+            logits.sigmoid() ** (1 - share) * raw[..., :1].float().sigmoid() ** share
+        )  # centerness is the first field
         best, flat = seen.flatten(1).topk(min(self.config.candidates, seen[0].numel()))
         location, label = flat // classes, flat % classes
         decoded = self.decode(raw.gather(1, location[..., None].expand(-1, -1, raw.shape[-1])), location, label, K)
@@ -519,12 +579,15 @@ class Detector(
             "depth": decoded.depth[..., 0],
             "size": decoded.size,
             "alpha": angle_from_double(decoded.double_alpha, decoded.direction.argmax(-1)),
-            "sigma": sigma * self.sigma_scale[label],  # the score keeps the learned one: AP does not depend on the factors
+            "sigma": sigma
+            * self.sigma_scale[label],  # the score keeps the learned one: AP does not depend on the factors
         }
         if decoded.velocity is not None:
             along_x, along_z = decoded.velocity.unbind(-1)
             boxes["velocity"] = torch.stack([along_x, torch.zeros_like(along_x), along_z], -1)
-        if decoded.attribute is not None:  # the likeliest, however unsure: a default below a probability of .5 or .7 raised the error
+        if (
+            decoded.attribute is not None
+        ):  # the likeliest, however unsure: a default below a probability of .5 or .7 raised the error
             boxes["attribute"] = torch.where(self.attribute_possible[label].any(-1), decoded.attribute.argmax(-1), -1)
         return boxes
 
@@ -541,14 +604,18 @@ class Detector(
         cameras = np.asarray(K, dtype=np.float64)
         cameras = [cameras] * len(image) if cameras.ndim == 2 else cameras
         if len(cameras) != len(image):
-            raise ValueError(f"{len(image)} images came with {len(cameras)} camera matrices, expected one for each or one for all")
+            raise ValueError(
+                f"{len(image)} images came with {len(cameras)} camera matrices, expected one for each or one for all"
+            )
         seen = [_see(*pair, self.config.size) for pair in zip(image, cameras, strict=True)]
         if not seen:
             return []
         canvases, canvas_cameras, views = zip(*seen, strict=True)
         device, training = self.pixel_mean.device, self.training
         self.eval()
-        found = self.detect(torch.from_numpy(np.stack(canvases)).to(device), torch.from_numpy(np.stack(canvas_cameras)).to(device), flip)
+        found = self.detect(
+            torch.from_numpy(np.stack(canvases)).to(device), torch.from_numpy(np.stack(canvas_cameras)).to(device), flip
+        )
         self.train(training)
         classes, attributes = self.config.classes, self.config.attribute_names
         return [to_labels(one, view, classes, min_score, attributes) for one, view in zip(found, views, strict=True)]
@@ -575,16 +642,28 @@ def _as_picture(image):
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor):
-        raise ValueError(f"image is a tensor of shape {tuple(image.shape)}, expected (H, W, 3) uint8 as an array: tensor.cpu().numpy()")
+        raise ValueError(
+            f"image is a tensor of shape {tuple(image.shape)}, expected (H, W, 3) uint8 as an array: tensor.cpu().numpy()"
+        )
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image is of type {type(image).__name__}, expected a path, a PIL image or an array")
     if image.dtype != np.uint8:
-        raise ValueError(f"image holds {image.dtype}, expected uint8 from 0 to 255: (255 * image).astype(np.uint8) of pixels from 0 to 1")
+        raise ValueError(
+            f"image holds {image.dtype}, expected uint8 from 0 to 255: (255 * image).astype(np.uint8) of pixels from 0 to 1"
+        )
     if not image.size:
         raise ValueError(f"image has shape {image.shape}: it is empty")
     if image.ndim != 3 or image.shape[2] != 3:
-        advice = ": list(image) of a batch" if image.ndim == 4 else ": image[..., :3] of RGB with alpha" if image.shape[2:] == (4,) else ""
-        raise ValueError(f"image has shape {image.shape}, expected (H, W, 3) as RGB{advice}; PIL images may be of any mode")
+        advice = (
+            ": list(image) of a batch"
+            if image.ndim == 4
+            else ": image[..., :3] of RGB with alpha"
+            if image.shape[2:] == (4,)
+            else ""
+        )
+        raise ValueError(
+            f"image has shape {image.shape}, expected (H, W, 3) as RGB{advice}; PIL images may be of any mode"
+        )
     return Image.fromarray(image)
 
 
@@ -599,7 +678,9 @@ def to_labels(found, view, classes, min_score=0.0, attributes=()):
     names, boxes = [classes[int(i)] for i in found["label"]], view.boxes_to_image(found["box"])
     optional = {name: found[name] for name in ("sigma", "velocity") if name in found}
     if "attribute" in found:
-        optional["attribute"] = np.array([*attributes, ""], dtype=object)[found["attribute"].astype(int)]  # -1 is the last
+        optional["attribute"] = np.array([*attributes, ""], dtype=object)[
+            found["attribute"].astype(int)
+        ]  # -1 is the last
     return make_labels(names, boxes, found["size"], found["center"], found["yaw"], score=found["score"], **optional)
 
 
@@ -646,60 +727,12 @@ def _read_card(model_id, options):
     if not Path(model_id).is_dir():
         names = ("revision", "cache_dir", "force_download", "token", "local_files_only")
         try:
-            path = Path(hf_hub_download(model_id, path.name, **{name: options[name] for name in names if name in options}))
+            path = Path(
+                hf_hub_download(model_id, path.name, **{name: options[name] for name in names if name in options})
+            )
         except EntryNotFoundError:
             return ""
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-META = "meta.json"  # of a folder of weights: what is told of it, and the SHA-256 of its files and of itself
-
-
-def read_meta(folder):
-    """meta.json of a folder as a dict with "sha256", {file: digest}. Raises FileNotFoundError, or ValueError when it is damaged."""
-    path = Path(folder) / META
-    try:
-        if path.stat().st_size > 1_000_000 or not path.is_file():  # a pipe would hang, a device fill the memory
-            raise ValueError
-        meta = json.loads(path.read_bytes())
-        recorded = meta.pop("meta_sha256", None)
-        if recorded != _meta_digest(meta) or any(Path(name).name != name for name in {**meta["sha256"]}):
-            raise ValueError
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        raise ValueError(f"{path} is damaged") from None
-    return meta
-
-
-def write_meta(folder, meta, names, file=META):
-    """Write what is told of a folder, and the digests of its files of those names."""
-    meta = {**meta, "sha256": {name: _digest(Path(folder) / name) for name in names}}
-    (Path(folder) / file).write_text(json.dumps({**meta, "meta_sha256": _meta_digest(meta)}, indent=1))
-
-
-def verify_files(folder):
-    """meta.json of a folder of weights whose files all have the content that was written.
-
-    Raises FileNotFoundError or ValueError naming the file that is missing or damaged.
-    """
-    meta = read_meta(folder)
-    for name, digest in meta["sha256"].items():
-        path = Path(folder) / name
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing")
-        if not path.is_file() or _digest(path) != digest:
-            raise ValueError(f"{path} is damaged")
-    return meta
-
-
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _meta_digest(meta):
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _tuples(value):
@@ -721,13 +754,19 @@ def _build_backbone(config):
         first = str(error).splitlines()[0]
         if "drop_path_rate" in first:
             first = "it has no stochastic depth: model.drop_path=0"
-        raise ValueError(f"model.backbone {config.backbone!r} gives no features of {config.size} images in timm: {first}") from None
+        raise ValueError(
+            f"model.backbone {config.backbone!r} gives no features of {config.size} images in timm: {first}"
+        ) from None
     missing = [s for s in config.strides if s not in strides]
     if missing:
-        raise ValueError(f"model.backbone {config.backbone!r} has features at strides {strides}, none at {missing} of model.strides")
+        raise ValueError(
+            f"model.backbone {config.backbone!r} has features at strides {strides}, none at {missing} of model.strides"
+        )
     indices = tuple(max(i for i, s in zip(numbers, strides, strict=True) if s == stride) for stride in config.strides)
     try:
-        backbone = timm.create_model(config.backbone, features_only=True, out_indices=indices, pretrained=config.pretrained, **options)
+        backbone = timm.create_model(
+            config.backbone, features_only=True, out_indices=indices, pretrained=config.pretrained, **options
+        )
     except OSError as error:  # huggingface_hub's errors are among them
         raise OSError(
             f"model.backbone {config.backbone!r}: its pretrained weights are out of reach; model.pretrained=false starts from scratch, "
@@ -770,14 +809,18 @@ def checkpoint_backbone(net, compiled=False):
     compiled: by torch.compile, which moves them once.
     """
     backbone = net.backbone
-    owner = next((getattr(backbone, name) for name in ("body", "model") if hasattr(backbone, name)), backbone)  # timm's wrappers skip these
+    owner = next(
+        (getattr(backbone, name) for name in ("body", "model") if hasattr(backbone, name)), backbone
+    )  # timm's wrappers skip these
     try:
         owner.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
         raise ValueError(
             f"model.backbone {net.config.backbone!r} has no gradient checkpointing in timm; train.checkpoint_backbone=false"
         ) from None
-    norms = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training}
+    norms = {
+        name: m for name, m in backbone.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    }
     learns = any(p.requires_grad for p in backbone.parameters())  # else nothing is computed again
     for name in _computed_twice(backbone, norms, net.config.size) if norms and learns and not compiled else ():
         norms[name].momentum = 1 - math.sqrt(1 - norms[name].momentum)
@@ -788,7 +831,9 @@ def _computed_twice(backbone, names, size):
     dry, calls = copy.deepcopy(backbone).to("meta"), Counter()
     for name in names:
         module = dry.get_submodule(name).eval()  # so that those of several processes wait for none
-        module.register_forward_pre_hook(lambda *_, name=name: calls.update((name,)))  # the last one is not left: nothing more is needed
+        module.register_forward_pre_hook(
+            lambda *_, name=name: calls.update((name,))
+        )  # the last one is not left: nothing more is needed
     sum(feature.sum() for feature in dry(torch.empty(2, 3, *size, device="meta"))).backward()
     return [name for name in names if calls[name] > 1]
 

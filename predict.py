@@ -38,20 +38,33 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import fetch, find_checkpoint, near
 from data import UserError, check_writable, disk_is_full, usable_cores, user_errors
-from draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
+from engine.checkpoint import fetch, find_checkpoint, near
 from formats import video
 from formats.jsonl import to_json
 from formats.kitti import read_calib, split_projection, write_labels
 from formats.pool import in_order
-from frames import Frame, View, decode, in_tar, make_labels, opened, place_image, reduction_of, upright, whole_view
-from geometry import camera_problem, yaw_to_alpha
 from model import Detector, to_labels
+from scene.draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
+from scene.frames import (
+    Frame,
+    View,
+    decode,
+    in_tar,
+    make_labels,
+    opened,
+    place_image,
+    reduction_of,
+    upright,
+    whole_view,
+)
+from scene.geometry import camera_problem, yaw_to_alpha
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # what is looked for in folders
 VIDEO_RANGE = 60.0  # metres of the bird's-eye view, which would jump if every frame had its own
-THREADS = min(usable_cores(), 8)  # that read, and as many that write; the reading of pixels and most of drawing leave Python's lock
+THREADS = min(
+    usable_cores(), 8
+)  # that read, and as many that write; the reading of pixels and most of drawing leave Python's lock
 ONE_THING = 0.5  # IoU of visible boxes above which people are shown the best one, whatever the classes
 
 Camera = Callable[[Path, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
@@ -124,9 +137,15 @@ def _search(path):
             below.clear()
             continue
         seen.add(place)
-        below[:] = sorted((n for n in below if n[0] != "."), key=lambda n, folder=folder: (os.path.islink(os.path.join(folder, n)), n))
+        below[:] = sorted(
+            (n for n in below if n[0] != "."), key=lambda n, folder=folder: (os.path.islink(os.path.join(folder, n)), n)
+        )
         files += [Path(folder, name) for name in names]
-    return sorted(file for file in files if file.suffix.lower() in IMAGES + video.SUFFIXES and file.is_file() and file.name[0] != ".")
+    return sorted(
+        file
+        for file in files
+        if file.suffix.lower() in IMAGES + video.SUFFIXES and file.is_file() and file.name[0] != "."
+    )
 
 
 def _inside(files, folder):
@@ -185,13 +204,17 @@ def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
             line = json.loads(text)
             image, K = line["image"], np.asarray(line["K"], float)
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: expected a JSON object with an image and its K, got {text[:80]}") from None
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object with an image and its K, got {text[:80]}"
+            ) from None
         if problem := camera_problem(K):
             raise ValueError(f"{path}:{number}: K: {problem}")
         place = _resolved(Path(path).parent / str(image))
         first = lines.setdefault(place, number)
         if not np.array_equal(cameras.setdefault(place, K), K):
-            raise ValueError(f"{path}:{number}: another K for {image} than on line {first}, expected one camera for an image")
+            raise ValueError(
+                f"{path}:{number}: another K for {image} than on line {first}, expected one camera for an image"
+            )
     return cameras
 
 
@@ -271,7 +294,9 @@ def detect_shots(detector: Detector, shots: Iterator[Shot], options: argparse.Na
         images = torch.from_numpy(np.stack([shot.canvas for shot in batch])).to(device)
         cameras = torch.from_numpy(np.stack([shot.view.camera(shot.frame.K) for shot in batch])).to(device)
         for shot, found in zip(batch, detector.detect(images, cameras, options.flip), strict=True):
-            labels = to_labels(found, shot.view, detector.config.classes, options.min_score, detector.config.attribute_names)
+            labels = to_labels(
+                found, shot.view, detector.config.classes, options.min_score, detector.config.attribute_names
+            )
             labels = labels[np.isin(labels.name.astype(str), options.classes or detector.config.classes)]
             yield dataclasses.replace(shot, frame=dataclasses.replace(shot.frame, labels=labels))
 
@@ -284,7 +309,11 @@ def draw_shot(shot: Shot, max_range: float | None = None) -> Image.Image:
 
 
 def predict_images(
-    detector: Detector, images: dict[Path, str], camera: Camera, options: argparse.Namespace, report: Callable[[Exception], None]
+    detector: Detector,
+    images: dict[Path, str],
+    camera: Camera,
+    options: argparse.Namespace,
+    report: Callable[[Exception], None],
 ) -> Iterator[Shot]:
     """Shots of images {path: name} with their labels; writes their result files and pictures, and reports what cannot be read."""
 
@@ -298,7 +327,9 @@ def predict_images(
         for folder in ("results", *(["pictures"] if options.pictures else [])):
             (options.out / folder / shot.frame.id).parent.mkdir(parents=True, exist_ok=True)
         labels = shot.frame.labels.moved(-shot.frame.offset)
-        labels = dataclasses.replace(labels, alpha=yaw_to_alpha(labels.yaw, labels.center))  # KITTI's belongs to its own file's x and z
+        labels = dataclasses.replace(
+            labels, alpha=yaw_to_alpha(labels.yaw, labels.center)
+        )  # KITTI's belongs to its own file's x and z
         write_labels(options.out / "results" / f"{shot.frame.id}.txt", labels, scores=True, digits=4)
         if options.pictures:
             draw_shot(shot).save(options.out / "pictures" / f"{shot.frame.id}.png", compress_level=1)
@@ -311,7 +342,12 @@ def predict_images(
 
 
 def predict_video(
-    detector: Detector, path: Path, name: str, camera: Camera, options: argparse.Namespace, report: Callable[[Exception], None]
+    detector: Detector,
+    path: Path,
+    name: str,
+    camera: Camera,
+    options: argparse.Namespace,
+    report: Callable[[Exception], None],
 ) -> Iterator[Shot]:
     """Shots of the frames of a video with their labels; writes it with its boxes, and reports where it cannot be read."""
 
@@ -370,7 +406,9 @@ def predict(detector: Detector, inputs: dict[Path, str], camera: Camera, options
         print(f"{turned} of them were turned as their EXIF says; the camera given counts as that of the turned picture")
     if len(sizes) > 1 and (options.calib or options.intrinsics):
         small, large = ("x".join(map(str, size)) for size in (min(sizes), max(sizes)))
-        print(f"they have {len(sizes)} sizes, such as {small} and {large}, and one camera was given for all: --cameras gives each its own")
+        print(
+            f"they have {len(sizes)} sizes, such as {small} and {large}, and one camera was given for all: --cameras gives each its own"
+        )
     if problems:
         print(f"{len(problems)} were passed over, the first: {problems[0]}", file=sys.stderr)
     return 1 if problems else 0
@@ -381,29 +419,49 @@ def predict(detector: Detector, inputs: dict[Path, str], camera: Camera, options
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 and one sentence when it is wrong."""
-    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("paths", metavar="PATH", nargs="+")
-    parser.add_argument("--calib", metavar="FILE", help="KITTI calibration file (P2); results are then in rectified camera 0")
-    parser.add_argument("--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, help="pixels of the upright picture")
+    parser.add_argument(
+        "--calib", metavar="FILE", help="KITTI calibration file (P2); results are then in rectified camera 0"
+    )
+    parser.add_argument(
+        "--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, help="pixels of the upright picture"
+    )
     parser.add_argument("--hfov", metavar="DEG", type=float, help="horizontal field of view, degrees")
-    parser.add_argument("--cameras", metavar="FILE.jsonl", help="JSON lines with an image (or video) and its K; every PATH needs one")
+    parser.add_argument(
+        "--cameras", metavar="FILE.jsonl", help="JSON lines with an image (or video) and its K; every PATH needs one"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="default: %(default)s")
     parser.add_argument(
-        "--min-score", metavar="S", type=float, default=PEOPLE_SCORE, help="least score written and drawn; default: %(default)s"
+        "--min-score",
+        metavar="S",
+        type=float,
+        default=PEOPLE_SCORE,
+        help="least score written and drawn; default: %(default)s",
     )
-    parser.add_argument("--classes", metavar="NAME", nargs="+", help="write and draw only these; default: all that the detector knows")
+    parser.add_argument(
+        "--classes", metavar="NAME", nargs="+", help="write and draw only these; default: all that the detector knows"
+    )
     parser.add_argument(
         "--nms-across-classes",
         metavar="IOU",
         type=float,
         help=f"boxes that overlap more are one thing, whatever their class; 0: not so; default: the run's, or {ONE_THING} where that is 0",
     )
-    parser.add_argument("--flip", action="store_true", help="average what is said of a picture and of its mirror image; half as fast")
+    parser.add_argument(
+        "--flip", action="store_true", help="average what is said of a picture and of its mirror image; half as fast"
+    )
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw nothing, and write no video")
-    parser.add_argument("--batch", metavar="N", type=int, default=8, help="pictures looked at at once; default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
+    parser.add_argument(
+        "--batch", metavar="N", type=int, default=8, help="pictures looked at at once; default: %(default)s"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
+    )
     options = parser.parse_intermixed_args(arguments)  # a PATH may follow an option
     given = [name for name in ("calib", "intrinsics", "hfov", "cameras") if getattr(options, name) is not None]
     if len(given) != 1:
@@ -413,8 +471,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.hfov is not None and not 0 < options.hfov < 180:
         parser.error(f"--hfov is {options.hfov:g}, expected degrees between 0 and 180")
     if options.intrinsics and (min(options.intrinsics[:2]) <= 0 or not np.isfinite(options.intrinsics).all()):
-        parser.error(f"--intrinsics is {' '.join(f'{v:g}' for v in options.intrinsics)}, expected finite pixels with FX and FY > 0")
-    for option, value in (("--min-score", options.min_score), ("--nms-across-classes", options.nms_across_classes or 0)):
+        parser.error(
+            f"--intrinsics is {' '.join(f'{v:g}' for v in options.intrinsics)}, expected finite pixels with FX and FY > 0"
+        )
+    for option, value in (
+        ("--min-score", options.min_score),
+        ("--nms-across-classes", options.nms_across_classes or 0),
+    ):
         if not 0 <= value <= 1:
             parser.error(f"{option} is {value:g}, expected a number from 0 to 1")
     if options.batch < 1:
@@ -423,7 +486,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         torch.empty(0, device=options.device).tolist()  # which the device 'meta' has not
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         first = str(error).splitlines()[0]
-        parser.error(f"--device is {options.device!r}, expected cpu, cuda, cuda:1 and so on, of those that are there: {first}")
+        parser.error(
+            f"--device is {options.device!r}, expected cpu, cuda, cuda:1 and so on, of those that are there: {first}"
+        )
     return options
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from geometry import LIMITS, MIN_DEPTH, SPEED, heading_bin, project, yaw_to_alpha
+from scene.geometry import LIMITS, MIN_DEPTH, SPEED, heading_bin, project, yaw_to_alpha
 
 RADIUS = 1.5  # strides
 CELLS = 9  # proposals per object and level: 3x3
@@ -42,7 +42,9 @@ class Targets:
     ignored: Tensor  # (B, N) bool: negatives inside ignore regions
     velocity: Tensor | None = None  # (B, S, 2) along x and z of the camera, m/s; where the model has the output
     velocity_ok: Tensor | None = None  # (B, S) bool: the velocity is known
-    attribute: Tensor | None = None  # (B, S) index into the model's attribute_names, -1 unknown; where the model has the output
+    attribute: Tensor | None = (
+        None  # (B, S) index into the model's attribute_names, -1 unknown; where the model has the output
+    )
 
 
 def target_points(batch, height, width, projected=True):
@@ -63,7 +65,9 @@ def target_points(batch, height, width, projected=True):
     if not projected:
         return pixel, middle, usable
     step = pixel - middle
-    room = torch.where(step > 0, edge - middle, middle) / step.abs().clamp(min=1e-6)  # share of the way until each border
+    room = torch.where(step > 0, edge - middle, middle) / step.abs().clamp(
+        min=1e-6
+    )  # share of the way until each border
     return pixel, middle + step * room.amin(-1, keepdim=True).clamp(max=1), usable
 
 
@@ -86,7 +90,9 @@ def propose(point, level, strides, height, width):
 
     Returns location (B, M, 9) over all levels, inside (B, M, 9) and distance (B, M, 9) from cell to point in strides.
     """
-    before = [sum((height // s) * (width // s) for s in strides[:i]) for i in range(len(strides))]  # cells of the levels before each
+    before = [
+        sum((height // s) * (width // s) for s in strides[:i]) for i in range(len(strides))
+    ]  # cells of the levels before each
     stride, before = (per_level(level, values)[..., None] for values in (strides, before))
     columns, rows = width / stride, height / stride
     edge = torch.cat([columns, rows], -1) - 1
@@ -104,17 +110,32 @@ def propose(point, level, strides, height, width):
 
 def assign(batch, config):
     """Batch of `data.collate` -> `Targets`, for the model config's size, strides and level sizes. Nothing here waits for the device."""
-    with torch.no_grad(), torch.autocast(batch["center"].device.type, enabled=False):  # a projection in bf16 is off by pixels
+    with (
+        torch.no_grad(),
+        torch.autocast(batch["center"].device.type, enabled=False),
+    ):  # a projection in bf16 is off by pixels
         height, width = config.size
         pixel, point, usable = target_points(batch, height, width, config.projected_center)
-        location, inside, distance = propose(point, level_of(batch["box"], config.level_sizes), config.strides, height, width)
+        location, inside, distance = propose(
+            point, level_of(batch["box"], config.level_sizes), config.strides, height, width
+        )
         count = sum((height // s) * (width // s) for s in config.strides)
-        location, positive = settle(location, inside & batch["valid"][..., None], distance, batch["center"][..., 2], count)
+        location, positive = settle(
+            location, inside & batch["valid"][..., None], distance, batch["center"][..., 2], count
+        )
 
         images, objects = batch["valid"].shape
         owner = torch.arange(objects, device=location.device).repeat_interleave(CELLS).expand(images, -1)  # (B, S)
         alpha = yaw_to_alpha(batch["yaw"], batch["center"])
-        told = [batch["center"], batch["size"], batch["box"], batch["full_box"], pixel, batch["yaw"][..., None], alpha[..., None]]
+        told = [
+            batch["center"],
+            batch["size"],
+            batch["box"],
+            batch["full_box"],
+            pixel,
+            batch["yaw"][..., None],
+            alpha[..., None],
+        ]
         told = torch.cat(told, -1).repeat_interleave(CELLS, 1)  # at once: each operator counts more than what it moves
         center, size, box, full_box, pixel, yaw, alpha = told.split([3, 3, 4, 4, 2, 1, 1], -1)
         motion = {}
@@ -183,7 +204,12 @@ def measure_priors(dataset, config):
         return config
     found = []  # labels, sizes, levels and depths of some thousand frames
     for label, size, box, depth, focal in dataset.whole_objects():
-        columns = label.to(torch.int16), size, level_of(box, config.level_sizes).to(torch.int8), depth * config.virtual_focal / focal
+        columns = (
+            label.to(torch.int16),
+            size,
+            level_of(box, config.level_sizes).to(torch.int8),
+            depth * config.virtual_focal / focal,
+        )
         found.append([column[depth > MIN_DEPTH] for column in columns])
     if not any(len(label) for label, *_ in found):
         raise ValueError(f"none of the {len(dataset)} training frames holds an object of {', '.join(config.classes)}")
@@ -215,8 +241,13 @@ def encode(targets, model, K):
     reach = torch.cat([pixel - targets.box[..., :2], targets.box[..., 2:] - pixel], -1) / stride
     full = torch.cat([pixel - targets.full_box[..., :2], targets.full_box[..., 2:] - pixel], -1) / (4 * stride)
     excess = (targets.center[..., 2] * model.config.virtual_focal / focal - MIN_DEPTH).clamp(min=1e-3)
-    depth = unbound(((excess + torch.log(-torch.expm1(-excess)) + MIN_DEPTH) - model.depth_mean[level]) / model.depth_std[level], "depth")
-    height = unbound(torch.log(focal * targets.size[..., 1] / targets.center[..., 2].clamp(min=0.1) / (4 * stride[..., 0])), "height")
+    depth = unbound(
+        ((excess + torch.log(-torch.expm1(-excess)) + MIN_DEPTH) - model.depth_mean[level]) / model.depth_std[level],
+        "depth",
+    )
+    height = unbound(
+        torch.log(focal * targets.size[..., 1] / targets.center[..., 2].clamp(min=0.1) / (4 * stride[..., 0])), "height"
+    )
     confident = torch.full_like(depth, -20.0)
     bins = heading_bin(targets.alpha).float()
     fields = {

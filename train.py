@@ -19,7 +19,20 @@ import torch
 from accelerate.utils import broadcast, send_to_device, set_seed
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from checkpoint import (
+from config import help_text, load_config, to_dict
+from data import (
+    StepBatches,
+    UserError,
+    build_dataset,
+    change_colours,
+    disk_is_full,
+    loading,
+    make_loader,
+    seed_of,
+    unread,
+    user_errors,
+)
+from engine.checkpoint import (
     Progress,
     amend_checkpoint,
     find_start,
@@ -33,11 +46,7 @@ from checkpoint import (
     share_state,
     take_architecture,
 )
-from config import help_text, load_config, to_dict
-from data import StepBatches, UserError, build_dataset, change_colours, disk_is_full, loading, make_loader, seed_of, unread, user_errors
-from draw import draw_frames
-from evaluate import blank_metrics, calibrate, evaluate, flat_metrics, format_metrics, read_metric
-from guard import (
+from engine.guard import (
     Guard,
     Signals,
     Stopped,
@@ -56,9 +65,11 @@ from guard import (
     weights_finite,
     write_log,
 )
+from engine.optimizer import Average, find_optimizer, lr_at, make_optimizer, set_lr
+from evaluate import blank_metrics, calibrate, evaluate, flat_metrics, format_metrics, read_metric
 from losses import compute_losses, count_positives, weighted_sum
 from model import Detector, checkpoint_backbone
-from optimizer import Average, find_optimizer, lr_at, make_optimizer, set_lr
+from scene.draw import draw_frames
 from targets import assign, measure_priors
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "synthetic.py"
@@ -82,8 +93,13 @@ def train(config, accelerator):
         with user_errors():
             find_optimizer(config.train.optimizer)  # a typo is told now
             config = take_architecture(config)
-            with accelerator.main_process_first():  # the main process renders the built-in world, the others find it there
-                shape, extra = (config.model.classes, config.model.size), (config.model.velocity, config.model.attribute_names)
+            with (
+                accelerator.main_process_first()
+            ):  # the main process renders the built-in world, the others find it there
+                shape, extra = (
+                    (config.model.classes, config.model.size),
+                    (config.model.velocity, config.model.attribute_names),
+                )
                 train_set = build_dataset(config.data, config.data.train, *shape, True, config.seed, *extra)
                 val_set = build_dataset(config.data, config.data.val, *shape, False)
             read_metric(blank_metrics(val_set, config), config.best)  # a typo is told now
@@ -96,17 +112,23 @@ def train(config, accelerator):
                 val_digest=val_set.digest(),
             )
             if config.model.norm == "sync" and now.processes > 1 and device.type == "cpu":
-                raise ValueError("model.norm=sync needs GPUs: torch synchronises no statistics between processes on CPUs")
+                raise ValueError(
+                    "model.norm=sync needs GPUs: torch synchronises no statistics between processes on CPUs"
+                )
             folder, progress, config = find_start(config, accelerator, now)
             source = find_weights(config.load_from) if config.load_from and not folder else None
             measured = measure_priors(train_set, config.model)
-            config = dataclasses.replace(config, model=inherit_priors(config.model, measured, read_source(source) if source else None))
+            config = dataclasses.replace(
+                config, model=inherit_priors(config.model, measured, read_source(source) if source else None)
+            )
             options = config.train
             log.info(f"train: {train_set.summary()}")
             log.info(f"val: {val_set.summary()}")
 
         set_seed(config.seed)
-        pretrained = config.model.pretrained and not folder  # a checkpoint replaces every weight, and its node may not reach the hub
+        pretrained = (
+            config.model.pretrained and not folder
+        )  # a checkpoint replaces every weight, and its node may not reach the hub
         with user_errors("model."):
             net = Detector(dataclasses.replace(config.model, pretrained=pretrained))
         with user_errors():
@@ -126,15 +148,24 @@ def train(config, accelerator):
         find_targets, find_losses = assign, compute_losses
         if options.compile:  # in place, so that names of weights stay; the average, a copy made before, is not compiled
             net.compile(fullgraph=True)
-            find_targets, find_losses = (torch.compile(function, fullgraph=True) for function in (assign, compute_losses))
+            find_targets, find_losses = (
+                torch.compile(function, fullgraph=True) for function in (assign, compute_losses)
+            )
 
-        start, global_batch, frames, evaluated = progress.step, progress.global_batch, len(train_set), progress.evaluated
+        start, global_batch, frames, evaluated = (
+            progress.step,
+            progress.global_batch,
+            len(train_set),
+            progress.evaluated,
+        )
         steps_per_epoch = frames / global_batch
         total = options.steps or math.ceil(options.epochs * steps_per_epoch)
         if start > total:
             raise UserError(f"{folder}: it has {start} steps, and this run would end after {total}")
         if options.warmup > total / 2:
-            log.warning(f"train.warmup={options.warmup} is more than half of the {total} steps: the learning rate hardly reaches train.lr")
+            log.warning(
+                f"train.warmup={options.warmup} is more than half of the {total} steps: the learning rate hardly reaches train.lr"
+            )
         period, evaluation, reports, unreadable = options.eval_every * steps_per_epoch, None, [], []
         log.info(
             f"{config.model.backbone}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, "
@@ -152,27 +183,37 @@ def train(config, accelerator):
         with loading(make_loader(train_set, order, config.data.workers, device, options.timeout)) as batches:
             accelerator.wait_for_everyone()  # a signal stops all at once until here, and all behind a step from here on
             signals.saving = True
-            if folder and not progress.evaluated and (crosses(start, period) or start == total):  # it was stopped while it evaluated
+            if (
+                folder and not progress.evaluated and (crosses(start, period) or start == total)
+            ):  # it was stopped while it evaluated
                 evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)
             model.train()
             window.rest()
             for step in range(start, total):
                 lr = set_lr(optimizer, lr_at(step, total, options))
-                torch.manual_seed(seed_of(config.seed, step, rank))  # dropout and drop-path: a function of the step, nothing to save
+                torch.manual_seed(
+                    seed_of(config.seed, step, rank)
+                )  # dropout and drop-path: a function of the step, nothing to save
                 waiting = time.perf_counter()
                 loaded = [next(batches) for _ in range(options.accumulate)]
                 window.data_time += time.perf_counter() - waiting
                 unreadable += [train_set.ids[index] for batch in loaded for index in unread(batch)]
                 parts = [send_to_device(batch, device, non_blocking=True) for batch in loaded]
                 targets = [find_targets(batch, config.model) for batch in parts]
-                positives = guard.mean(sum(map(count_positives, targets))) / options.accumulate  # Accelerate divides by that, too
+                positives = (
+                    guard.mean(sum(map(count_positives, targets))) / options.accumulate
+                )  # Accelerate divides by that, too
                 for batch, target in zip(parts, targets, strict=True):
                     with accelerator.accumulate(model):
                         logits, raw = model(change_colours(batch), batch["K"])
-                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives, step >= options.all_cells)
+                        losses = find_losses(
+                            net, logits, raw, target, batch, config.loss, positives, step >= options.all_cells
+                        )
                         loss = guard.watch(losses, weighted_sum(losses, config.loss), logits, raw)
                         accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)  # after DDP's average: equal on all processes
+                norm = accelerator.clip_grad_norm_(
+                    model.parameters(), options.clip
+                )  # after DDP's average: equal on all processes
                 guard.step(step, norm)
                 optimizer.zero_grad()
                 if average:
@@ -226,7 +267,9 @@ def open_folder(accelerator, config, unfinished):
 def save(config, accelerator, progress, net, published):
     """Write the checkpoint of a step. Raises FloatingPointError rather than save weights that are not finite."""
     if not weights_finite(net, published):
-        raise FloatingPointError(f"the weights are not finite after step {progress.step}; they are not saved (lower train.lr?)")
+        raise FloatingPointError(
+            f"the weights are not finite after step {progress.step}; they are not saved (lower train.lr?)"
+        )
     save_checkpoint(accelerator, Path(config.out) / "checkpoints", to_dict(config), progress, config.train.keep)
 
 
@@ -241,16 +284,24 @@ def validate(config, accelerator, model, val_set, progress, stop):
     metrics, predictions = evaluate(model, val_set, accelerator, config, stop=stop)
     value, lower = read_metric(metrics, name), name.startswith("-")
     improved = not progress.best_metric or (value <= progress.best if lower else value >= progress.best)
-    progress = dataclasses.replace(progress, best_metric=name, best=value if improved else progress.best, evaluated=True)
+    progress = dataclasses.replace(
+        progress, best_metric=name, best=value if improved else progress.best, evaluated=True
+    )
     epoch = math.ceil(step * progress.global_batch / progress.frames - 1e-9)
     line = f"Epoch(val) [{epoch}] step {step}  {name}: {value:.4f}, best: {progress.best:.4f}"
     write_log(accelerator, out, {"mode": "val", "epoch": epoch, "step": step, name: value}, line, flat_metrics(metrics))
     if accelerator.is_main_process:
         if improved:
             about = {"step": step, "metric": name, "value": value}
-            told = config if config.model.sigma_scale else dataclasses.replace(config, model=calibrate(config.model, metrics))
+            told = (
+                config
+                if config.model.sigma_scale
+                else dataclasses.replace(config, model=calibrate(config.model, metrics))
+            )
             if factors := told.model.sigma_scale:
-                log.info(f"factors of sigma in {out / 'best'}: {', '.join(map('{} {}'.format, told.model.classes, factors))}")
+                log.info(
+                    f"factors of sigma in {out / 'best'}: {', '.join(map('{} {}'.format, told.model.classes, factors))}"
+                )
             save_weights(out / "best", model, to_dict(told), metrics, about, format_metrics(metrics))
         own = out / "checkpoints" / f"step_{step:08d}"
         if own.is_dir():  # resume= may name one of another run
@@ -279,7 +330,9 @@ def finish(config, accelerator, val_set, progress, metrics, predictions, nothing
 
 def parse_arguments(arguments):
     """Command line -> (config path, overrides); prints every key for --help. Raises ValueError for what is no such command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="train.py [CONFIG.py] [key=value ...]", add_help=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="train.py [CONFIG.py] [key=value ...]", add_help=False
+    )
     parser.add_argument("words", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--traceback", action="store_true")
@@ -289,7 +342,9 @@ def parse_arguments(arguments):
         raise ValueError(f"expected one config file, got {', '.join(paths)} (overrides are key=value)")
     path = Path(paths[0]) if paths else DEFAULT_CONFIG
     if known.help:
-        print(f"{__doc__}\nkeys, with the values of {path.name}:\n{help_text(load_config(path))}\n\n--traceback  show where an error arose")
+        print(
+            f"{__doc__}\nkeys, with the values of {path.name}:\n{help_text(load_config(path))}\n\n--traceback  show where an error arose"
+        )
         sys.exit(0)
     return path, [word for word in known.words if "=" in word]
 
@@ -305,7 +360,11 @@ def run(arguments):
         config = load_config(*parse_arguments(arguments))
         options = config.train
         accelerator = start_accelerator(
-            options.mixed_precision, options.accumulate, options.timeout, log_with=find_tracker(config.log_with), project_dir=config.out
+            options.mixed_precision,
+            options.accumulate,
+            options.timeout,
+            log_with=find_tracker(config.log_with),
+            project_dir=config.out,
         )
     try:
         train(config, accelerator)

@@ -20,5 +20,7 @@ config = Config(
         colour=0.2,
     ),
     model=ModelConfig(backbone="convnext_tiny", pretrained=True, drop_path=0.1, channels=256),
-    train=TrainConfig(batch_size=8, epochs=60, lr=2e-4, weight_decay=0.05, warmup=500, eval_every=5, mixed_precision="bf16"),
+    train=TrainConfig(
+        batch_size=8, epochs=60, lr=2e-4, weight_decay=0.05, warmup=500, eval_every=5, mixed_precision="bf16"
+    ),
 )

@@ -20,6 +20,15 @@ config = Config(
     model=ModelConfig(backbone="resnet18", norm="batch"),
     loss=LossConfig(loss_bbox=2.0, loss_regress=0.5),
     train=TrainConfig(
-        batch_size=4, steps=300, lr=1e-3, beta2=0.99, warmup=10, ema=0, eval_every=0, eval_repeat=40, save_every=100, log_every=10
+        batch_size=4,
+        steps=300,
+        lr=1e-3,
+        beta2=0.99,
+        warmup=10,
+        ema=0,
+        eval_every=0,
+        eval_repeat=40,
+        save_every=100,
+        log_every=10,
     ),
 )

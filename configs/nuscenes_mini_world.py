@@ -35,5 +35,7 @@ config = Config(
         score_threshold=0.02,
     ),
     loss=LossConfig(loss_bbox=2.0, loss_location=0.5, loss_centerness=0.5),
-    train=TrainConfig(batch_size=4, steps=600, optimizer="muon", lr=8e-3, warmup=40, eval_every=0, log_every=20, save_every=600),
+    train=TrainConfig(
+        batch_size=4, steps=600, optimizer="muon", lr=8e-3, warmup=40, eval_every=0, log_every=20, save_every=600
+    ),
 )

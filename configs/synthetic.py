@@ -23,5 +23,7 @@ config = Config(
     ),
     model=ModelConfig(backbone="resnet10t", size=(128, 416), strides=(8, 16), level_sizes=(64.0,), channels=64),
     loss=LossConfig(loss_bbox=2.0, loss_location=0.5, loss_centerness=0.5),
-    train=TrainConfig(batch_size=4, steps=840, optimizer="muon", lr=8e-3, warmup=40, eval_every=0, log_every=20, save_every=200),
+    train=TrainConfig(
+        batch_size=4, steps=840, optimizer="muon", lr=8e-3, warmup=40, eval_every=0, log_every=20, save_every=200
+    ),
 )

@@ -22,11 +22,17 @@ class OnnxDetector:
         """options: onnxruntime.SessionOptions, such as its threads; providers: as onnxruntime names them, the preferred first."""
         self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         self.names = [output.name for output in self.session.get_outputs()]
-        self.about = json.loads(self.session.get_modelmeta().custom_metadata_map.get("deep3d", '{"version": "of something else"}'))
+        self.about = json.loads(
+            self.session.get_modelmeta().custom_metadata_map.get("deep3d", '{"version": "of something else"}')
+        )
         if self.about["version"] != 1:
-            raise ValueError(f"{path}: layout {self.about['version']}, expected 1: take the onnx_detector.py that lies beside it")
+            raise ValueError(
+                f"{path}: layout {self.about['version']}, expected 1: take the onnx_detector.py that lies beside it"
+            )
         self.config = self.about["model"]
-        self.attributes = np.array([*sorted({name for names in self.config["attributes"].values() for name in names}), ""])
+        self.attributes = np.array(
+            [*sorted({name for names in self.config["attributes"].values() for name in names}), ""]
+        )
 
     def predict(self, image, K, min_score=0.0):
         """Detections of one image, best first: a path, PIL image or (H, W, 3) uint8 RGB array; K (3, 3) in its pixels."""
@@ -35,24 +41,37 @@ class OnnxDetector:
     def predict_batch(self, images, cameras, min_score=0.0):
         """The same for n images, each with its own K, as one batch. Returns n dicts of numpy arrays: name (k,), score (k,), box (k, 4),
         center (k, 3), size (k, 3), yaw (k,), sigma (k,), and velocity (k, 3), attribute (k,) where the model has them."""
-        views = [place(read_image(image), np.asarray(K, float), self.config["size"]) for image, K in zip(images, cameras, strict=True)]
+        views = [
+            place(read_image(image), np.asarray(K, float), self.config["size"])
+            for image, K in zip(images, cameras, strict=True)
+        ]
         canvas, K = np.stack([view[0] for view in views]), np.float32([view[1] for view in views])
         rows = dict(zip(self.names, self.session.run(self.names, {"image": canvas, "K": K}), strict=True))
         found = []
         for i, (_, _, scale, size) in enumerate(views):
             boxes = {name: value[i].astype(np.float64) for name, value in rows.items()}
             boxes = boxes if self.about["nms"] else select(boxes, K[i], self.config)
-            boxes = {name: value[boxes["score"] >= max(min_score, 1e-12)] for name, value in boxes.items()}  # rows of score 0 hold nothing
+            boxes = {
+                name: value[boxes["score"] >= max(min_score, 1e-12)] for name, value in boxes.items()
+            }  # rows of score 0 hold nothing
             boxes["box"] = np.clip((boxes["box"] + 0.5) / np.tile(scale, 2) - 0.5, 0, np.tile(size, 2) - 1.0)
             if "attribute" in boxes:
-                boxes["attribute"] = self.attributes[boxes["attribute"].astype(int)]  # -1 stands for none, and is the last
+                boxes["attribute"] = self.attributes[
+                    boxes["attribute"].astype(int)
+                ]  # -1 stands for none, and is the last
             found.append({"name": np.array(self.config["classes"])[boxes.pop("label").astype(int)], **boxes})
         return found
 
 
 def read_image(image):
     """A path, PIL image or RGB array -> PIL image in RGB with 8 bits, upright."""
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image if isinstance(image, Image.Image) else Image.open(image)
+    image = (
+        Image.fromarray(image)
+        if isinstance(image, np.ndarray)
+        else image
+        if isinstance(image, Image.Image)
+        else Image.open(image)
+    )
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257 + 0.5).astype(np.uint8))
@@ -64,7 +83,14 @@ def place(image, K, canvas):
 
     Returns the canvas (H, W, 3) uint8, K (3, 3) in its pixels, the scale (x, y) of the image and its (width, height).
     """
-    if K.shape != (3, 3) or not np.isfinite(K).all() or min(K[0, 0], K[1, 1]) <= 0 or K[0, 1] or K[1, 0] or (K[2] != [0, 0, 1]).any():
+    if (
+        K.shape != (3, 3)
+        or not np.isfinite(K).all()
+        or min(K[0, 0], K[1, 1]) <= 0
+        or K[0, 1]
+        or K[1, 0]
+        or (K[2] != [0, 0, 1]).any()
+    ):
         raise ValueError(f"K is {K.tolist()}, expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels of the image")
     fit = min(canvas[1] / image.width, canvas[0] / image.height)
     width, height = max(1, round(image.width * fit)), max(1, round(image.height * fit))
@@ -125,7 +151,9 @@ def suppress(rows, hits):
 
 def box_iou(a, b):
     """Overlaps of 2D boxes whose leading shapes broadcast, 0 for boxes without area."""
-    width, height = (np.clip(np.minimum(a[..., i + 2], b[..., i + 2]) - np.maximum(a[..., i], b[..., i]), 0, None) for i in (0, 1))
+    width, height = (
+        np.clip(np.minimum(a[..., i + 2], b[..., i + 2]) - np.maximum(a[..., i], b[..., i]), 0, None) for i in (0, 1)
+    )
     area_a, area_b = ((c[..., 2] - c[..., 0]) * (c[..., 3] - c[..., 1]) for c in (a, b))
     return width * height / np.maximum(area_a + area_b - width * height, 1e-12)
 
@@ -134,16 +162,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="model.onnx")
     parser.add_argument("image")
-    parser.add_argument("--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, required=True, help="pixels of the image")
+    parser.add_argument(
+        "--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, required=True, help="pixels of the image"
+    )
     parser.add_argument("--min-score", metavar="S", type=float, default=0.25, help="default: 0.25")
     options = parser.parse_args()
     fx, fy, cx, cy = options.intrinsics
     try:
-        found = OnnxDetector(options.model).predict(options.image, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], options.min_score)
+        found = OnnxDetector(options.model).predict(
+            options.image, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], options.min_score
+        )
     except Exception as error:  # onnxruntime's errors have no class in common
         parser.exit(2, f"error: {options.model} on {options.image}: {str(error).splitlines()[0]}\n")
     for i, name in enumerate(found["name"]):
-        print(name, *(f"{key} {np.round(found[key][i], 2)}" for key in ("score", "center", "size", "yaw", "sigma", "box")))
+        print(
+            name, *(f"{key} {np.round(found[key][i], 2)}" for key in ("score", "center", "size", "yaw", "sigma", "box"))
+        )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from frames import Frame, Labels, image_size, join
-from geometry import box_iou, clip_boxes, project_boxes, ray_angle
+from scene.frames import Frame, Labels, image_size, join
+from scene.geometry import box_iou, clip_boxes, project_boxes, ray_angle
 
 LEAST = 8  # objects that a judgement needs; of a class with fewer, those of all such classes together
 MOST = 500  # objects of a class that hypotheses are tried on, evenly taken
@@ -98,7 +98,9 @@ def image_sizes(frames: Sequence[Frame]) -> np.ndarray:
     return sizes
 
 
-def diagnose(frames: Sequence[Frame], sizes: np.ndarray, reading: Reading = JSONL, source: Path | None = None) -> tuple[list, list]:
+def diagnose(
+    frames: Sequence[Frame], sizes: np.ndarray, reading: Reading = JSONL, source: Path | None = None
+) -> tuple[list, list]:
     """What is most likely wrong with a source's labels: (sentences for mistakes, notes on what was compared).
 
     sizes: those of `image_sizes`. source: the JSON-lines file itself, whose 2D boxes the reader has clipped.
@@ -118,7 +120,9 @@ def diagnose(frames: Sequence[Frame], sizes: np.ndarray, reading: Reading = JSON
         )
     if len(checked):
         overlap = np.median(checked.fit(checked.project()))
-        notes.append(f"projected and given 2D boxes overlap by {_short(overlap)} in the median of {len(checked)} clear objects")
+        notes.append(
+            f"projected and given 2D boxes overlap by {_short(overlap)} in the median of {len(checked)} clear objects"
+        )
     weak = objects[np.isin(objects.labels.name.astype(str), derived)]
     problems += _doubt_sizes(objects if not found else weak, reading) + _doubt_ground(weak, reading)
     return problems, notes
@@ -130,7 +134,9 @@ def doubt_angles(sentences: Sequence[str]) -> list[str]:
     angles = np.array([float(match[1]) for match in found if match])
     if len(set(angles)) < 2 or np.abs(angles).max() > 360.5:
         return []
-    return [f"yaw looks like degrees where radians are expected: {len(angles)} lie beyond 2 pi, from {angles.min():g} to {angles.max():g}"]
+    return [
+        f"yaw looks like degrees where radians are expected: {len(angles)} lie beyond 2 pi, from {angles.min():g} to {angles.max():g}"
+    ]
 
 
 def _clear(objects):
@@ -156,7 +162,11 @@ def _explain(objects, reading):
         return []
     now = objects.fit(objects.project())
     camera, fitted = _fit_camera(objects)
-    mistakes, by_labels, by_camera = defaultdict(list), [], []  # IoU of the objects tried, each class with its mistake undone; with K
+    mistakes, by_labels, by_camera = (
+        defaultdict(list),
+        [],
+        [],
+    )  # IoU of the objects tried, each class with its mistake undone; with K
     for name, rows in _groups(objects).items():
         tried = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST)).astype(int)]
         mistake, after, moved = _best_hypothesis(objects[tried], reading)
@@ -182,7 +192,10 @@ def _tell_mistake(mistake, names, before, after):
 def _groups(objects):
     """Class -> its rows, in order of their number; classes with too few objects together under all their names."""
     names = objects.labels.name.astype(str)
-    groups = {name: np.flatnonzero(names == name) for name in sorted(set(names), key=lambda name: (-(names == name).sum(), name))}
+    groups = {
+        name: np.flatnonzero(names == name)
+        for name in sorted(set(names), key=lambda name: (-(names == name).sum(), name))
+    }
     few = [name for name, rows in groups.items() if len(rows) < LEAST]
     together = np.concatenate([groups.pop(name) for name in few]) if few else np.zeros(0, int)
     return groups | ({", ".join(few): together} if len(together) >= LEAST else {})
@@ -196,7 +209,9 @@ def _best_hypothesis(objects, reading):
         boxes = objects.project(center, size, yaw)
         after, moved = objects.fit(boxes), np.nan_to_num(box_iou(base, boxes)) < 0.9
         if moved.sum() >= LEAST and _explains(now[moved], after[moved]):
-            longer = np.median(size[:, 0] / size[:, 2]) > 0.95  # of two that project alike, the one whose boxes are longer than wide
+            longer = (
+                np.median(size[:, 0] / size[:, 2]) > 0.95
+            )  # of two that project alike, the one whose boxes are longer than wide
             best.append((round(after.mean(), 2) - 0.02 * changes + 0.001 * longer, mistake, after, moved))
     return max(best, key=lambda row: row[0])[1:] if best else ("", now, np.zeros(len(now), bool))
 
@@ -221,7 +236,8 @@ def _hypotheses(labels, reading):
         center = np.stack([labels.center[:, 0], height - (size[:, 1] / 2 if bottom else 0), labels.center[:, 2]], 1)
         words = [
             f"size looks like ({', '.join(other)}) where ({', '.join(order)}) is expected" * (list(other) != order),
-            f"center looks like the {CENTRES[bottom]} where the {CENTRES[reading.bottom]} is expected" * (bottom != reading.bottom),
+            f"center looks like the {CENTRES[bottom]} where the {CENTRES[reading.bottom]} is expected"
+            * (bottom != reading.bottom),
             turned,
         ]
         said = [word for word in words if word]
@@ -277,7 +293,9 @@ def _doubt_behind(objects, frames):
     if not len(behind):
         return []
     name, z, id = own.name[behind[0]], own.center[behind[0], 2], frames[objects.frame[behind[0]]].id
-    return [f"objects behind the camera, which cannot be in the image: {len(behind)}, the first a {name} at z = {z:g} m in frame {id}"]
+    return [
+        f"objects behind the camera, which cannot be in the image: {len(behind)}, the first a {name} at z = {z:g} m in frame {id}"
+    ]
 
 
 def _doubt_frames(objects, frames):
@@ -318,7 +336,9 @@ def _doubt_boxes(frames, sizes, source):
         if np.isfinite(size).all():
             clipped = clip_boxes(boxes, *size)
             outside = (area(clipped) < area(boxes) / 2) & (np.abs(clipped - boxes).max(1, initial=0) > BORDER)
-            outside &= (area(clipped) > 0) | (source is None)  # the reader of JSON lines drops and counts what is wholly outside
+            outside &= (area(clipped) > 0) | (
+                source is None
+            )  # the reader of JSON lines drops and counts what is wholly outside
             found += [(frame.id, box, size) for box in boxes[outside]]
     if not found:
         return []
@@ -332,7 +352,9 @@ def _written_boxes(path):
     boxes = {}
     with path.open(encoding="utf-8-sig", errors="replace") as lines:
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # told by the reader
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, OverflowError, RecursionError
+            ):  # told by the reader
                 entry = json.loads(line)
                 given = [thing["box"] for thing in entry["objects"] if "box" in thing]
                 boxes[path.parent / entry["image"]] = np.array(given, float).reshape(-1, 4)
@@ -351,7 +373,9 @@ def _doubt_principal_point(objects):
     if not (abs(factor).min() > np.log(CROPPED) and abs(factor[0] - factor[1]) < np.log(CROPPED)):
         return []
     size = np.exp(factor.mean())
-    return [f"K looks like that of an image about {size:.1f} times as large as the files: its principal point is not near their middle"]
+    return [
+        f"K looks like that of an image about {size:.1f} times as large as the files: its principal point is not near their middle"
+    ]
 
 
 def _doubt_sizes(objects, reading):
@@ -374,7 +398,9 @@ def _doubt_sizes(objects, reading):
             orders = f"({', '.join(best)}) where ({', '.join(reading.order)}) is expected"
             sentences.append(f"{name}: size looks like {orders}: {values} m in the median")
         elif off[reading.order] > np.log(2) and np.abs(ratio - typical - np.log(factor)).max() < 0.3:
-            sentences.append(f"{name}: size looks {factor:.2f} times too large: {values} m in the median; are sizes and centres in metres?")
+            sentences.append(
+                f"{name}: size looks {factor:.2f} times too large: {values} m in the median; are sizes and centres in metres?"
+            )
     return sentences
 
 
@@ -399,7 +425,9 @@ def _doubt_ground(objects, reading):
     if abs(slope - other) > abs(slope) - 0.05:
         return []
     meant, expected = CENTRES[not reading.bottom], CENTRES[reading.bottom]
-    return [f"center looks like the {meant} where the {expected} is expected: only so do boxes of all heights stand on one ground"]
+    return [
+        f"center looks like the {meant} where the {expected} is expected: only so do boxes of all heights stand on one ground"
+    ]
 
 
 def _from_mean(values, frame):

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from formats.pool import fcntl, in_order, lock, processes
-from frames import Frame, Labels, join
+from scene.frames import Frame, Labels, join
 
 VERSION = 1  # of the file and of what the readers make of a source: raise it whenever either changes
 FOLDER = "deep3d_index"  # beside a source, or in the user's cache folder
@@ -49,7 +49,9 @@ class Chunk:
     labels: Labels  # of all frames, one after another
     offset: np.ndarray | None = None  # (n, 3) m, as Frame has it; None: 0
     dropped: np.ndarray | None = None  # (n,) objects that were left out because they cannot be seen; None: none
-    place: np.ndarray | None = None  # (n, 2) where the image lies in a tar, `frames.find_member`; None or 0: it is a file
+    place: np.ndarray | None = (
+        None  # (n, 2) where the image lies in a tar, `frames.find_member`; None or 0: it is a file
+    )
     group: list[str] | None = None  # as Frame has it
     pose: np.ndarray | None = None  # (n, 4, 4), NaN for a frame that has none
     tars: frozenset[str] = frozenset()  # that images lie in
@@ -67,7 +69,9 @@ def chunk_of(frames: list[Frame]) -> Chunk:
         labels=join([frame.labels for frame in frames]),
         offset=np.array([frame.offset for frame in frames], float).reshape(n, 3),
         group=[frame.group for frame in frames],
-        pose=np.array([np.full((4, 4), np.nan) if frame.pose is None else frame.pose for frame in frames], float).reshape(n, 4, 4),
+        pose=np.array(
+            [np.full((4, 4), np.nan) if frame.pose is None else frame.pose for frame in frames], float
+        ).reshape(n, 4, 4),
     )
 
 
@@ -110,7 +114,10 @@ def pack(chunk: Chunk) -> dict:
         coded = [value.encode() for value in values]
         packed[f"{column}.text"] = np.frombuffer(b"".join(coded), np.uint8)
         packed[f"{column}.length"] = np.array([len(value) for value in coded], np.int64)
-    for column, values in (("name", labels.name), ("attribute", [""] * m if labels.attribute is None else labels.attribute)):
+    for column, values in (
+        ("name", labels.name),
+        ("attribute", [""] * m if labels.attribute is None else labels.attribute),
+    ):
         places = {}
         packed[column] = np.array([places.setdefault(value, len(places)) for value in values], np.int32)
         packed[f"{column}.of"] = [str(value) for value in places]
@@ -121,7 +128,10 @@ def pack(chunk: Chunk) -> dict:
 
 def _digests(packed, texts):
     """(n, 16) uint8: a digest of each frame: its id, group, camera and objects. Neither where it lies nor its image counts."""
-    names = [np.array([_number(text) for text in packed[f"{column}.of"]], np.int64)[packed[column]] for column in ("name", "attribute")]
+    names = [
+        np.array([_number(text) for text in packed[f"{column}.of"]], np.int64)[packed[column]]
+        for column in ("name", "attribute")
+    ]
     columns = [np.asarray(packed[column], float).reshape(-1, width or 1) for column, width in OBJECT_COLUMNS.items()]
     rows = np.concatenate([*columns, *(name.view(float)[:, None] for name in names)], 1)
     heads = np.concatenate([packed["K"], packed["offset"], packed["pose"]], 1)
@@ -130,7 +140,9 @@ def _digests(packed, texts):
     for i, count in enumerate(packed["count"].tolist()):
         text = f"{texts['id'][i]}\0{texts['group'][i]}\0".encode()
         stop = start + count * row
-        found.append(hashlib.blake2b(text + heads[i * head : (i + 1) * head] + rows[start:stop], digest_size=16).digest())
+        found.append(
+            hashlib.blake2b(text + heads[i * head : (i + 1) * head] + rows[start:stop], digest_size=16).digest()
+        )
         start = stop
     return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
 
@@ -152,7 +164,10 @@ class _Column:
             self.row = rows[:1].copy() if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype)
         if not len(rows):
             return
-        equal = self.file is None and (rows.view(np.uint8).reshape(len(rows), -1) == self.row.view(np.uint8).reshape(1, -1)).all()
+        equal = (
+            self.file is None
+            and (rows.view(np.uint8).reshape(len(rows), -1) == self.row.view(np.uint8).reshape(1, -1)).all()
+        )
         if not equal:
             if self.file is None:
                 self.file = self.create(self.name)
@@ -165,7 +180,13 @@ class Writer:
     """Collects packed chunks and writes them as one file. create(name): a new binary file to write to and read again."""
 
     def __init__(self, create):
-        self.create, self.columns, self.names, self.tars, self.ends = create, {}, {"name": {}, "attribute": {}}, set(), Counter()
+        self.create, self.columns, self.names, self.tars, self.ends = (
+            create,
+            {},
+            {"name": {}, "attribute": {}},
+            set(),
+            Counter(),
+        )
         self.add(pack(chunk_of([])))  # so that a source without frames has every column, too
 
     def add(self, packed):
@@ -187,10 +208,18 @@ class Writer:
 
     def finish(self, file):
         """Write the whole file: a line that says what it is, a line of JSON that says what lies where, then the columns."""
-        head = {"columns": {}, "names": {column: list(known) for column, known in self.names.items()}, "tars": tar_states(self.tars)}
+        head = {
+            "columns": {},
+            "names": {column: list(known) for column, known in self.names.items()},
+            "tars": tar_states(self.tars),
+        }
         at = 0
         for name, column in self.columns.items():
-            head["columns"][name] = entry = {"dtype": column.row.dtype.str, "shape": column.row.shape[1:], "rows": column.count}
+            head["columns"][name] = entry = {
+                "dtype": column.row.dtype.str,
+                "shape": column.row.shape[1:],
+                "rows": column.count,
+            }
             if column.file is None:
                 entry["value"] = column.row.tobytes().hex()
             else:
@@ -240,7 +269,9 @@ def read_packed(reading: Reading, limit: int = 0, workers: int = 1, quiet: bool 
     with contextlib.ExitStack() as stack:
         if workers > 1 and len(jobs) > 1:
             pool = stack.enter_context(processes(min(workers, len(jobs))))
-            results = in_order(pool, partial(_read_job, dataclasses.replace(reading, jobs=(), made_from=None)), jobs, 3 * workers)
+            results = in_order(
+                pool, partial(_read_job, dataclasses.replace(reading, jobs=(), made_from=None)), jobs, 3 * workers
+            )
         else:
             results = (_packed(reading.read(job)) for job in jobs)
         bar = tqdm(desc=f"reading {reading.source.name}", total=sum(reading.sizes) or None, unit=f" {reading.unit}", unit_scale=True,
@@ -282,10 +313,18 @@ class Columns:
                 row = np.frombuffer(bytes.fromhex(entry["value"]), dtype).reshape(entry["shape"])
                 self.columns[name] = np.broadcast_to(row, shape)
             else:
-                self.columns[name] = np.frombuffer(buffer, dtype, int(np.prod(shape)), start + entry["at"]).reshape(shape)
-        self.constant = {name for name, entry in head["columns"].items() if "value" in entry}  # all rows are equal: they cost nothing
-        blank = {name for name in {"sigma", "velocity", "pose"} & self.constant if np.isnan(self.columns[name][:1]).all()}
-        self.absent = blank | ({"attribute"} if self.names["attribute"].tolist() in ([], [""]) else set())  # no row has a value
+                self.columns[name] = np.frombuffer(buffer, dtype, int(np.prod(shape)), start + entry["at"]).reshape(
+                    shape
+                )
+        self.constant = {
+            name for name, entry in head["columns"].items() if "value" in entry
+        }  # all rows are equal: they cost nothing
+        blank = {
+            name for name in {"sigma", "velocity", "pose"} & self.constant if np.isnan(self.columns[name][:1]).all()
+        }
+        self.absent = blank | (
+            {"attribute"} if self.names["attribute"].tolist() in ([], [""]) else set()
+        )  # no row has a value
 
     @classmethod
     def open(cls, path: Path) -> "Columns":
@@ -352,7 +391,9 @@ def find_columns(reading: Reading, folder: str = "", limit: int = 0, workers: in
     beside = (source if source.is_dir() else source.parent) / FOLDER
     folders = [Path(folder)] if folder else [beside, user_folder()]
     state = reading.made_from()
-    names = [_name(source, reading.choice, first, state) for first in dict.fromkeys((0, limit))]  # the whole one serves a limit, too
+    names = [
+        _name(source, reading.choice, first, state) for first in dict.fromkeys((0, limit))
+    ]  # the whole one serves a limit, too
     for place in dict.fromkeys([*folders, beside]):  # where it may not be written, it may be read
         for name in names:
             if (columns := _open(place / name)) is not None:
@@ -404,7 +445,9 @@ def _writable(folders):
             return folder
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror}")
-    raise OSError(f"data.index: no index can be written ({'; '.join(reasons)}); data.index=FOLDER chooses another folder")
+    raise OSError(
+        f"data.index: no index can be written ({'; '.join(reasons)}); data.index=FOLDER chooses another folder"
+    )
 
 
 def _remove_leftovers(folder, key, locked):
@@ -426,7 +469,9 @@ def _build(reading, path, state, limit, workers):
             with _writing(path.parent):
                 writer.add(packed)
         if reading.made_from() != state:
-            raise OSError(f"{reading.source}: its files changed while they were read; start again when they no longer do")
+            raise OSError(
+                f"{reading.source}: its files changed while they were read; start again when they no longer do"
+            )
         with _writing(path.parent):
             with open(aside / "whole", "wb") as file:
                 writer.finish(file)
@@ -448,7 +493,9 @@ def _writing(folder):
     try:
         yield
     except OSError as error:
-        raise OSError(f"data.index: {folder} cannot be written: {error.strerror}; data.index=FOLDER chooses another folder") from error
+        raise OSError(
+            f"data.index: {folder} cannot be written: {error.strerror}; data.index=FOLDER chooses another folder"
+        ) from error
 
 
 # ---- what the data set sees
@@ -479,7 +526,10 @@ class Part:
     def labels(self, rows: slice) -> Labels:
         """The objects of some rows of the columns, all of them views: name holds places in `names`, and what is absent is None."""
         columns = self.columns
-        own = {name: None if name in ("sigma", "velocity") and name in columns.absent else columns[name][rows] for name in OBJECT_COLUMNS}
+        own = {
+            name: None if name in ("sigma", "velocity") and name in columns.absent else columns[name][rows]
+            for name in OBJECT_COLUMNS
+        }
         return Labels(name=columns["name"][rows], **own)
 
     def owners(self, frames: slice) -> np.ndarray:
@@ -562,7 +612,10 @@ class Frames(Sequence):
 
     def repeated(self) -> tuple[str, int] | None:
         """An id that a part lists more than once without being asked to, and how often."""
-        return next(((part.mark + twice[0], twice[1]) for part in self.parts if (twice := part.columns.repeated(part.count))), None)
+        return next(
+            ((part.mark + twice[0], twice[1]) for part in self.parts if (twice := part.columns.repeated(part.count))),
+            None,
+        )
 
     def count_names(self) -> Counter:
         """How many objects of each name there are; those of a frame that is listed several times count as often."""

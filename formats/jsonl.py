@@ -37,8 +37,8 @@ import numpy as np
 from formats.diagnosis import diagnose, doubt_angles, image_sizes
 from formats.index import Chunk, Part, Reading, chunk_of, find_columns
 from formats.video import SUFFIXES
-from frames import LARGEST, PLAUSIBLE, Frame, find_member, image_size, in_tar, join, make_labels
-from geometry import box_iou, camera_problem, clip_boxes, project_boxes, wrap_angle
+from scene.frames import LARGEST, PLAUSIBLE, Frame, find_member, image_size, in_tar, join, make_labels
+from scene.geometry import box_iou, camera_problem, clip_boxes, project_boxes, wrap_angle
 
 FRAME_KEYS = {"image": True, "K": True, "objects": True, "id": False, "ignore": False}  # key: required
 OBJECT_KEYS = {"class": True, "center": True, "size": True, "yaw": True, "box": False, "truncation": False, "occlusion": False,
@@ -53,11 +53,26 @@ NUMBERS = {  # key of an object: shape, what is expected, and what else holds fo
     "velocity": ((3,), "3 finite numbers x, y, z in m/s", None),
     "depth_sigma": ((), "metres > 0", lambda v: v > 0),
 }
-ABSENT = {"truncation": -1.0, "occlusion": -1.0, "score": 1.0, "velocity": np.full(3, np.nan), "attribute": "", "sigma": np.nan}
-REGION = {"name": "DontCare", "center": np.full(3, -1000.0), "size": np.full(3, -1.0), "yaw": -10.0, **ABSENT}  # KITTI's fill values
+ABSENT = {
+    "truncation": -1.0,
+    "occlusion": -1.0,
+    "score": 1.0,
+    "velocity": np.full(3, np.nan),
+    "attribute": "",
+    "sigma": np.nan,
+}
+REGION = {
+    "name": "DontCare",
+    "center": np.full(3, -1000.0),
+    "size": np.full(3, -1.0),
+    "yaw": -10.0,
+    **ABSENT,
+}  # KITTI's fill values
 IMAGE_SIDES = 16, 32768  # pixels, smallest and largest believable side
 LONGEST_NAME = 200  # bytes of a part of an id: file systems take 255
-PLAIN_ID = re.compile(r"(?!\.\.?(/|$))[\w. +=@-]{1,50}((?<!\.txt)/(?!\.\.?(/|$))[\w. +=@-]{1,50})*")  # paths that are ids as they are
+PLAIN_ID = re.compile(
+    r"(?!\.\.?(/|$))[\w. +=@-]{1,50}((?<!\.txt)/(?!\.\.?(/|$))[\w. +=@-]{1,50})*"
+)  # paths that are ids as they are
 AT_ONCE = 1 << 20  # bytes of a file that a process reads together
 
 
@@ -65,7 +80,9 @@ class Unseen(ValueError):
     """An object or a region that cannot be seen in its image: no mistake, but nothing to learn from."""
 
 
-def read_frames(path: str | Path, problems: list[str] | None = None, images: bool = True, dropped: list[str] | None = None) -> list[Frame]:
+def read_frames(
+    path: str | Path, problems: list[str] | None = None, images: bool = True, dropped: list[str] | None = None
+) -> list[Frame]:
     """Every frame of a JSON-lines file: its objects, then its ignore regions as DontCare rows, in the image's own camera and pixels.
 
     Raises FileNotFoundError, or ValueError naming file, line, key, value and what was expected, for the first bad line; with a list
@@ -122,14 +139,18 @@ def to_json(frame: Frame, folder: str | Path | None = None) -> dict:
     """
     labels = frame.labels
     image = frame.image
-    if folder is not None:  # links resolved, as '..' leads elsewhere from one; but not the image's own, whose name is what counts
+    if (
+        folder is not None
+    ):  # links resolved, as '..' leads elsewhere from one; but not the image's own, whose name is what counts
         image = os.path.relpath(os.path.join(os.path.realpath(image.parent), image.name), os.path.realpath(folder))
     line = {"image": Path(image).as_posix(), "K": np.asarray(frame.K, float).tolist(), "objects": [], "id": frame.id}
     for i in range(len(labels)):
         if not labels.is_3d[i]:
             line.setdefault("ignore", []).append(_rounded(labels.box[i]))
             continue
-        entry = {"class": str(labels.name[i])} | {key: _rounded(getattr(labels, key)[i]) for key in ("center", "size", "yaw")}
+        entry = {"class": str(labels.name[i])} | {
+            key: _rounded(getattr(labels, key)[i]) for key in ("center", "size", "yaw")
+        }
         columns = ((labels.velocity, np.nan), (labels.attribute, ""), (labels.sigma, np.nan))
         velocity, attribute, sigma = (blank if column is None else column[i] for column, blank in columns)
         optional = (  # key, value, whether it is written
@@ -233,7 +254,9 @@ def _parse_object(entry, place, K, size):
     if not _is_text(name) or not name or name != name.strip():
         raise ValueError(f"{place}.class is {_short(name)}, expected a name")
     if name == "DontCare":
-        raise ValueError(f"{place}.class is 'DontCare', expected a class; regions belong into the line's \"ignore\": [[x1, y1, x2, y2]]")
+        raise ValueError(
+            f"{place}.class is 'DontCare', expected a class; regions belong into the line's \"ignore\": [[x1, y1, x2, y2]]"
+        )
     number = lambda key: _numbers(entry[key], f"{place}.{key}", *NUMBERS[key], PLAUSIBLE.get(key))  # noqa: E731
     center, extent, yaw = number("center"), number("size"), number("yaw")
     ignore = entry.get("ignore", False)
@@ -249,7 +272,13 @@ def _parse_object(entry, place, K, size):
         box = _derive_box(center, extent, yaw, K, size, place)
     if ignore:
         return {**REGION, "box": box}
-    given = {"name": name, "box": box, "center": center, "size": extent, "yaw": yaw if -np.pi <= yaw < np.pi else wrap_angle(yaw)}
+    given = {
+        "name": name,
+        "box": box,
+        "center": center,
+        "size": extent,
+        "yaw": yaw if -np.pi <= yaw < np.pi else wrap_angle(yaw),
+    }
     return ABSENT | {"attribute": entry.get("attribute", "")} | optional | given
 
 
@@ -273,7 +302,9 @@ def _derive_box(center, extent, yaw, K, size, place):
     if center[2] <= 0:
         raise Unseen(f"{place} is centred behind the camera, at z = {center[2]:g} m, and has no box")
     if not (box[0] < box[2] and box[1] < box[3]):
-        raise Unseen(f"{place} lies at pixels {', '.join(f'{v:.0f}' for v in full_box)}, outside the image of {size[0]}x{size[1]}")
+        raise Unseen(
+            f"{place} lies at pixels {', '.join(f'{v:.0f}' for v in full_box)}, outside the image of {size[0]}x{size[1]}"
+        )
     return box
 
 
@@ -301,10 +332,14 @@ def _parse_image(value, folder, images):
             size = image_size(path)
         except OSError as error:
             if path.suffix.lower() in SUFFIXES:  # as predict.py writes of the frames of one
-                raise ValueError(f"image is {value[:80]!r}, a video, expected an image file; --no-images checks all else") from None
+                raise ValueError(
+                    f"image is {value[:80]!r}, a video, expected an image file; --no-images checks all else"
+                ) from None
             raise ValueError(f"image is {value[:80]!r}, expected an image file: {shorten(str(error), 200)}") from None
         if min(size) < IMAGE_SIDES[0] or max(size) > IMAGE_SIDES[1]:
-            raise ValueError(f"image {value!r} is {size[0]}x{size[1]}, expected sides from {IMAGE_SIDES[0]} to {IMAGE_SIDES[1]} pixels")
+            raise ValueError(
+                f"image {value!r} is {size[0]}x{size[1]}, expected sides from {IMAGE_SIDES[0]} to {IMAGE_SIDES[1]} pixels"
+            )
     return path, size
 
 
@@ -317,7 +352,12 @@ def _parse_id(frame):
         return "/".join(part for part in path.parts if part not in (path.anchor, ".."))
     id = frame["id"]
     path = PureWindowsPath(id if _is_text(id) else "")  # which knows both separators and drives
-    if not path.parts or path.anchor or ".." in path.parts or max(len(part.encode()) for part in path.parts) > LONGEST_NAME:
+    if (
+        not path.parts
+        or path.anchor
+        or ".." in path.parts
+        or max(len(part.encode()) for part in path.parts) > LONGEST_NAME
+    ):
         raise ValueError(f"id is {_short(id)}, expected text that can name a file, such as 'a/0001'")
     if any(part.endswith(".txt") for part in path.parts[:-1]):
         raise ValueError(f"id is {_short(id)}, expected no folder whose name ends in .txt")
@@ -334,7 +374,9 @@ def _numbers(value, place, shape, expected, allowed=None, limits=None):
         array = np.asarray(value, dtype=object)
         if array.shape == shape and all(type(v) in (int, float) for v in array.flat):
             array = array.astype(float)
-            if ((low <= array) & (array <= high)).all() and (allowed is None or np.all(allowed(array))):  # nor are infinity and NaN
+            if ((low <= array) & (array <= high)).all() and (
+                allowed is None or np.all(allowed(array))
+            ):  # nor are infinity and NaN
                 return array
     raise ValueError(f"{place} is {_short(value)}, expected {expected}{f' from {low:g} to {high:g}' if limits else ''}")
 
@@ -355,7 +397,9 @@ def _check_keys(entry, keys, place):
         raise ValueError(f"{place} has an unknown key {key[:80]!r}; {hint}")
     missing = [key for key, required in keys.items() if required and key not in entry]
     if missing:
-        raise ValueError(f"{place} lacks {', '.join(repr(key) for key in missing)}; it has {', '.join(entry)[:200] or 'no keys'}")
+        raise ValueError(
+            f"{place} lacks {', '.join(repr(key) for key in missing)}; it has {', '.join(entry)[:200] or 'no keys'}"
+        )
 
 
 def _refuse_constant(name):
@@ -424,7 +468,14 @@ def read_chunk(path: Path, bounds: tuple[int, int]) -> Chunk:
     gc.disable()  # it would look through all that was read, again and again, for a third of the time
     try:
         return _read_together([line for line in lines if line.strip()], path.parent)
-    except (ValueError, KeyError, TypeError, OSError, RecursionError, OverflowError):  # something is wrong or unusual: line by line
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+        RecursionError,
+        OverflowError,
+    ):  # something is wrong or unusual: line by line
         return _read_singly(path, start, lines)
     finally:
         if collecting:
@@ -451,7 +502,9 @@ def _read_singly(path, start, lines):
         sizes.append(image_size(frame.image))
         dropped.append(len(unseen))
     numbers = {"image_size": sizes, "place": places, "dropped": dropped}
-    numbers = {name: np.array(rows, np.int64).reshape(len(frames), *np.shape(rows)[1:]) for name, rows in numbers.items()}
+    numbers = {
+        name: np.array(rows, np.int64).reshape(len(frames), *np.shape(rows)[1:]) for name, rows in numbers.items()
+    }
     return dataclasses.replace(chunk_of(frames), image=values, tars=frozenset(tars), **numbers)
 
 
@@ -467,7 +520,10 @@ def _read_together(lines, folder):
     regions = [frame.get("ignore", []) for frame in frames]
     _expect(all({list}.issuperset(map(type, column)) for column in (objects, regions)))
     found = [_find_image(folder, value) for value in images]
-    sizes, places = np.array([own[0] for own in found]).reshape(-1, 2), np.array([own[1] for own in found]).reshape(-1, 2)
+    sizes, places = (
+        np.array([own[0] for own in found]).reshape(-1, 2),
+        np.array([own[1] for own in found]).reshape(-1, 2),
+    )
     rows = _columns(list(itertools.chain.from_iterable(frame["K"] for frame in frames)), (3,))
     _expect(len(rows) == 3 * len(frames) and all(len(frame["K"]) == 3 and type(frame["K"]) is list for frame in frames))
     K = rows.reshape(-1, 3, 3)
@@ -479,7 +535,9 @@ def _read_together(lines, folder):
     columns, ignored, given = _object_columns(list(itertools.chain.from_iterable(objects)))
     region_boxes = _columns(list(itertools.chain.from_iterable(regions)), (4,), PLAUSIBLE["box"])
     boxes = columns.pop("box")
-    derived, _ = project_boxes(columns["center"][~given], columns["size"][~given], columns["yaw"][~given], K[owner[~given]])
+    derived, _ = project_boxes(
+        columns["center"][~given], columns["size"][~given], columns["yaw"][~given], K[owner[~given]]
+    )
     boxes[~given] = derived
     yaw = columns["yaw"]
     columns["yaw"] = np.where((-np.pi <= yaw) & (yaw < np.pi), yaw, wrap_angle(yaw))
@@ -524,7 +582,11 @@ def _object_columns(entries):
     for key in (*NUMBERS, "box"):
         shape, _, allowed = NUMBERS.get(key, ((4,), "", None))
         column = "sigma" if key == "depth_sigma" else key
-        rows = [entry[key] for entry in entries if key in entry] if key in there or key in ("center", "size", "yaw") else []
+        rows = (
+            [entry[key] for entry in entries if key in entry]
+            if key in there or key in ("center", "size", "yaw")
+            else []
+        )
         values = _columns(rows, shape, PLAUSIBLE.get(key))
         _expect(allowed is None or bool(np.all(allowed(values))))
         if len(rows) < len(entries):
@@ -598,10 +660,18 @@ def _check_whole(path, count, twice):
 
 def main(arguments: list[str] | None = None) -> int:
     """Check one file from the command line. Returns the exit code: 0 good, 1 bad lines or a likely mistake, 2 no such file."""
-    parser = argparse.ArgumentParser(description="Check a JSON-lines data file: every bad line by number, and a summary per class.")
+    parser = argparse.ArgumentParser(
+        description="Check a JSON-lines data file: every bad line by number, and a summary per class."
+    )
     parser.add_argument("file", metavar="FILE.jsonl")
-    parser.add_argument("--no-images", action="store_true", help="do not look at the image files; boxes that are left out are not derived")
-    parser.add_argument("--dropped", action="store_true", help="name every object that is left out because it cannot be seen")
+    parser.add_argument(
+        "--no-images",
+        action="store_true",
+        help="do not look at the image files; boxes that are left out are not derived",
+    )
+    parser.add_argument(
+        "--dropped", action="store_true", help="name every object that is left out because it cannot be seen"
+    )
     options = parser.parse_args(arguments)
     problems, dropped = [], []
     try:

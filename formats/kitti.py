@@ -14,8 +14,8 @@ from textwrap import shorten
 import numpy as np
 
 from formats.index import Chunk, Part, Reading, chunk_of, find_columns
-from frames import LARGEST, PLAUSIBLE, Frame, Labels, image_size, make_labels
-from geometry import wrap_angle
+from scene.frames import LARGEST, PLAUSIBLE, Frame, Labels, image_size, make_labels
+from scene.geometry import wrap_angle
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 READS = {  # half of a KITTI folder: what is read of it
@@ -23,7 +23,12 @@ READS = {  # half of a KITTI folder: what is read of it
     "testing": "testing/image_2 and testing/calib",
 }
 AT_ONCE = 500  # frames that a process reads together
-FIELDS = {"box": ("2D box is", 3, 7), "size": ("h, w, l are", 7, 10), "center": ("x, y, z are", 10, 13), "yaw": ("rotation_y is", 13, 14)}
+FIELDS = {
+    "box": ("2D box is", 3, 7),
+    "size": ("h, w, l are", 7, 10),
+    "center": ("x, y, z are", 10, 13),
+    "yaw": ("rotation_y is", 13, 14),
+}
 
 
 def read_labels(path, scores=False):
@@ -84,11 +89,15 @@ def _parse_row(fields, count, place):
         return row  # detectors write empty 2D boxes, and -1 -1 -1 -1000 -1000 -1000 for "no 3D box": the evaluator has rules for both
     for key, (title, start, stop) in FIELDS.items():
         low, high = PLAUSIBLE[key]
-        if (fields[0] != "DontCare" or key == "box") and not low <= min(row[start:stop]) <= max(row[start:stop]) <= high:
+        if (fields[0] != "DontCare" or key == "box") and not low <= min(row[start:stop]) <= max(
+            row[start:stop]
+        ) <= high:
             values = ", ".join(f"{value:g}" for value in row[start:stop])
             raise ValueError(f"{place}: {title} {values}, expected numbers from {low:g} to {high:g}")
     if row[5] < row[3] or row[6] < row[4]:
-        raise ValueError(f"{place}: 2D box {row[3]:g} {row[4]:g} {row[5]:g} {row[6]:g} is inside out, expected x1 <= x2, y1 <= y2")
+        raise ValueError(
+            f"{place}: 2D box {row[3]:g} {row[4]:g} {row[5]:g} {row[6]:g} is inside out, expected x1 <= x2, y1 <= y2"
+        )
     return row if len(row) == 15 else [*row, 1.0]
 
 
@@ -106,7 +115,9 @@ def write_labels(path, labels, scores=False, digits=2):
         numbers = [labels.alpha[i], *labels.box[i], h, w, l, x, bottom, z, angle]
         text = " ".join(f"{v:.{digits}f}" for v in numbers)
         score = f" {labels.score[i]:.6f}" if scores else ""
-        lines.append(f"{'_'.join(labels.name[i].split())} {labels.truncation[i]:.2f} {labels.occlusion[i]:d} {text}{score}\n")
+        lines.append(
+            f"{'_'.join(labels.name[i].split())} {labels.truncation[i]:.2f} {labels.occlusion[i]:d} {text}{score}\n"
+        )
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
@@ -135,8 +146,16 @@ def _parse_calib(text, path):
         if values.size != 12 or not np.isfinite(values).all():
             raise ValueError(f"{path}:{number}: P2 has {values.size} values, expected 12 finite numbers")
         P2 = values.reshape(3, 4)
-        if P2[0, 0] <= 0 or P2[1, 1] <= 0 or abs(P2[2, 2] - 1) > 1e-6 or abs(P2).max() > LARGEST or np.linalg.cond(P2[:, :3]) > 1e12:
-            raise ValueError(f"{path}:{number}: P2 is not a pinhole camera: focal lengths {P2[0, 0]:g}, {P2[1, 1]:g}, last row {P2[2]}")
+        if (
+            P2[0, 0] <= 0
+            or P2[1, 1] <= 0
+            or abs(P2[2, 2] - 1) > 1e-6
+            or abs(P2).max() > LARGEST
+            or np.linalg.cond(P2[:, :3]) > 1e12
+        ):
+            raise ValueError(
+                f"{path}:{number}: P2 is not a pinhole camera: focal lengths {P2[0, 0]:g}, {P2[1, 1]:g}, last row {P2[2]}"
+            )
         if abs(offset := split_projection(P2)[1]).max() > PLAUSIBLE["center"][1]:
             raise ValueError(f"{path}:{number}: P2 puts the camera {abs(offset).max():g} m from camera 0")
         return P2
@@ -147,7 +166,10 @@ def write_calib(path, P2):
     """A calibration file with this P2 (3, 4) for all four cameras and identity rectification and lidar pose."""
     P2 = np.asarray(P2, float).reshape(3, 4)
     row = lambda values: " ".join(f"{v:.12e}" for v in np.ravel(values))  # noqa: E731
-    lines = [f"P{i}: {row(P2)}" for i in range(4)] + [f"R0_rect: {row(np.eye(3))}", f"Tr_velo_to_cam: {row(np.eye(3, 4))}"]
+    lines = [f"P{i}: {row(P2)}" for i in range(4)] + [
+        f"R0_rect: {row(np.eye(3))}",
+        f"Tr_velo_to_cam: {row(np.eye(3, 4))}",
+    ]
     Path(path).write_text("\n".join(lines) + "\n")
 
 
@@ -182,7 +204,9 @@ def read_split(root, split):
         return sorted(list_images(root, split))
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
-        raise FileNotFoundError(f"{path}: no such split file; {f'there are {there}' if there else f'{path.parent.name} holds none'}")
+        raise FileNotFoundError(
+            f"{path}: no such split file; {f'there are {there}' if there else f'{path.parent.name} holds none'}"
+        )
     try:
         ids = path.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError as error:
@@ -231,7 +255,9 @@ def _read_frame(root, split, id, images):
         raise FileNotFoundError(f"{root}/{part}/image_2/{id[:80]}.png: no such image, named by {listed}")
     for folder in ("calib", "label_2") if part == "training" else ("calib",):
         if not (root / part / folder / f"{id}.txt").is_file():
-            raise FileNotFoundError(f"{root}/{part}/{folder}/{id}.txt: frame {id} of split {split} has no {folder} file")
+            raise FileNotFoundError(
+                f"{root}/{part}/{folder}/{id}.txt: frame {id} of split {split} has no {folder} file"
+            )
     K, offset = split_projection(read_calib(root / part / "calib" / f"{id}.txt"))
     if part == "testing":
         return Frame(id, root / images[id], K, make_labels([], [], [], [], []), offset)

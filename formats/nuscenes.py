@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from formats.index import Part, Reading, chunk_of, find_columns
-from frames import LARGEST, Frame, Labels, image_size, make_labels
-from geometry import CORNER_SIGNS, camera_problem, project_boxes, visible_boxes
+from scene.frames import LARGEST, Frame, Labels, image_size, make_labels
+from scene.geometry import CORNER_SIGNS, camera_problem, project_boxes, visible_boxes
 
 VEHICLE = ("vehicle.moving", "vehicle.parked", "vehicle.stopped")
 CYCLE = ("cycle.with_rider", "cycle.without_rider")
@@ -45,7 +45,12 @@ CLASS_OF = {  # category: detection class; the others have none
     "vehicle.truck": "truck",
 }
 RACK = "static_object.bicycle_rack"
-OCCLUSION = {"v80-100": 0, "v60-80": 1, "v40-60": 2, "v0-40": 3}  # share seen by all cameras together, in percent: KITTI's level
+OCCLUSION = {
+    "v80-100": 0,
+    "v60-80": 1,
+    "v40-60": 2,
+    "v0-40": 3,
+}  # share seen by all cameras together, in percent: KITTI's level
 LONGEST_GAP = 1.5  # s between the two annotations that a velocity is taken from, and twice that around one between them
 
 USUAL = {  # attribute of a class that is not told: its most frequent one among the 5441 boxes of mini_val, as in FCOS3D
@@ -76,7 +81,9 @@ class Boxes:
     """n boxes in the global frame (metres, z up), annotated or detected, as columns; each is one of a list of samples."""
 
     sample: np.ndarray  # (n,) index of the sample that the box names
-    listed: np.ndarray  # (n,) index of the sample that it is listed under: another one only in a file that mixes them up
+    listed: (
+        np.ndarray
+    )  # (n,) index of the sample that it is listed under: another one only in a file that mixes them up
     name: np.ndarray  # (n,) str
     center: np.ndarray  # (n, 3) geometric centre, m
     size: np.ndarray  # (n, 3) l, h, w, m
@@ -125,12 +132,22 @@ def read_frames(
     boxes, occlusion = read_annotations(folder, samples)
     rows_of = np.split(np.arange(len(boxes)), np.searchsorted(boxes.sample, np.arange(1, len(samples))))
     views = _read_views(folder, samples, cameras)
-    there = {path for parent in {(Path(root) / view.file).parent for view in views} if parent.is_dir() for path in parent.iterdir()}
+    there = {
+        path
+        for parent in {(Path(root) / view.file).parent for view in views}
+        if parent.is_dir()
+        for path in parent.iterdir()
+    }
     frames = []
     for view in views:
         sample, rows = samples[view.sample], rows_of[view.sample]
         try:
-            _check_view(view, Path(root) / view.file, there if images else None, f"{folder}: {view.channel} of sample {sample.token}")
+            _check_view(
+                view,
+                Path(root) / view.file,
+                there if images else None,
+                f"{folder}: {view.channel} of sample {sample.token}",
+            )
         except (ValueError, OSError) as error:
             if problems is None:
                 raise
@@ -142,7 +159,9 @@ def read_frames(
     return frames
 
 
-def open_frames(root: str | Path, splits: Sequence[str], version: str = "", cameras: Sequence[str] = (), folder: str = "") -> Part:
+def open_frames(
+    root: str | Path, splits: Sequence[str], version: str = "", cameras: Sequence[str] = (), folder: str = ""
+) -> Part:
     """`Part` with what `read_frames` gives, from its index in `folder` (`find_columns`). Raises what `read_frames` raises."""
     root, tables = Path(root), find_version(root, version)
     files = sorted(tables.glob("*.json"))
@@ -248,7 +267,9 @@ def read_results(path: str | Path, tokens: Sequence[str]) -> tuple[Boxes, dict]:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     for key in ("results", "meta"):
         if not isinstance(content, dict) or not isinstance(content.get(key), dict):
-            raise ValueError(f'{path}: expected an object {{"meta": {{...}}, "results": {{sample token: [box, ...]}}}}, found no {key!r}')
+            raise ValueError(
+                f'{path}: expected an object {{"meta": {{...}}, "results": {{sample token: [box, ...]}}}}, found no {key!r}'
+            )
     if not any(content["results"].values()):
         raise ValueError(f"{path}: it holds no box at all, which the official evaluator refuses")
     try:
@@ -261,7 +282,9 @@ def parse_results(results: dict[str, list[dict]], tokens: Sequence[str]) -> Boxe
     """Sample token -> boxes in the official format, as `Boxes` in that order. Raises ValueError naming the sample and the box."""
     index = {token: i for i, token in enumerate(tokens)}
     if missing := index.keys() - results.keys():
-        raise ValueError(f"{len(missing)} of {len(tokens)} samples are missing, the first is {min(missing)}; without detections: []")
+        raise ValueError(
+            f"{len(missing)} of {len(tokens)} samples are missing, the first is {min(missing)}; without detections: []"
+        )
     if extra := results.keys() - index.keys():
         raise ValueError(f"{len(extra)} samples are none of the split's, the first is {min(extra)}")
     for token, boxes in results.items():
@@ -281,13 +304,17 @@ def parse_results(results: dict[str, list[dict]], tokens: Sequence[str]) -> Boxe
     return Boxes(
         sample=np.array(_column(entries, "sample_token", "one of the samples", index.__getitem__, place), int),
         listed=np.repeat(np.array([index[key] for key in keys], int), counts),
-        name=np.array(_column(entries, "detection_name", f"one of {', '.join(ATTRIBUTES)}", _one_of(ATTRIBUTES), place), dtype=object),
+        name=np.array(
+            _column(entries, "detection_name", f"one of {', '.join(ATTRIBUTES)}", _one_of(ATTRIBUTES), place),
+            dtype=object,
+        ),
         center=_vectors(entries, "translation", 3, place),
         size=size[:, [1, 2, 0]],  # file: w, l, h
         rotation=rotations(_vectors(entries, "rotation", 4, place)),
         velocity=np.concatenate([velocity, np.zeros((len(entries), 1))], 1),
         attribute=np.array(
-            _column(entries, "attribute_name", f"one of {', '.join(STATES)} or ''", _one_of(("", *STATES)), place), dtype=object
+            _column(entries, "attribute_name", f"one of {', '.join(STATES)} or ''", _one_of(("", *STATES)), place),
+            dtype=object,
         ),
         score=np.array(_column(entries, "detection_score", "a number", _score, place, -1.0), float),
         points=np.array(_column(entries, "num_pts", "an integer", int, place, -1), int),
@@ -337,7 +364,9 @@ def _score(value):
     return number
 
 
-def merge_cameras(frames: Iterable[Frame], predictions: Mapping[str, Labels], distance: float = SAME_DISTANCE) -> dict[str, list[dict]]:
+def merge_cameras(
+    frames: Iterable[Frame], predictions: Mapping[str, Labels], distance: float = SAME_DISTANCE
+) -> dict[str, list[dict]]:
     """Detections of the cameras of each sample as one list: sample token -> at most 500 boxes in the official format, best score first.
 
     frames: with group and pose, in any order; predictions: frame id -> Labels in that frame's camera. Of two detections of one class by
@@ -346,7 +375,9 @@ def merge_cameras(frames: Iterable[Frame], predictions: Mapping[str, Labels], di
     frequent one; classes that nuScenes does not detect are left out.
     """
     groups = {}
-    for frame in sorted(frames, key=lambda frame: frame.id):  # so that the order of frames changes nothing, not even among equal scores
+    for frame in sorted(
+        frames, key=lambda frame: frame.id
+    ):  # so that the order of frames changes nothing, not even among equal scores
         if not frame.group or frame.pose is None:
             raise ValueError(f"frame {frame.id} has no group or no pose, expected frames of a nuScenes source")
         groups.setdefault(frame.group, []).append(_in_global(predictions[frame.id], frame.pose))
@@ -376,7 +407,9 @@ def _in_global(labels, pose):
         "size": labels.size,
         "yaw": yaw,
         "velocity": np.nan_to_num(velocity),
-        "attribute": np.array([g if fit else USUAL[name] for g, fit, name in zip(given, fits, labels.name, strict=True)], dtype=object),
+        "attribute": np.array(
+            [g if fit else USUAL[name] for g, fit, name in zip(given, fits, labels.name, strict=True)], dtype=object
+        ),
         "score": labels.score,
         "sigma": np.full(n, np.inf) if labels.sigma is None else np.nan_to_num(labels.sigma, nan=np.inf),
     }
@@ -452,7 +485,9 @@ def find_version(root: str | Path, version: str = "") -> Path:
     root = Path(root)
     there = sorted(path.name for path in root.glob("v1.0-*") if path.is_dir())
     if not there:
-        raise FileNotFoundError(f"{root.absolute()}: expected a nuScenes folder with its tables in v1.0-mini, v1.0-trainval or v1.0-test")
+        raise FileNotFoundError(
+            f"{root.absolute()}: expected a nuScenes folder with its tables in v1.0-mini, v1.0-trainval or v1.0-test"
+        )
     if not version and len(there) > 1:
         raise ValueError(f"{root}: there are {', '.join(there)}, expected version to name one of them")
     if version and version not in there:
@@ -467,7 +502,9 @@ def read_table(folder, name, keys, wanted=None):
     """
     path, take = folder / f"{name}.json", itemgetter(*keys)
 
-    def row_of(entry):  # rows become tuples, or nothing, while they are parsed: a table of millions must not stand in memory as dicts
+    def row_of(
+        entry,
+    ):  # rows become tuples, or nothing, while they are parsed: a table of millions must not stand in memory as dicts
         row = take(entry)
         return row if wanted is None or wanted(row) else None
 
@@ -493,11 +530,17 @@ def read_samples(folder, splits):
             raise ValueError(f"{folder}: there is no split {split!r}, expected {', '.join(fitting or SPLITS)}")
         scenes = set(scenes_of(split)) & found.keys()
         if not scenes:
-            raise ValueError(f"{folder}/scene.json: it holds no scene of split {split!r}; its scenes are {', '.join(sorted(found)[:10])}")
+            raise ValueError(
+                f"{folder}/scene.json: it holds no scene of split {split!r}; its scenes are {', '.join(sorted(found)[:10])}"
+            )
         chosen |= scenes
     name_of = dict(zip(scene_token, name, strict=True))
     tokens, times, scene_of = read_table(folder, "sample", ("token", "timestamp", "scene_token"))
-    samples = [Sample(t, name_of[s], time) for t, time, s in zip(tokens, times, scene_of, strict=True) if name_of.get(s) in chosen]
+    samples = [
+        Sample(t, name_of[s], time)
+        for t, time, s in zip(tokens, times, scene_of, strict=True)
+        if name_of.get(s) in chosen
+    ]
     return sorted(samples, key=lambda sample: (sample.scene, sample.time))
 
 
@@ -533,7 +576,9 @@ def read_annotations(folder, samples):
         row = int(np.flatnonzero((size <= 0).any(1))[0])
         raise ValueError(f"{place}: annotation {token[row]} has size {size[row].tolist()}, expected metres > 0")
     at = np.array([index[key] for key in sample], int)
-    seconds = np.array([1e-6 * samples[index[key]].time for key in sample])  # rounded to floats before they are subtracted, as officially
+    seconds = np.array(
+        [1e-6 * samples[index[key]].time for key in sample]
+    )  # rounded to floats before they are subtracted, as officially
     boxes = Boxes(
         sample=at,
         listed=at,
@@ -573,10 +618,23 @@ def _read_views(folder, samples, cameras):
     row_of = {token: row for row, token in enumerate(mount) if name_of.get(sensor[row]) in cameras}
     mounted = _poses(offset, turn, mount, folder / "calibrated_sensor.json")
     index = {sample.token: i for i, sample in enumerate(samples)}
-    keys = ("is_key_frame", "sample_token", "calibrated_sensor_token", "ego_pose_token", "timestamp", "filename", "width", "height")
-    _, sample, mount, ego, *rest = read_table(folder, "sample_data", keys, lambda row: row[0] and row[1] in index and row[2] in row_of)
+    keys = (
+        "is_key_frame",
+        "sample_token",
+        "calibrated_sensor_token",
+        "ego_pose_token",
+        "timestamp",
+        "filename",
+        "width",
+        "height",
+    )
+    _, sample, mount, ego, *rest = read_table(
+        folder, "sample_data", keys, lambda row: row[0] and row[1] in index and row[2] in row_of
+    )
     needed = set(ego)
-    ego_token, offset, turn = read_table(folder, "ego_pose", ("token", "translation", "rotation"), lambda row: row[0] in needed)
+    ego_token, offset, turn = read_table(
+        folder, "ego_pose", ("token", "translation", "rotation"), lambda row: row[0] in needed
+    )
     if missing := needed - set(ego_token):
         raise ValueError(f"{folder}/ego_pose.json: there is no pose {min(missing)!r}, which sample_data.json refers to")
     driven = dict(zip(ego_token, _poses(offset, turn, ego_token, folder / "ego_pose.json"), strict=True))
@@ -585,7 +643,14 @@ def _read_views(folder, samples, cameras):
         row = row_of[key]
         name = name_of[sensor[row]]
         found[index[token], name] = View(
-            index[token], name, file, time, (width, height), np.array(K[row], float), driven[pose] @ mounted[row], driven[pose][:3, 3]
+            index[token],
+            name,
+            file,
+            time,
+            (width, height),
+            np.array(K[row], float),
+            driven[pose] @ mounted[row],
+            driven[pose][:3, 3],
         )
     return [found.get((i, name), View(i, name)) for i in range(len(samples)) for name in cameras]
 
@@ -649,7 +714,11 @@ def _numbers(rows, shape, key, token, place):
     except (ValueError, TypeError):
         array = np.full((len(rows), *shape), np.nan)
         for row, values in enumerate(rows):
-            if isinstance(values, list) and len(values) == shape[0] and all(isinstance(value, int | float) for value in values):
+            if (
+                isinstance(values, list)
+                and len(values) == shape[0]
+                and all(isinstance(value, int | float) for value in values)
+            ):
                 array[row] = values
     good = (np.abs(array) <= LARGEST).all(1)
     if key == "rotation":

@@ -16,13 +16,21 @@ from pathlib import Path
 import numpy as np
 
 from formats import jsonl
-from frames import PLAUSIBLE, Frame, make_labels
-from geometry import CORNER_SIGNS, box_corners, camera_problem, clip_boxes, project_boxes
+from scene.frames import PLAUSIBLE, Frame, make_labels
+from scene.geometry import CORNER_SIGNS, box_corners, camera_problem, clip_boxes, project_boxes
 
 IMAGE_KEYS, OBJECT_KEYS = ("id", "file_path", "width", "height", "K"), ("id", "image_id", "category_name", "valid3D")
 TYPES = {str: "text", int: "a whole number"}
-BOX_KEYS = {"center_cam": (3,), "dimensions": (3,), "R_cam": (3, 3), "bbox3D_cam": (8, 3)}  # of an object whose 3D box is valid
-SEEN = (0.8, 0.4)  # visibility from which an object counts as occluded to KITTI's level 0, and to level 1; below it is 2
+BOX_KEYS = {
+    "center_cam": (3,),
+    "dimensions": (3,),
+    "R_cam": (3, 3),
+    "bbox3D_cam": (8, 3),
+}  # of an object whose 3D box is valid
+SEEN = (
+    0.8,
+    0.4,
+)  # visibility from which an object counts as occluded to KITTI's level 0, and to level 1; below it is 2
 UPRIGHT = 0.1  # degrees up to which a rotation is one about y
 AGREE = 1e-3  # metres: how far corners may lie from the file's own
 
@@ -39,7 +47,15 @@ def convert(source: dict, folder: Path) -> tuple[list[Frame], dict]:
     count = Counter(str(image["id"]) for image in source["images"])
     if (twice := count.most_common(1)[0])[1] > 1:
         raise ValueError(f"image {twice[0]} is listed {twice[1]} times, expected each id once")
-    counts = {"kept": Counter(), "ignored": Counter(), "left out": Counter(), "absent": [], "tilt": [], "moved": [], "odd": []}
+    counts = {
+        "kept": Counter(),
+        "ignored": Counter(),
+        "left out": Counter(),
+        "absent": [],
+        "tilt": [],
+        "moved": [],
+        "odd": [],
+    }
     frames = []
     for image in source["images"]:
         own, path = objects.pop(str(image["id"]), []), folder / image["file_path"]
@@ -49,7 +65,9 @@ def convert(source: dict, folder: Path) -> tuple[list[Frame], dict]:
             counts["absent"].append(path)
     if objects:
         image, own = next(iter(objects.items()))
-        raise ValueError(f"annotation {own[0]['id']}: image_id is {image}, expected the id of one of {len(source['images'])} images")
+        raise ValueError(
+            f"annotation {own[0]['id']}: image_id is {image}, expected the id of one of {len(source['images'])} images"
+        )
     return frames, counts
 
 
@@ -73,7 +91,9 @@ def _convert_image(image, path, objects, counts):
             rows.append({**row, "box": np.zeros(4) if box is None else box})  # the reader derives what is empty
             if not reason:
                 _measure_loss(entry, row, counts)
-    columns = {key: [row[key] for row in rows] for key in ("name", "box", "size", "center", "yaw", "truncation", "occlusion")}
+    columns = {
+        key: [row[key] for row in rows] for key in ("name", "box", "size", "center", "yaw", "truncation", "occlusion")
+    }
     id = "/".join(part for part in Path(image["file_path"]).with_suffix("").parts if part not in ("..", "/"))
     return Frame(id, path, K, make_labels(**columns))
 
@@ -89,7 +109,11 @@ def _reason_to_ignore(entry):
         return f"with a side outside {low:g} to {high:g} m"
     if entry.get("behind_camera") == 1 or _field(entry, "center_cam")[2] <= 0:
         return "reaching behind the camera"
-    if _known(entry, "lidar_pts") == 0 or _known(entry, "segmentation_pts") == 0 or 0 <= _known(entry, "visibility") <= 0.01:
+    if (
+        _known(entry, "lidar_pts") == 0
+        or _known(entry, "segmentation_pts") == 0
+        or 0 <= _known(entry, "visibility") <= 0.01
+    ):
         return "not seen (no points, or visibility up to .01)"
     if _known(entry, "depth_error") > 0.5:
         return "with a depth error above .5 m"
@@ -196,15 +220,22 @@ def summarise(frames: list[Frame], counts: dict) -> list[str]:
     lost = tilt > UPRIGHT
     lines.append(f"{lost.sum()} of {len(tilt)} boxes are not turned about y alone")
     if lost.any():
-        spread = lambda v, unit: f"{v.mean():.{unit}} in the mean, {np.quantile(v, 0.9):.{unit}} at 90 %, {v.max():.{unit}} at most"  # noqa: E731
+        spread = lambda v, unit: (
+            f"{v.mean():.{unit}} in the mean, {np.quantile(v, 0.9):.{unit}} at 90 %, {v.max():.{unit}} at most"
+        )  # noqa: E731
         lines[-1] += ": the detector knows yaw alone, and their upright boxes differ"
-        lines += [f"    by degrees: {spread(tilt[lost], '1f')}", f"    by metres at the worst corner: {spread(moved[lost], '2f')}"]
+        lines += [
+            f"    by degrees: {spread(tilt[lost], '1f')}",
+            f"    by metres at the worst corner: {spread(moved[lost], '2f')}",
+        ]
     if counts["odd"]:
         error, id = max(counts["odd"])
         lines.append(f"{len(counts['odd'])} objects have a bbox3D_cam that is not center_cam, dimensions and R_cam, which were taken: "
                      f"annotation {id} is off by {error:.3f} m")  # fmt: skip
     if counts["absent"]:
-        lines.append(f"{len(counts['absent'])} images are not there, and their frames are left out: the first is {counts['absent'][0]}")
+        lines.append(
+            f"{len(counts['absent'])} images are not there, and their frames are left out: the first is {counts['absent'][0]}"
+        )
     return lines
 
 
@@ -233,7 +264,9 @@ def find_folder(path: Path, source: dict) -> Path:
             if (place / image["file_path"]).is_file():
                 return place
     first = source["images"][0]["file_path"]
-    raise FileNotFoundError(f"{first}: no such image in {', '.join(str(p.absolute()) for p in places)}; --images DIR says where they are")
+    raise FileNotFoundError(
+        f"{first}: no such image in {', '.join(str(p.absolute()) for p in places)}; --images DIR says where they are"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -241,7 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Convert an Omni3D annotation file into JSON lines.")
     parser.add_argument("source", metavar="IN.json", type=Path)
     parser.add_argument("target", metavar="OUT.jsonl", type=Path)
-    parser.add_argument("--images", metavar="DIR", type=Path, help="folder that file_path is relative to; default: found near IN.json")
+    parser.add_argument(
+        "--images", metavar="DIR", type=Path, help="folder that file_path is relative to; default: found near IN.json"
+    )
     options = parser.parse_args(arguments)
     try:
         source = read_json(options.source)
@@ -249,13 +284,19 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"cannot write to {options.target}: expected another file, in a folder that is there")
         frames, counts = convert(source, options.images or find_folder(options.source, source))
         if not frames:
-            raise FileNotFoundError(f"{counts['absent'][0]}: no such image, nor any of the other {len(counts['absent']) - 1}")
+            raise FileNotFoundError(
+                f"{counts['absent'][0]}: no such image, nor any of the other {len(counts['absent']) - 1}"
+            )
         jsonl.write_jsonl(options.target, frames)
     except (OSError, ValueError) as error:
         sentence = str(error) if str(options.source) in str(error) else f"{options.source}: {error}"
         print(f"error: {sentence}", file=sys.stderr)
         return 2
-    print(*summarise(frames, counts), f"written to {options.target}; python -m formats.jsonl {options.target} checks it", sep="\n")
+    print(
+        *summarise(frames, counts),
+        f"written to {options.target}; python -m formats.jsonl {options.target} checks it",
+        sep="\n",
+    )
     return 0
 
 

@@ -42,7 +42,9 @@ def _read(av, path, container, stream):
     count = 0
     try:
         for frame in container.decode(stream):
-            turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))  # counter-clockwise; telephones are turned
+            turned = np.rot90(
+                frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)
+            )  # counter-clockwise; telephones are turned
             yield np.ascontiguousarray(turned)  # torch takes no negative strides
             count += 1
     except av.FFmpegError as error:

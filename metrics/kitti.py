@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from frames import Labels, join
-from geometry import bev_and_box3d_iou, box_iou, wrap_angle
+from scene.frames import Labels, join
+from scene.geometry import bev_and_box3d_iou, box_iou, wrap_angle
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")  # KITTI's evaluated ones
 DIFFICULTIES = ("easy", "moderate", "hard")
@@ -87,7 +87,11 @@ def kitti_ap(
                     shown["aos"] = similarity if data.has_alpha else None
                 for key, values in shown.items():
                     line = [] if values is None else values.tolist()
-                    curves[name][key][difficulty] = {"score": score.tolist(), "recall": recall.tolist(), "precision": line}
+                    curves[name][key][difficulty] = {
+                        "score": score.tolist(),
+                        "recall": recall.tolist(),
+                        "precision": line,
+                    }
                     metrics[name][key][difficulty] = _average(values)
     settings = {"classes": list(classes), "overlap": overlap, "min_overlap": thresholds, "min_height": list(min_height)}
     settings |= {"repeat": repeat, "frames": len(truth), "detections": len(data.det)}
@@ -119,7 +123,11 @@ class _Pairs:
         gt_box, det_box = _boxes(self.gt), _boxes(self.det)
         overlaps = (
             (_flat(self.gt), _flat(self.det), lambda g, d: (box_iou(self.gt.box[g], self.det.box[d]),)),
-            (_ground(gt_box), _ground(det_box), lambda g, d: bev_and_box3d_iou(gt_box[g], det_box[d])),  # 3D is never more than BEV
+            (
+                _ground(gt_box),
+                _ground(det_box),
+                lambda g, d: bev_and_box3d_iou(gt_box[g], det_box[d]),
+            ),  # 3D is never more than BEV
         )
         self.pairs = []
         for gt_extent, det_extent, measure in overlaps:
@@ -127,7 +135,9 @@ class _Pairs:
             for g, d in self._meeting(relevant, gt_extent, det_extent, least):
                 fits = short[d] | (self.gt_code[g] == self.det_code[d]) | (serves[g] == self.det_code[d])
                 g, d = g[fits], d[fits]
-                chunks.append([(g[rows], d[rows], iou[rows]) for iou in measure(g, d) for rows in [np.flatnonzero(iou > least)]])
+                chunks.append(
+                    [(g[rows], d[rows], iou[rows]) for iou in measure(g, d) for rows in [np.flatnonzero(iou > least)]]
+                )
             for parts in zip(*chunks, strict=True):
                 gt, det, overlap = (np.concatenate(columns) for columns in zip(*parts, strict=True))
                 order = np.lexsort((det, gt))
@@ -169,7 +179,11 @@ class _Pairs:
         """What each row is for a class and a difficulty by number: gt (G,), det (D,), 1 counted, 0 ignored, -1 not looked at."""
         code, neighbour = (self.codes.get(key, -1) for key in (name.lower(), NEIGHBOURS.get(name.lower())))
         height = self.gt.box[:, 3] - self.gt.box[:, 1]
-        outside = (self.gt.occlusion > MAX_OCCLUSION[level]) | (self.gt.truncation > MAX_TRUNCATION[level]) | (height <= min_height[level])
+        outside = (
+            (self.gt.occlusion > MAX_OCCLUSION[level])
+            | (self.gt.truncation > MAX_TRUNCATION[level])
+            | (height <= min_height[level])
+        )
         counts = (self.gt_code == code) & ~outside
         gt = np.where(counts, 1, np.where((self.gt_code == code) | (self.gt_code == neighbour), 0, -1))
         return gt, np.where(self.height < min_height[level], 0, np.where(self.det_code == code, 1, -1))
@@ -178,7 +192,9 @@ class _Pairs:
 def _flatten(labels, frames):
     """All rows of labels (id -> Labels) in the order of frames, and the number of the frame of each row."""
     parts = [(i, labels[frame]) for i, frame in enumerate(frames) if len(labels.get(frame, ()))]
-    return join([part for _, part in parts]), np.repeat(np.array([i for i, _ in parts], int), [len(part) for _, part in parts])
+    return join([part for _, part in parts]), np.repeat(
+        np.array([i for i, _ in parts], int), [len(part) for _, part in parts]
+    )
 
 
 def _boxes(labels):
@@ -207,7 +223,9 @@ def _crossing(a, b, a_frame, b_frame):
     intervals are, hardly a pair in vain. Ranks in place of values let one search serve all frames.
     """
     values, rank = np.unique(np.concatenate([a.ravel(), b.ravel()]), return_inverse=True)
-    a = rank[: a.size].reshape(-1, 2) + a_frame[:, None] * len(values)  # each frame has ranks of its own: none meets another
+    a = rank[: a.size].reshape(-1, 2) + a_frame[:, None] * len(
+        values
+    )  # each frame has ranks of its own: none meets another
     b = rank[a.size :].reshape(-1, 2) + b_frame[:, None] * len(values)
     yield from _beginning(a, b[:, 0])  # b begins in a
     later = b + np.array([1, 0])  # a begins in b, after b: those that begin together have been
@@ -300,7 +318,11 @@ def _curve(data, gt_role, det_role, metric, least, repeat):
     # a share of nothing is 0: the official evaluator gets NaN there and stops making sense
     share = lambda a, b: np.divide(a, b, out=np.zeros(len(a)), where=b > 0)  # noqa: E731
     precision, similarity = share(true, true + false), share((taken & full) @ similarity, true + false)
-    return thresholds, share(true, true + missed), *(np.maximum.accumulate(x[::-1])[::-1] for x in (precision, similarity))
+    return (
+        thresholds,
+        share(true, true + missed),
+        *(np.maximum.accumulate(x[::-1])[::-1] for x in (precision, similarity)),
+    )
 
 
 def _average(values):
@@ -334,13 +356,16 @@ def object_errors(
     for name in classes:
         objects = (data.roles(name, len(DIFFICULTIES) - 1, MIN_HEIGHT)[0] == 1) & data.gt.is_3d
         gt, det, _ = data.pairs[0]
-        rows = np.flatnonzero(objects[gt] & (data.det_code[det] == data.codes.get(name.lower(), -1)) & data.det.is_3d[det])
+        rows = np.flatnonzero(
+            objects[gt] & (data.det_code[det] == data.codes.get(name.lower(), -1)) & data.det.is_3d[det]
+        )
         gt, det = gt[rows], det[rows]
         taken = _match(gt, det, data.gt_frame[gt], (-data.det.score[det], det), np.ones((1, len(gt)), dtype=bool))[0]
         gt, det = gt[taken], det[taken]
         inside = {label: objects & (band == number) for number, label in enumerate(names)} | {"all": objects}
         errors[name] = {
-            label: _band_errors(int(rows.sum()), data.gt[gt[rows[gt]]], data.det[det[rows[gt]]]) for label, rows in inside.items()
+            label: _band_errors(int(rows.sum()), data.gt[gt[rows[gt]]], data.det[det[rows[gt]]])
+            for label, rows in inside.items()
         }
     return errors
 
@@ -402,7 +427,9 @@ def format_table(metrics: dict, metric: str = "R40", errors: dict | None = None)
                 row += f"{text:>7}{'*' if few[difficulty] else ' '}"
             row += "  "
         lines.append(row + "".join(f"{count:7d}" for count in counts.values()))
-    overlaps = "; ".join(f"{name} {' '.join(f'{v:g}' for v in values)}" for name, values in settings["min_overlap"].items())
+    overlaps = "; ".join(
+        f"{name} {' '.join(f'{v:g}' for v in values)}" for name, values in settings["min_overlap"].items()
+    )
     lines.append(f"Overlap must exceed, in 2D, BEV, 3D ({settings['overlap']}): {overlaps}")
     if capped:
         count = min(capped)
@@ -433,6 +460,8 @@ def _error_lines(errors):
     for name, bands in errors.items():
         for band, values in bands.items():
             if values["objects"]:
-                cells = (("-" if values[key] is None else f"{values[key]:.{digits}f}") for key, _, digits in ERROR_COLUMNS)
+                cells = (
+                    ("-" if values[key] is None else f"{values[key]:.{digits}f}") for key, _, digits in ERROR_COLUMNS
+                )
                 lines.append(f"{name:{wide}} {band:>8}" + "".join(f"{cell:>9}" for cell in cells))
     return lines

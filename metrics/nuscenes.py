@@ -24,7 +24,9 @@ ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
 UNDEFINED = {"traffic_cone": ("orient_err", "vel_err", "attr_err"), "barrier": ("vel_err", "attr_err")}
 IN_RACKS = ("motorcycle", "bicycle")  # left out where they stand in a bicycle rack
 DETECTIONS_AT_ONCE = 100_000  # whose distances stand in memory together
-RECALL = np.linspace(0, 1, 101)  # not arange(101) / 100: some points differ in the last bit, and with them what is reached
+RECALL = np.linspace(
+    0, 1, 101
+)  # not arange(101) / 100: some points differ in the last bit, and with them what is reached
 FIRST = 11  # index of the lowest recall that counts, above 0.1
 LOWEST_PRECISION = 0.1
 AP_WEIGHT = 5  # of mAP in NDS, beside the five errors
@@ -48,7 +50,9 @@ def nuscenes_metrics(truth: Truth, results: Boxes) -> dict:
     aps, errors = {}, {}
     for name in RANGE:
         own, real = found[results.name[found] == name], known[truth.boxes.name[known] == name]
-        own = own[np.argsort(results.score[own], kind="stable")[::-1]]  # of equal scores the later in the file comes first
+        own = own[
+            np.argsort(results.score[own], kind="stable")[::-1]
+        ]  # of equal scores the later in the file comes first
         matches = _match(truth, results, own, real)
         curves = {distance: _curves(results.score[own], match, len(real), name) for distance, match in matches.items()}
         aps[name] = {str(distance): _average(precision) for distance, (precision, _) in curves.items()}
@@ -56,7 +60,9 @@ def nuscenes_metrics(truth: Truth, results: Boxes) -> dict:
         rows = own[match >= 0]
         parts = _errors(truth.boxes[match[match >= 0]], results[rows], np.pi if name == "barrier" else 2 * np.pi)
         errors[name] = {
-            error: np.nan if error in UNDEFINED.get(name, ()) else _mean_error(parts[error], results.score[rows], confidence)
+            error: np.nan
+            if error in UNDEFINED.get(name, ())
+            else _mean_error(parts[error], results.score[rows], confidence)
             for error in ERRORS
         }
     return _summary(aps, errors)
@@ -125,7 +131,9 @@ def _match(truth, results, own, real):
             bad = own[np.flatnonzero(flat & (match >= 0))[0]]
             box = bad - np.flatnonzero(results.listed == results.listed[bad])[0]
             place = f"sample {truth.tokens[results.listed[bad]]}, box {box}"
-            raise ValueError(f"{place}: its l, h, w are {results.size[bad].tolist()} m, expected all > 0 of a box that matches an object")
+            raise ValueError(
+                f"{place}: its l, h, w are {results.size[bad].tolist()} m, expected all > 0 of a box that matches an object"
+            )
         matches[limit] = match
     return matches
 
@@ -159,7 +167,9 @@ def _curves(score, match, objects, name):
     precision = np.interp(RECALL, recall, hits / (misses + hits), right=0)
     confidence = np.interp(RECALL, recall, score, right=0)
     if not (confidence[1:] <= confidence[:-1]).all():
-        raise ValueError(f"the scores of {name} reach from {score.min():g} to {score.max():g}, expected finite ones not below 0")
+        raise ValueError(
+            f"the scores of {name} reach from {score.min():g} to {score.max():g}, expected finite ones not below 0"
+        )
     return precision, confidence
 
 

@@ -68,7 +68,11 @@ WORLD = {"train": 8, "val": 4}  # frames of the tiny world
 
 def tiny(world, out, *more, kitti=False):
     """Overrides of a run of seconds on the tiny world, or a KITTI folder: augmentation, averaged weights and warm-up included."""
-    sources = {} if kitti else {name: [{"kind": "synthetic", "split": [name], "world_frames": count}] for name, count in WORLD.items()}
+    sources = (
+        {}
+        if kitti
+        else {name: [{"kind": "synthetic", "split": [name], "world_frames": count}] for name, count in WORLD.items()}
+    )
     return [
         f"data.root={world}", f"out={out}", *(f"data.{name}={json.dumps(source)}" for name, source in sources.items()), "data.workers=0",
         "data.scale=0.9,1.2", "data.colour=0.2", "model.backbone=test_resnet", "model.size=96,320", "model.channels=32",

@@ -14,14 +14,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoint
 import evaluate
 import train
+from engine import checkpoint
 
 faults = json.loads(sys.argv.pop(1))
 rank, step = int(os.environ.get("RANK", 0)), 0
 faults = [f for f in (faults if isinstance(faults, list) else [faults]) if f.get("rank") in (None, rank)]
-normal_losses, normal_send, normal_publish, normal_lr = train.compute_losses, train.send_to_device, checkpoint._publish, train.lr_at
+normal_losses, normal_send, normal_publish, normal_lr = (
+    train.compute_losses,
+    train.send_to_device,
+    checkpoint._publish,
+    train.lr_at,
+)
 normal_source = evaluate.to_source
 
 

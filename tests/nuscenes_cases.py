@@ -33,7 +33,9 @@ def load_devkit():
         from nuscenes.eval.detection.evaluate import DetectionEval
         from nuscenes.nuscenes import NuScenes
         from nuscenes.utils import splits
-    return SimpleNamespace(config=config_factory("detection_cvpr_2019"), evaluate=DetectionEval, tables=NuScenes, splits=splits)
+    return SimpleNamespace(
+        config=config_factory("detection_cvpr_2019"), evaluate=DetectionEval, tables=NuScenes, splits=splits
+    )
 
 
 def quaternion(rng):
@@ -53,14 +55,23 @@ def make_case(rng):
     tables["visibility"] = [{"token": "4", "level": "v80-100"}]
     tables["sensor"] = [{"token": "lidar", "channel": "LIDAR_TOP", "modality": "lidar"}]
     tables["calibrated_sensor"] = [
-        {"token": "mount", "sensor_token": "lidar", "translation": [1, 0, 2], "rotation": [1, 0, 0, 0], "camera_intrinsic": []}
+        {
+            "token": "mount",
+            "sensor_token": "lidar",
+            "translation": [1, 0, 2],
+            "rotation": [1, 0, 0, 0],
+            "camera_intrinsic": [],
+        }
     ]
     results = {}
     for scene in rng.permutation(["scene-0103", "scene-0916"]):
         tables["scene"].append({"token": scene, "name": str(scene)})
         tracks, time = {}, int(rng.integers(1, 1000)) * 1_000_003
         for number in range(rng.integers(1, 5)):
-            token, time = f"{scene}-{number}", time + int(rng.choice([500_000, 499_983, 750_000, 1_500_000, 1_500_001, 3_000_001]))
+            token, time = (
+                f"{scene}-{number}",
+                time + int(rng.choice([500_000, 499_983, 750_000, 1_500_000, 1_500_001, 3_000_001])),
+            )
             ego = [*(rng.integers(-200, 200, 2) / 4).tolist(), 0.5]
             tables["sample"].append({"token": token, "timestamp": time, "scene_token": str(scene)})
             tables["ego_pose"].append({"token": f"e-{token}", "translation": ego, "rotation": [1, 0, 0, 0]})
@@ -100,7 +111,19 @@ def make_annotation(rng, tables, token, ego, used, tracks):
     return row
 
 
-OFFSETS = [[0, 0], [0.25, 0], [0, 0.5], [-0.5, 0], [1, 0], [0, -2], [1.2, 1.6], [0.3, 0.4], [4, 0], [2.4, 3.2], [0.7, 0.1]]  # m
+OFFSETS = [
+    [0, 0],
+    [0.25, 0],
+    [0, 0.5],
+    [-0.5, 0],
+    [1, 0],
+    [0, -2],
+    [1.2, 1.6],
+    [0.3, 0.4],
+    [4, 0],
+    [2.4, 3.2],
+    [0.7, 0.1],
+]  # m
 
 
 def make_boxes(rng, token, annotations, ego):

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from data import DataConfig, Detection3D, collate
-from frames import Frame, join, make_labels, whole_view
-from geometry import clip_boxes, project_boxes
 from losses import LossConfig, compute_losses, count_positives
 from model import ModelConfig
+from scene.frames import Frame, join, make_labels, whole_view
+from scene.geometry import clip_boxes, project_boxes
 from targets import assign
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -36,7 +36,13 @@ PERSON = ("Pedestrian", (3, 0.9, 12), (0.7, 1.8, 0.6), -2.0, None, (0, 0, 0), "p
 FAR = ("Car", (4, 1, 40), (4.4, 1.6, 1.9), 1.5)
 TRUNCATED = ("Car", (8.7, 1, 9), (4.2, 1.5, 1.8), 1.2)  # its centre lies right of the image
 CROSSING = ("Car", (1.6, 1, 1.2), (4, 1.5, 1.8), 1.5)  # reaches behind the camera plane
-BEHIND = ("Car", (1.2, 1, -0.4), (4, 1.5, 1.8), 1.5, (200, 60, 319, 95))  # its centre lies behind the camera, its front in sight
+BEHIND = (
+    "Car",
+    (1.2, 1, -0.4),
+    (4, 1.5, 1.8),
+    1.5,
+    (200, 60, 319, 95),
+)  # its centre lies behind the camera, its front in sight
 
 
 def make_sample(*objects, ignore=(), K=K, size=SIZE, flip=False):
@@ -51,16 +57,25 @@ def make_sample(*objects, ignore=(), K=K, size=SIZE, flip=False):
     for i, item in enumerate(objects):
         box[i] = item[4] if len(item) > 4 and item[4] else box[i]
     motion = [item[5:] or ((np.nan,) * 3, "") for item in objects]
-    velocity, attribute = (np.array([m[i] for m in motion], dtype=d).reshape(-1, *s) for i, d, s in ((0, float, (3,)), (1, object, ())))
+    velocity, attribute = (
+        np.array([m[i] for m in motion], dtype=d).reshape(-1, *s) for i, d, s in ((0, float, (3,)), (1, object, ()))
+    )
     labels = make_labels(named, box, extent, center, yaw, velocity=velocity, attribute=attribute)
     if len(ignore):
         n = len(ignore)
-        regions = make_labels(["DontCare"] * n, ignore, np.full((n, 3), -1.0), np.full((n, 3), -1000.0), np.full(n, -10.0))
+        regions = make_labels(
+            ["DontCare"] * n, ignore, np.full((n, 3), -1.0), np.full((n, 3), -1000.0), np.full(n, -10.0)
+        )
         labels = join([labels, regions])
     frame = Frame("frame", Path("frame.png"), K, labels)
     data = Detection3D([frame], CLASSES, size, DataConfig(), False, velocity=True, attributes=MODEL.attribute_names)
     sample = data.sample_from(frame, dataclasses.replace(whole_view(size[1], size[0], size), flip=flip))
-    return {**sample, "image": torch.zeros(*size, 3, dtype=torch.uint8), "index": torch.tensor(0), "skipped": torch.tensor(0)}
+    return {
+        **sample,
+        "image": torch.zeros(*size, 3, dtype=torch.uint8),
+        "index": torch.tensor(0),
+        "skipped": torch.tensor(0),
+    }
 
 
 def make_batch(*scenes, ignore=(), **options):
@@ -81,4 +96,6 @@ def all_losses(model, batch, logits, raw, weights=None, best=False):
     """Losses of a batch, every one unless weights say otherwise, and its targets."""
     targets = assign(batch, model.config)
     every = LossConfig(**{name: 1.0 for name in LossConfig.__dataclass_fields__})
-    return compute_losses(model, logits, raw, targets, batch, weights or every, count_positives(targets).clamp(min=1), best), targets
+    return compute_losses(
+        model, logits, raw, targets, batch, weights or every, count_positives(targets).clamp(min=1), best
+    ), targets

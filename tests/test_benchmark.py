@@ -34,8 +34,18 @@ def test_every_number_is_there(tiny_run, tmp_path, capsys, monkeypatch):
     arguments = [str(ROOT / "configs/synthetic.py"), *words, "--rounds", "2", "--json", str(tmp_path / "b.json")]
     assert main(arguments) == 0
     found, out = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
-    ratios = ("train_step_over_backbone", "predict_over_backbone_forward", "peak_memory_over_backbone", "loader_over_bare_decode")
-    for name in (*ratios, "cached_loader_over_loader", "evaluation_3769_frames_s", "optimizer_and_average_operator_calls"):
+    ratios = (
+        "train_step_over_backbone",
+        "predict_over_backbone_forward",
+        "peak_memory_over_backbone",
+        "loader_over_bare_decode",
+    )
+    for name in (
+        *ratios,
+        "cached_loader_over_loader",
+        "evaluation_3769_frames_s",
+        "optimizer_and_average_operator_calls",
+    ):
         assert found[name] > 0, name
         assert name in out
     parts = sum(found[f"{name}_s"] for name in ("forward", "targets_losses", "backward"))
@@ -80,8 +90,17 @@ def test_a_mistake_is_one_sentence(words, sentence, capsys, monkeypatch):
 @pytest.mark.parametrize(("optimizer", "kind", "waits"), [("adamw", torch.optim.AdamW, 0), ("sgd", torch.optim.SGD, 1)])
 def test_the_config_s_own_optimizer_and_checkpointing_are_measured(tmp_path, optimizer, kind, waits):
     on = optimizer == "sgd"
-    words = tiny(tmp_path, tmp_path / "out", f"train.optimizer={optimizer}", f"train.checkpoint_backbone={str(on).lower()}", "train.ema=0")
-    config, accelerator = load_config(ROOT / "configs/kitti.py", [*words, "model.backbone=resnet10t"]), Accelerator(cpu=True)
+    words = tiny(
+        tmp_path,
+        tmp_path / "out",
+        f"train.optimizer={optimizer}",
+        f"train.checkpoint_backbone={str(on).lower()}",
+        "train.ema=0",
+    )
+    config, accelerator = (
+        load_config(ROOT / "configs/kitti.py", [*words, "model.backbone=resnet10t"]),
+        Accelerator(cpu=True),
+    )
     step = Step(config, accelerator, make_batch(config, 2, 8, accelerator.device))
     assert isinstance(step.optimizer.optimizer, kind)
     assert step.average is None
@@ -120,10 +139,18 @@ def test_memory_by_module_adds_up(tmp_path, capsys):
     for row in ("backbone", "fpn", "towers", "losses"):
         assert 0 < table[row]["activations"] < more[row]["activations"], row
     assert 1.9 < more["backbone"]["activations"] / table["backbone"]["activations"] < 2.1
-    words = [str(ROOT / "configs/kitti.py"), *tiny(tmp_path, tmp_path / "out"), "--memory", "--json", str(tmp_path / "m.json")]
+    words = [
+        str(ROOT / "configs/kitti.py"),
+        *tiny(tmp_path, tmp_path / "out"),
+        "--memory",
+        "--json",
+        str(tmp_path / "m.json"),
+    ]
     assert main(words) == 0
     assert "before_backward_mib" in capsys.readouterr().out
-    assert json.loads((tmp_path / "m.json").read_text())["table"]["all"]["activations"] == pytest.approx(table["all"]["activations"])
+    assert json.loads((tmp_path / "m.json").read_text())["table"]["all"]["activations"] == pytest.approx(
+        table["all"]["activations"]
+    )
 
 
 def test_checkpointing_shows_in_the_memory(tmp_path):
@@ -173,11 +200,16 @@ def test_a_step_compiles_as_the_loop_does(tmp_path, monkeypatch):
     row = measure_variant(config, 1, 1, "cpu", None, "no", True, False)
     assert called == ["Detector", "assign", "compute_losses"]
     assert row["mfu"] is None
-    assert row["gflop_per_image"] == measure_variant(config, 2, 1, "cpu", None, "no", False, False)["gflop_per_image"] > 0
+    assert (
+        row["gflop_per_image"] == measure_variant(config, 2, 1, "cpu", None, "no", False, False)["gflop_per_image"] > 0
+    )
 
 
 def test_channels_last_reaches_weights_moments_and_average(tmp_path):
-    config, accelerator = load_config(ROOT / "configs/kitti.py", tiny(tmp_path, tmp_path / "out")), Accelerator(cpu=True)
+    config, accelerator = (
+        load_config(ROOT / "configs/kitti.py", tiny(tmp_path, tmp_path / "out")),
+        Accelerator(cpu=True),
+    )
     step = Step(config, accelerator, make_batch(config, 1, 8, accelerator.device), torch.channels_last)
     step()
     for p, q in zip(step.net.parameters(), step.average.module.parameters(), strict=True):

@@ -14,12 +14,12 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from scenes import MODEL
 
-from checkpoint import save_weights
 from config import Config, to_dict
 from data import DataConfig, Source
-from frames import make_labels
+from engine.checkpoint import save_weights
 from metrics.kitti import format_table, kitti_ap
 from model import Detector
+from scene.frames import make_labels
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,9 @@ def best(tmp_path_factory):
     """best/ of a run, with a table that was measured on two frames."""
     folder = tmp_path_factory.mktemp("run") / "best"
     torch.manual_seed(0)
-    labels = make_labels(["Car"], [[50, 50, 150, 120]], [[4, 1.5, 1.8]], [[1, 1, 20]], [0.3], truncation=[0], occlusion=[0])
+    labels = make_labels(
+        ["Car"], [[50, 50, 150, 120]], [[4, 1.5, 1.8]], [[1, 1, 20]], [0.3], truncation=[0], occlusion=[0]
+    )
     metrics = kitti_ap({"a": labels, "b": labels}, {"a": labels, "b": labels}, MODEL.classes)
     model = dataclasses.replace(MODEL, score_threshold=0.001)
     config = Config(model=model, data=DataConfig(val=(Source(kind="jsonl", root="frames/my_val.jsonl"),)))
@@ -93,13 +95,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+            return self.answer(
+                {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+            )
         if "/commit/" in self.path:
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self.answer({"commitUrl": f"{self.server.address}/me/mine/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True})
+            return self.answer(
+                {
+                    "commitUrl": f"{self.server.address}/me/mine/commit/{'0' * 40}",
+                    "commitOid": "0" * 40,
+                    "success": True,
+                }
+            )
         return self.answer({"error": self.path}, 404)
 
     def do_GET(self):

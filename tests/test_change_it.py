@@ -10,11 +10,11 @@ from conftest import ROOT, tiny
 from safetensors.torch import load_file
 from test_train import losses_of, records
 
-VALIDATE = "                    evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)\n"
-DETECTOR = "        net = Detector(dataclasses.replace(config.model, pretrained=pretrained))\n"
-LOSSES = (
-    "                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives, step >= options.all_cells)\n"
+VALIDATE = (
+    "                    evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)\n"
 )
+DETECTOR = "        net = Detector(dataclasses.replace(config.model, pretrained=pretrained))\n"
+LOSSES = "                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives, step >= options.all_cells)\n"
 ERRORS = '    metrics["errors"] = object_errors(truth, results, classes)\n'
 RNG = "        rng = np.random.default_rng((self.seed, epoch, index))\n"
 EDITS = {  # what README calls it: (file, the one place, what stands there then)
@@ -44,17 +44,33 @@ def test_each_place_that_the_readme_names_is_one_place(tiny_run, tmp_path):
         text = (copy / file).read_text()
         assert text.count(place) == 1, name
         (copy / file).write_text(text.replace(place, change))
-    more = ("best=-mine", "model.norm=frozen", "train.batch_size=1", "train.steps=20", "train.eval_every=1.25", "train.save_every=100")
+    more = (
+        "best=-mine",
+        "model.norm=frozen",
+        "train.batch_size=1",
+        "train.steps=20",
+        "train.eval_every=1.25",
+        "train.save_every=100",
+    )
     done = subprocess.run(
-        [sys.executable, "train.py", *tiny(tiny_run[0], out, *more)], cwd=copy, capture_output=True, text=True, timeout=100
+        [sys.executable, "train.py", *tiny(tiny_run[0], out, *more)],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in records(out)] == list(range(1, 11))  # the evaluation at step 10 ended it
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000008", "step_00000010"]  # 8 frames an epoch
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "step_00000008",
+        "step_00000010",
+    ]  # 8 frames an epoch
     assert records(out, "val")[0]["-mine"] == 6.5
     assert json.loads((out / "best/meta.json").read_text())["metric"] == "-mine"
     assert all(row["loss_mine"] > 0 for row in losses_of(out))
-    last, best = (load_file(out / name) for name in ("checkpoints/step_00000010/model_1.safetensors", "best/model.safetensors"))
+    last, best = (
+        load_file(out / name) for name in ("checkpoints/step_00000010/model_1.safetensors", "best/model.safetensors")
+    )
     first = load_file(out / "checkpoints/step_00000008/model_1.safetensors")
     for name, value in last.items():
         assert torch.equal(value, first[name]) == name.startswith("backbone"), name

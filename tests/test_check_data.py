@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from draw import TRUTH
 from formats import jsonl
 from formats.kitti import read_frames, read_split
-from frames import join
+from scene.draw import TRUTH
+from scene.frames import join
 from tools.check_data import GIVEN, better_canvas, main, share
 
 
@@ -39,20 +39,26 @@ def test_good_data(kitti, capsys):
     assert out.splitlines()[-1] == "no problem found"
     assert re.search(r"train: kitti .*: 8 frames; trained: Car \d+", out)
     for title in ("train", "val"):
-        [overlap] = re.findall(rf"kitti \({title}\): projected and given 2D boxes overlap by (\.\d+|1\.00) in the median of \d+", out)
+        [overlap] = re.findall(
+            rf"kitti \({title}\): projected and given 2D boxes overlap by (\.\d+|1\.00) in the median of \d+", out
+        )
         assert float(overlap) > 0.9
 
 
 def test_the_table_tells_each_class(kitti, capsys):
     _, out = check(kitti, capsys, 'model.classes=["Car","Cyclist"]', "data.neighbours=Van")
     train, _, _ = out.partition("val: kitti")
-    rows = {line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in train.splitlines() if line.startswith("    ")}
+    rows = {
+        line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in train.splitlines() if line.startswith("    ")
+    }
     labels = join([frame.labels for frame in read_frames(kitti, ("train",))])
     cars = labels[labels.name == "Car"]
     name, use, count, size, depth, headings, truncated, occluded, height = rows["Car"]
     assert (name, use, count) == ("Car", "trained", str(len(cars)))
     assert [float(v) for v in size.split()] == pytest.approx(np.median(cars.size, 0), abs=0.0051)
-    assert [float(v) for v in depth.split(" / ")] == pytest.approx(np.quantile(cars.center[:, 2], (0.05, 0.5, 0.95)), abs=0.051)
+    assert [float(v) for v in depth.split(" / ")] == pytest.approx(
+        np.quantile(cars.center[:, 2], (0.05, 0.5, 0.95)), abs=0.051
+    )
     x, z = np.cos(cars.yaw), -np.sin(cars.yaw)  # where a car looks
     facing = z > np.abs(x), x > np.abs(z), -z > np.abs(x), -x > np.abs(z)  # away, right, toward, left
     assert headings.split("/") == [f"{100 * share.mean():.0f}" for share in facing]
@@ -72,7 +78,10 @@ def test_levels_that_are_not_known():
 
 def test_the_canvas_that_shows_most(kitti, capsys):
     _, out = check(kitti, capsys)
-    assert "1 image size, most often 640x192, which the canvas of 320x96 shows scaled by 0.50; the median image fills 100 % of it" in out
+    assert (
+        "1 image size, most often 640x192, which the canvas of 320x96 shows scaled by 0.50; the median image fills 100 % of it"
+        in out
+    )
     assert "no other model.size of as many pixels fits better" in out
     _, out = check(kitti, capsys, "model.size=192,192")
     assert "the canvas of 192x192 shows scaled by 0.30; the median image fills 30 % of it" in out
@@ -91,7 +100,9 @@ def test_pictures_are_spread_over_the_data_set(kitti, tmp_path, capsys, monkeypa
     monkeypatch.setattr("tools.check_data.ON_A_SHEET", 2)
     out = tmp_path / "pictures"
     _, text = check(kitti, capsys, "--draw", "3", "--out", str(out))
-    assert [path.name for path in sorted(out.iterdir())] == [f"{title}1_{page}.png" for title in ("train", "val") for page in (1, 2)]
+    assert [path.name for path in sorted(out.iterdir())] == [
+        f"{title}1_{page}.png" for title in ("train", "val") for page in (1, 2)
+    ]
     assert f"drawn in {out / 'train1_1.png'}" in text
     with Image.open(out / "train1_1.png") as sheet:
         assert sheet.height == 2 * (22 + 192)  # two frames, each under a line of text
@@ -103,7 +114,9 @@ def test_pictures_are_spread_over_the_data_set(kitti, tmp_path, capsys, monkeypa
 def test_a_class_without_objects_fails_and_names_those_there_are(kitti, capsys):
     code, out = check(kitti, capsys, 'model.classes=["Car","Tram","Bus"]')
     assert code == 1
-    [sentence] = re.findall(r"data\.train holds no object of Tram, Bus of model\.classes .*; the classes there are: (.*)", out)
+    [sentence] = re.findall(
+        r"data\.train holds no object of Tram, Bus of model\.classes .*; the classes there are: (.*)", out
+    )
     assert re.match(r"Car \d+, ", sentence)
     assert "DontCare" not in sentence
 
@@ -143,14 +156,19 @@ def test_sizes_in_another_order_are_named_in_the_order_of_the_format(kitti, caps
     edit_labels(kitti, lambda row: [*row[:8], row[10], row[8], row[9], *row[11:]])  # h w l -> l h w
     code, out = check(kitti, capsys)
     assert code == 1
-    assert re.search(r"kitti \(train\): Car.*: size looks like \(l, h, w\) where \(h, w, l\) is expected: median IoU", out)
+    assert re.search(
+        r"kitti \(train\): Car.*: size looks like \(l, h, w\) where \(h, w, l\) is expected: median IoU", out
+    )
 
 
 def test_angles_in_degrees_are_named(kitti, capsys):
     edit_labels(kitti, lambda row: [*row[:14], f"{np.degrees(float(row[14])):.0f}"])
     code, out = check(kitti, capsys)
     assert code == 1
-    assert re.search(r"kitti \(train\): yaw looks like degrees where radians are expected: \d+ lie beyond 2 pi, from -\d+ to \d+", out)
+    assert re.search(
+        r"kitti \(train\): yaw looks like degrees where radians are expected: \d+ lie beyond 2 pi, from -\d+ to \d+",
+        out,
+    )
     assert "kitti (train): it holds no frame" not in out
 
 
@@ -159,7 +177,12 @@ def test_json_lines_and_missing_sources(kitti, tmp_path, capsys):
     shutil.copy(next((kitti / "training/image_2").iterdir()), tmp_path / "a.png")
     good = {"image": "a.png", "K": [[370, 0, 320], [0, 370, 90], [0, 0, 1]], "objects": []}
     lines.write_text(json.dumps(good) + "\n" + json.dumps({**good, "K": 3}) + "\n{\n")
-    code, out = check(kitti, capsys, f'data.train=[{{"kind":"jsonl","root":"{lines}"}}]', 'data.val=[{"kind":"kitti","root":"/nowhere"}]')
+    code, out = check(
+        kitti,
+        capsys,
+        f'data.train=[{{"kind":"jsonl","root":"{lines}"}}]',
+        'data.val=[{"kind":"kitti","root":"/nowhere"}]',
+    )
     assert code == 1
     assert re.search(r"my\.jsonl:2: ", out)
     assert re.search(r"my\.jsonl:3: ", out)
@@ -182,7 +205,12 @@ def test_json_lines_are_wrong_in_the_same_words_as_their_own_check(kitti, tmp_pa
     assert jsonl.main([str(lines)]) == 1
     own = capsys.readouterr().out.splitlines()[:-1]
     assert len({line.split(": ")[0] for line in own}) == 7
-    code, out = check(kitti, capsys, f'data.train=[{{"kind":"jsonl","root":"{lines}"}}]', f'data.val=[{{"kind":"kitti","root":"{kitti}"}}]')
+    code, out = check(
+        kitti,
+        capsys,
+        f'data.train=[{{"kind":"jsonl","root":"{lines}"}}]',
+        f'data.val=[{{"kind":"kitti","root":"{kitti}"}}]',
+    )
     assert code == 1
     assert [line for line in out.splitlines() if line.startswith(str(lines))] == own
 
@@ -208,4 +236,7 @@ def test_the_command_ends_with_a_sentence(tmp_path):
 @pytest.mark.parametrize("more", [["--out", "x"], ["--draw", "-1"], ["--workers", "0"]])
 def test_wrong_command_lines_end_with_a_sentence(more, capsys):
     assert main([str(ROOT / "configs/kitti.py"), *more]) == 2
-    assert capsys.readouterr().err == "error: expected --draw >= 0, --workers >= 1, and --out DIR only together with --draw N\n"
+    assert (
+        capsys.readouterr().err
+        == "error: expected --draw >= 0, --workers >= 1, and --out DIR only together with --draw N\n"
+    )

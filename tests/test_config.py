@@ -56,14 +56,20 @@ def test_a_root_that_no_source_reads_is_refused(tmp_path):
             f"from config import Config\nfrom data import DataConfig, Source\nconfig = Config(data=DataConfig({sources.format(root)}))\n"
         )
         if root:
-            with pytest.raises(ValueError, match=r"data\.root=/x: no source reads it, as each names a root of its own, such as /data/mine"):
+            with pytest.raises(
+                ValueError,
+                match=r"data\.root=/x: no source reads it, as each names a root of its own, such as /data/mine",
+            ):
                 load_config(path, ["data.root=/x"])
         else:
             assert load_config(path, ["data.root=/x"]).data.root == "/x"
 
 
 def test_keys_that_only_fit_together_may_be_given_together():
-    changed = override(Config(), ["model.strides=8,16", "model.level_sizes=64", "loss.loss_alpha_constrain=1", "model.predict_yaw=true"])
+    changed = override(
+        Config(),
+        ["model.strides=8,16", "model.level_sizes=64", "loss.loss_alpha_constrain=1", "model.predict_yaw=true"],
+    )
     assert changed.model.strides == (8, 16)
 
 

@@ -27,7 +27,7 @@ from data import (
 )
 from formats.jsonl import write_jsonl
 from formats.kitti import write_calib, write_labels
-from frames import (
+from scene.frames import (
     PAD_COLOUR,
     Frame,
     Labels,
@@ -41,7 +41,7 @@ from frames import (
     reduction_of,
     whole_view,
 )
-from geometry import box_corners, flip_boxes, project, project_boxes, yaw_to_alpha
+from scene.geometry import box_corners, flip_boxes, project, project_boxes, yaw_to_alpha
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 CAMERAS = [(np.array([[c[0], 0, c[1]], [0, c[3], c[4]], [0, 0, 1]]), size) for c, size in KITTI_CAMERAS.items()]
@@ -78,7 +78,9 @@ def test_projected_boxes_move_with_the_pixels(K, size, options):
         moved = (view.matrix @ np.concatenate([pixels, np.ones_like(pixels[..., :1])], -1)[..., None])[..., :2, 0]
         ours = project(after, camera)
         if before.ndim == 3:  # a mirror image swaps the corners of a box, so compare them as sets
-            ours, moved = (np.take_along_axis(x, np.argsort(x[..., :1] * 1e3 + x[..., 1:], 1), 1) for x in (ours, moved))
+            ours, moved = (
+                np.take_along_axis(x, np.argsort(x[..., :1] * 1e3 + x[..., 1:], 1), 1) for x in (ours, moved)
+            )
         assert np.abs(ours - moved).max() < 1e-3
     np.testing.assert_allclose(placed.alpha, yaw_to_alpha(placed.yaw, placed.center), atol=1e-12)
     assert camera[0, 0] > 0
@@ -86,7 +88,9 @@ def test_projected_boxes_move_with_the_pixels(K, size, options):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize(("wide", "high", "left", "top"), [(320, 96, 0, 0), (400, 120, -50, -17), (240, 72, 31, 9), (213, 140, -20, -40)])
+@pytest.mark.parametrize(
+    ("wide", "high", "left", "top"), [(320, 96, 0, 0), (400, 120, -50, -17), (240, 72, 31, 9), (213, 140, -20, -40)]
+)
 def test_pictures_move_with_the_camera(flip, wide, high, left, top):
     """A bright blob painted where a 3D point projects is found where the placed point projects through the placed camera."""
     size, K = (640, 192), np.array([[400.0, 0, 322.3], [0, 400, 90.8], [0, 0, 1]])
@@ -139,7 +143,8 @@ def test_flip_twice_is_nothing():
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"), [((1242, 375), (1272, 384)), ((1224, 370), (1270, 384)), ((640, 192), (1280, 384)), ((100, 900), (43, 384))]
+    ("size", "shown"),
+    [((1242, 375), (1272, 384)), ((1224, 370), (1270, 384)), ((640, 192), (1280, 384)), ((100, 900), (43, 384))],
 )
 def test_the_whole_image_is_shown_as_large_as_fits(size, shown):
     view = whole_view(*size, (384, 1280))
@@ -187,9 +192,13 @@ def test_a_sample_holds_what_the_frame_holds(folder):
     assert sample["image"].shape == (96, 320, 3)
     assert sample["image"].dtype == torch.uint8
     assert sample["label"].tolist() == [0, 1]  # the Van and the Tram are not objects
-    np.testing.assert_allclose(sample["center"], [[-2.94, 1, 15.003], [-1.44, 1, 15.003]], atol=1e-5)  # moved from camera 0
     np.testing.assert_allclose(
-        project(sample["center"].numpy(), sample["K"].numpy())[0], [[160 - 2.94 / 15.003 * 210, 48 + 200 / 15.003]][0], atol=1e-3
+        sample["center"], [[-2.94, 1, 15.003], [-1.44, 1, 15.003]], atol=1e-5
+    )  # moved from camera 0
+    np.testing.assert_allclose(
+        project(sample["center"].numpy(), sample["K"].numpy())[0],
+        [[160 - 2.94 / 15.003 * 210, 48 + 200 / 15.003]][0],
+        atol=1e-3,
     )
     assert len(sample["ignore"]) == 2  # Van and DontCare; the Tram is background
     assert not sample["crosses"].any()
@@ -204,7 +213,9 @@ def test_neighbours_can_be_changed(folder):
         build(folder, neighbours=("Car",))
 
 
-@pytest.mark.parametrize(("hard", "easy"), [({"min_height": 1000.0}, {"min_height": 5.0}), ({"max_occlusion": -1}, {"max_occlusion": 0})])
+@pytest.mark.parametrize(
+    ("hard", "easy"), [({"min_height": 1000.0}, {"min_height": 5.0}), ({"max_occlusion": -1}, {"max_occlusion": 0})]
+)
 def test_hard_objects_are_ignored_in_training_only(folder, hard, easy):
     """Every object of the frame is lower than 1000 px, higher than 5, and of occlusion 0."""
     for options, training, objects in ((hard, True, 0), (easy, True, 2), (hard, False, 2)):
@@ -226,19 +237,31 @@ def test_the_summary_counts_what_training_ignores(folder):
     plain = "6 frames; trained: Car 6, Pedestrian 5; ignored: DontCare 2, Van 4; background: Tram 3"
     assert build(folder, sources, training=True).summary() == plain
     hidden = build(folder, sources, training=True, max_occlusion=-1).summary()
-    assert hidden == "6 frames; trained: Car 0, Pedestrian 0; ignored: Car 6, DontCare 2, Pedestrian 5, Van 4; background: Tram 3"
+    assert (
+        hidden
+        == "6 frames; trained: Car 0, Pedestrian 0; ignored: Car 6, DontCare 2, Pedestrian 5, Van 4; background: Tram 3"
+    )
     Image.new("RGB", (640, 192)).save(folder / "training/image_2/000002.png")  # shown at half its size
     height = 0.75 * np.diff(build(folder, sources).frames[2].labels.box[0, 1::2]).item()
     some = build(folder, sources, training=True, min_height=height)
     trained = sum(len(some[(0, i)]["label"]) for i in range(6))
-    assert "trained: Car 5, Pedestrian 4; ignored: Car 1, DontCare 2, Pedestrian 1, Van 4; background: Tram 3" in some.summary()
+    assert (
+        "trained: Car 5, Pedestrian 4; ignored: Car 1, DontCare 2, Pedestrian 1, Van 4; background: Tram 3"
+        in some.summary()
+    )
     assert trained == 9
-    assert build(folder, sources, max_occlusion=-1).summary().startswith("6 frames; trained: Car 6, Pedestrian 5, Cyclist 0;")
+    assert (
+        build(folder, sources, max_occlusion=-1)
+        .summary()
+        .startswith("6 frames; trained: Car 6, Pedestrian 5, Cyclist 0;")
+    )
     (folder / "training/image_2/000001.png").write_bytes(b"no picture")
     assert some.summary()
     label = folder / "training/label_2/000002.txt"
     lines = [line.split() for line in label.read_text().splitlines()]
-    flat = [[*row[:4], "0", "0", "0", "0", *row[8:]] if row[0] == "Car" else row for row in lines]  # as converters write what is not seen
+    flat = [
+        [*row[:4], "0", "0", "0", "0", *row[8:]] if row[0] == "Car" else row for row in lines
+    ]  # as converters write what is not seen
     label.write_text("\n".join(map(" ".join, flat)))
     again = build(folder, sources, training=True)
     assert again.summary() == plain.replace("Car 6", "Car 5").replace("ignored: ", "ignored: Car 1, ")
@@ -268,7 +291,9 @@ def test_sources_are_concatenated_repeated_and_limited(folder):
 def test_json_lines_train_beside_kitti(folder):
     labels = make_labels(["Car"], [[10, 20, 60, 70]], [[4, 1.5, 1.8]], [[1, 1, 12]], [0.2])
     path = folder / "training/image_2/000000.png"
-    write_jsonl(folder / "own.jsonl", [Frame("one", path, np.array([[200.0, 0, 150], [0, 200, 48], [0, 0, 1]]), labels)])
+    write_jsonl(
+        folder / "own.jsonl", [Frame("one", path, np.array([[200.0, 0, 150], [0, 200, 48], [0, 0, 1]]), labels)]
+    )
     dataset = build(folder, Source(limit=1), Source(kind="jsonl", root=str(folder / "own.jsonl")))
     assert dataset.ids == ["0_000000", "1_one"]
     batch = collate([dataset[0], dataset[1]])
@@ -327,7 +352,11 @@ def test_an_implausible_camera_is_named(folder):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
 def test_any_picture_becomes_rgb(tmp_path, mode):
-    picture = Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)) if mode == "I;16" else Image.new(mode, (64, 64))
+    picture = (
+        Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64))
+        if mode == "I;16"
+        else Image.new(mode, (64, 64))
+    )
     picture.save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png").mode == "RGB"
     if mode == "I;16":
@@ -364,7 +393,9 @@ def test_augmentation_varies_as_asked_and_only_in_training(folder):
     plain = build(folder, scale=(0.7, 1.4))
     assert torch.equal(plain[0]["image"], plain[(7, 0)]["image"])
     still = build(folder, training=True, flip=0.0)
-    assert torch.equal(still[(0, 1)]["image"], still[(7, 1)]["image"])  # fills the canvas, so that no place is left to draw
+    assert torch.equal(
+        still[(0, 1)]["image"], still[(7, 1)]["image"]
+    )  # fills the canvas, so that no place is left to draw
 
 
 def test_what_the_crop_leaves_out_is_no_object(folder):
@@ -398,7 +429,10 @@ def test_collate_pads_without_harm(folder):
     assert collate([samples[0]] * 2, multiple=3)["label"].shape == (2, 3)
     many = {
         **samples[0],
-        **{k: samples[0][k].repeat_interleave(17, 0) for k in ("label", "center", "size", "yaw", "box", "full_box", "crosses")},
+        **{
+            k: samples[0][k].repeat_interleave(17, 0)
+            for k in ("label", "center", "size", "yaw", "box", "full_box", "crosses")
+        },
     }
     assert collate([many])["label"].shape == (1, 32)
 
@@ -408,12 +442,17 @@ def test_velocities_and_attributes_are_sampled_where_they_are_trained(folder):
     frame, names = build(folder).frames[0], ("a.moving", "a.parked")
     labels = make_labels(["Car"] * 2, [[100, 40, 200, 95]] * 2, [[4, 1.5, 1.8]] * 2, [[1.6, 1, 12]] * 2, [1.5] * 2)
     unknown = dataclasses.replace(frame, labels=labels)
-    moving = dataclasses.replace(labels, velocity=np.array([[3.0, 0.5, -8], [np.nan] * 3]), attribute=np.array(["a.parked", ""], object))
+    moving = dataclasses.replace(
+        labels, velocity=np.array([[3.0, 0.5, -8], [np.nan] * 3]), attribute=np.array(["a.parked", ""], object)
+    )
     frame = dataclasses.replace(frame, labels=moving)
     dataset = Detection3D([frame, unknown], ("Car",), (96, 320), DataConfig(), True, velocity=True, attributes=names)
     view = View((640, 192), (96, 320), 640, 192, -100, -50, flip=True)
     batch = collate(
-        [{**dataset.sample_from(f, view), **dict.fromkeys(("image", "index", "skipped"), torch.tensor(0))} for f in dataset.frames]
+        [
+            {**dataset.sample_from(f, view), **dict.fromkeys(("image", "index", "skipped"), torch.tensor(0))}
+            for f in dataset.frames
+        ]
     )
     assert batch["velocity"][0, 0].tolist() == [-3.0, 0.5, -8.0]
     assert batch["velocity"][0, 1:].isnan().all()
@@ -446,7 +485,9 @@ def test_workers_do_not_change_a_batch(folder, workers):
 
     dataset = build(folder, training=True, scale=(0.7, 1.4), colour=0.2)
     order = StepBatches(len(dataset), 2, 0, 1, seed=3, start=0, stop=3)
-    with loading(make_loader(dataset, order, workers, torch.device("cpu"))) as batches:  # else a failure would leave deaf workers behind
+    with loading(
+        make_loader(dataset, order, workers, torch.device("cpu"))
+    ) as batches:  # else a failure would leave deaf workers behind
         for batch, keys in zip(batches, order, strict=True):
             expected = collate([dataset[key] for key in keys])
             for name, value in batch.items():
@@ -489,7 +530,10 @@ def test_the_built_in_world_is_a_source(tmp_path):
 
     config = override(load_config(ROOT / "configs/synthetic.py"), tiny(tmp_path, tmp_path))
     assert isinstance(config, Config)
-    sets = [build_dataset(config.data, sources, CLASSES, (96, 320), False) for sources in (config.data.train, config.data.val)]
+    sets = [
+        build_dataset(config.data, sources, CLASSES, (96, 320), False)
+        for sources in (config.data.train, config.data.val)
+    ]
     assert [len(s) for s in sets] == [8, 4]
     assert not set(sets[0].ids) & set(sets[1].ids)
 
@@ -520,7 +564,10 @@ def test_reduced_jpegs_keep_pixels_where_the_camera_says(tmp_path, size, canvas,
     assert picture.size == (size[0] // reduction, size[1] // reduction)
     view = whole_view(*size, canvas)
     shown = place_image(np.array(picture), view).astype(float)[: view.height, : view.width, 0]
-    found = np.array([(shown.sum(0) * np.arange(view.width)).sum(), (shown.sum(1) * np.arange(view.height)).sum()]) / shown.sum()
+    found = (
+        np.array([(shown.sum(0) * np.arange(view.width)).sum(), (shown.sum(1) * np.arange(view.height)).sum()])
+        / shown.sum()
+    )
     expected = (view.matrix @ [*point, 1])[:2]
     assert np.abs(found - expected).max() < 0.05
     with opened(tmp_path / "a.jpg") as image:  # a crop shows more of it, so it must not be reduced as far
@@ -575,7 +622,9 @@ def test_padding_keeps_its_colour(folder, flip):
 
 
 def test_the_cache_gives_the_same_pixels_and_follows_the_images(folder, tmp_path):
-    plain, cached = (build(folder, training=True, scale=(0.7, 1.4), colour=0.3, cache=c) for c in ("", str(tmp_path / "cache")))
+    plain, cached = (
+        build(folder, training=True, scale=(0.7, 1.4), colour=0.3, cache=c) for c in ("", str(tmp_path / "cache"))
+    )
     for _ in range(2):
         for key in ((0, 0), (3, 1)):
             for name, value in plain[key].items():

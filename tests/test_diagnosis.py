@@ -13,9 +13,9 @@ from PIL import Image
 from formats import jsonl
 from formats.diagnosis import JSONL, KITTI, diagnose, doubt_angles
 from formats.kitti import read_frames, split_projection
-from formats.world import render_frame
-from frames import Frame, make_labels
-from geometry import clip_boxes, project_boxes
+from scene.frames import Frame, make_labels
+from scene.geometry import clip_boxes, project_boxes
+from world.street import render_frame
 
 SIZE = (320, 96)
 
@@ -28,7 +28,9 @@ def good():
         _, P2, labels = render_frame(0, index, SIZE)
         K, offset = split_projection(P2)
         columns = {key: np.round(getattr(labels, key), 2) for key in ("box", "size", "center", "yaw", "alpha")}
-        frames.append(Frame(f"{index:06d}", Path(f"{index:06d}.png"), K, dataclasses.replace(labels, **columns).moved(offset)))
+        frames.append(
+            Frame(f"{index:06d}", Path(f"{index:06d}.png"), K, dataclasses.replace(labels, **columns).moved(offset))
+        )
     return frames, np.array([SIZE] * 30, float)
 
 
@@ -38,7 +40,10 @@ def change(frames, edit):
     for frame in frames:
         columns = edit(frame.labels, frame.K.copy())
         K, real = columns.pop("K", frame.K), frame.labels.is_3d
-        kept = {key: np.where(real.reshape(-1, *[1] * (v.ndim - 1)), v, getattr(frame.labels, key)) for key, v in columns.items()}
+        kept = {
+            key: np.where(real.reshape(-1, *[1] * (v.ndim - 1)), v, getattr(frame.labels, key))
+            for key, v in columns.items()
+        }
         changed.append(dataclasses.replace(frame, K=K, labels=dataclasses.replace(frame.labels, **kept)))
     return changed
 
@@ -77,7 +82,9 @@ IN_JSON = {
 IN_KITTI = {
     "size looks like (l, h, w) where (h, w, l) is expected": lambda l, K: kitti_order(l, "lhw"),
     "size looks like (w, l, h) where (h, w, l) is expected": lambda l, K: kitti_order(l, "wlh"),
-    "center looks like the geometric centre where the bottom centre is expected": lambda l, K: {"center": lowered(l, -0.5)},
+    "center looks like the geometric centre where the bottom centre is expected": lambda l, K: {
+        "center": lowered(l, -0.5)
+    },
 }
 
 
@@ -85,7 +92,9 @@ IN_KITTI = {
 def test_good_labels_are_let_alone(good, reading):
     problems, [note] = diagnose(*good, reading)
     assert problems == []
-    assert re.fullmatch(r"projected and given 2D boxes overlap by (\.9\d|1\.00) in the median of \d+ clear objects", note)
+    assert re.fullmatch(
+        r"projected and given 2D boxes overlap by (\.9\d|1\.00) in the median of \d+ clear objects", note
+    )
     assert diagnose([], np.zeros((0, 2)), reading) == ([], [])
 
 
@@ -94,7 +103,8 @@ def test_a_mistake_in_all_labels_is_named(good, reading, sentence):
     frames, sizes = good
     [found], _ = diagnose(change(frames, (IN_JSON | IN_KITTI)[sentence]), sizes, reading)
     evidence = re.fullmatch(
-        r"(.*): median IoU (\.9\d|1\.00) of projected and given 2D boxes instead of \.\d+, over the \d+ clear objects that tell", found
+        r"(.*): median IoU (\.9\d|1\.00) of projected and given 2D boxes instead of \.\d+, over the \d+ clear objects that tell",
+        found,
     )
     assert evidence, found
     said = evidence[1] if sentence.startswith(("K ", "2D ")) else evidence[1].partition(": ")[2]
@@ -118,7 +128,9 @@ def test_many_objects_are_judged_by_some_of_them():
     labels = make_labels(["Pedestrian"] * 900, boxes, size, center + np.array([0, 0.9, 0]), yaw)
     frames = [Frame(str(i), Path("a"), K, labels[i::90]) for i in range(90)]
     [found], _ = diagnose(frames, np.array([SIZE] * 90))
-    assert found.startswith("Pedestrian: center looks like the bottom centre where the geometric centre is expected: median IoU .9")
+    assert found.startswith(
+        "Pedestrian: center looks like the bottom centre where the geometric centre is expected: median IoU .9"
+    )
 
 
 def test_boxes_may_end_at_the_border_or_a_little_beyond(good):
@@ -141,18 +153,29 @@ def test_no_labels_that_can_be_read_break_it():
             "center": generator.normal(0, 1, (count, 3)) * 10 ** generator.uniform(-2, 4, (count, 1)),
             "yaw": generator.uniform(-6.3, 6.3, count),
         }
-        for K in (np.array([[500.0, 0, 300], [0, 500, 200], [0, 0, 1]]), np.array([[9.0, 0, 0], [0, 9, -40], [0, 0, 1]])):
+        for K in (
+            np.array([[500.0, 0, 300], [0, 500, 200], [0, 0, 1]]),
+            np.array([[9.0, 0, 0], [0, 9, -40], [0, 0, 1]]),
+        ):
             for size in ((600, 400), (np.nan, np.nan)):
                 frames = [Frame(str(i), Path("a"), K, make_labels(**columns)) for i in range(3)]
                 for reading in (JSONL, KITTI):
                     told = diagnose(frames, np.array([size] * 3), reading)
                     assert len(told) == 2
-                    assert all(isinstance(sentence, str) and "nan" not in sentence for sentences in told for sentence in sentences)
+                    assert all(
+                        isinstance(sentence, str) and "nan" not in sentence
+                        for sentences in told
+                        for sentence in sentences
+                    )
 
 
 def test_frames_with_another_camera_are_named(good):
     frames, sizes = good
-    holding = [i for i, f in enumerate(frames) if ((f.labels.truncation == 0) & (f.labels.occlusion == 0) & f.labels.is_3d).sum() > 1]
+    holding = [
+        i
+        for i, f in enumerate(frames)
+        if ((f.labels.truncation == 0) & (f.labels.occlusion == 0) & f.labels.is_3d).sum() > 1
+    ]
     wrong = holding[:2]
     mixed = [dataclasses.replace(f, K=scaled(f.K, 2, 2, 2, 2)) if i in wrong else f for i, f in enumerate(frames)]
     [found], _ = diagnose(mixed, sizes)
@@ -164,14 +187,22 @@ def test_frames_with_another_camera_are_named(good):
 def test_labels_that_nothing_explains_are_told(good):
     frames, sizes = good
     generator = np.random.default_rng(0)
-    [found], _ = diagnose(change(frames, lambda l, K: {"center": l.center * generator.uniform(0.5, 2, (len(l), 3))}), sizes)
-    assert re.match(r"the projected 3D boxes miss the given 2D boxes, by no mistake that is known here: median IoU \.\d+ of \d+", found)
+    [found], _ = diagnose(
+        change(frames, lambda l, K: {"center": l.center * generator.uniform(0.5, 2, (len(l), 3))}), sizes
+    )
+    assert re.match(
+        r"the projected 3D boxes miss the given 2D boxes, by no mistake that is known here: median IoU \.\d+ of \d+",
+        found,
+    )
 
 
 def test_images_of_another_resolution_than_camera_and_boxes(good):
     frames, sizes = good
     [found], _ = diagnose(frames, sizes * 2)
-    assert found == "K looks like that of an image about 0.5 times as large as the files: its principal point is not near their middle"
+    assert (
+        found
+        == "K looks like that of an image about 0.5 times as large as the files: its principal point is not near their middle"
+    )
 
 
 def derive(frames, edit):
@@ -197,7 +228,10 @@ def derive(frames, edit):
             lambda l, K: {"center": lowered(l, 0.5)},
             ["center looks like the bottom centre where the geometric centre is expected: only so "],
         ),
-        (lambda l, K: {"K": scaled(K, 0.5, 0.5, 0.5, 0.5)}, ["K looks like that of an image about 0.5 times as large as the files"]),
+        (
+            lambda l, K: {"K": scaled(K, 0.5, 0.5, 0.5, 0.5)},
+            ["K looks like that of an image about 0.5 times as large as the files"],
+        ),
         (lambda l, K: {"center": l.center * [1, -1, 1]}, ["center looks like its y points up: "]),
         (lambda l, K: {"size": l.size * 3.28, "center": l.center * 3.28}, ["Car: size looks 3.2"]),
     ],
@@ -213,9 +247,16 @@ def test_derived_boxes_are_told_and_judged_by_what_else_there_is(good, edit, wor
 
 
 def test_angles_in_degrees():
-    lines = [f"my.jsonl:{i}: objects[0].yaw is {yaw}, expected radians from -6.3 to 6.3" for i, yaw in enumerate((90.0, -170, 12))]
-    assert doubt_angles(lines) == ["yaw looks like degrees where radians are expected: 3 lie beyond 2 pi, from -170 to 90"]
-    assert doubt_angles(["a.txt:1: rotation_y is 90, expected numbers from -6.3 to 6.3", "b", "c"]) == []  # a single one may be damage
+    lines = [
+        f"my.jsonl:{i}: objects[0].yaw is {yaw}, expected radians from -6.3 to 6.3"
+        for i, yaw in enumerate((90.0, -170, 12))
+    ]
+    assert doubt_angles(lines) == [
+        "yaw looks like degrees where radians are expected: 3 lie beyond 2 pi, from -170 to 90"
+    ]
+    assert (
+        doubt_angles(["a.txt:1: rotation_y is 90, expected numbers from -6.3 to 6.3", "b", "c"]) == []
+    )  # a single one may be damage
     assert doubt_angles([]) == []
 
 
@@ -230,20 +271,29 @@ def test_json_lines_and_their_own_check(good, tmp_path, capsys):
     assert "looks like" not in capsys.readouterr().out
     jsonl.write_jsonl(path, change(frames, IN_JSON["size looks like (w, l, h) where (l, h, w) is expected"]))
     assert jsonl.main([str(path)]) == 1
-    assert re.search(rf"{path}: Car.*: size looks like \(w, l, h\) where \(l, h, w\) is expected", capsys.readouterr().out)
+    assert re.search(
+        rf"{path}: Car.*: size looks like \(w, l, h\) where \(l, h, w\) is expected", capsys.readouterr().out
+    )
     Image.new("RGB", SIZE).save(tmp_path / "b.png")
     far = {"class": "Car", "center": [2, 1, 20], "size": [4, 1.5, 1.8], "yaw": 0.1, "box": [300, 50, 900, 90]}
     line = {"id": "far", "image": "b.png", "K": frames[0].K.tolist(), "objects": [far]}
     jsonl.write_jsonl(path, frames)
     path.write_text(path.read_text() + json.dumps(line) + "\n")
     assert jsonl.main([str(path)]) == 1
-    sentence = "2D boxes: 1 lie mostly outside their image and are clipped to it: in frame far 300, 50, 900, 90 of 320x96"
+    sentence = (
+        "2D boxes: 1 lie mostly outside their image and are clipped to it: in frame far 300, 50, 900, 90 of 320x96"
+    )
     assert f"{path}: {sentence}" in capsys.readouterr().out.splitlines()
 
 
 def test_too_few_objects_are_not_judged():
     labels = make_labels(["Car"] * 3, [[10, 10, 50, 50]] * 3, [[4, 1.5, 1.8]] * 3, [[0, 1, 20]] * 3, [0] * 3)
-    assert diagnose([Frame("a", Path("a"), np.array([[180.0, 0, 160], [0, 180, 48], [0, 0, 1]]), labels)], np.array([SIZE]))[0] == []
+    assert (
+        diagnose(
+            [Frame("a", Path("a"), np.array([[180.0, 0, 160], [0, 180, 48], [0, 0, 1]]), labels)], np.array([SIZE])
+        )[0]
+        == []
+    )
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="KITTI's labels are not part of this project")

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import draw
-from draw import (
+from formats.kitti import read_calib, read_labels, split_projection
+from metrics.kitti import kitti_ap
+from scene import draw
+from scene.draw import (
     OTHER,
     PREDICTION,
     TRUTH,
@@ -21,10 +23,8 @@ from draw import (
     draw_sheet,
     frame_quality,
 )
-from formats.kitti import read_calib, read_labels, split_projection
-from frames import Frame, make_labels
-from geometry import box_corners, project
-from metrics.kitti import kitti_ap
+from scene.frames import Frame, make_labels
+from scene.geometry import box_corners, project
 
 K = np.array([[700.0, 0, 320], [0, 700, 96], [0, 0, 1]])
 GREY = np.full((192, 640, 3), 90, np.uint8)
@@ -75,7 +75,9 @@ def test_the_face_that_looks_forward_is_filled():
     """Of a car that comes towards the camera it is the near one, whose corners lie outside the far one."""
     for yaw, filled in ((np.pi / 2, True), (-np.pi / 2, False)):
         car = make_labels(["Car"], [[0, 0, 1, 1]], [[4, 1.5, 1.8]], [[0, 0.5, 16]], [yaw])
-        inside = (project(np.array([[0.8, 1.15, 14.0]]), K)[0] + 0.5) * WIDTH / 640 - 0.5  # near a corner of the near face
+        inside = (
+            project(np.array([[0.8, 1.15, 14.0]]), K)[0] + 0.5
+        ) * WIDTH / 640 - 0.5  # near a corner of the near face
         red, _, blue = np.asarray(draw_frame(GREY, K, car))[tuple(np.round(inside[::-1]).astype(int))].astype(int)
         assert (red > blue + 20) == filled
 
@@ -199,7 +201,9 @@ def test_labels_hide_no_label_and_no_other_object(written):
     rng = np.random.default_rng(0)
     z = rng.uniform(6, 60, 45)
     center = np.stack([rng.uniform(-0.4, 0.4, 45) * z, np.ones(45), z], 1)
-    crowd = make_labels(["Car"] * 45, np.zeros((45, 4)), np.tile([4, 1.5, 1.8], (45, 1)), center, rng.uniform(-3, 3, 45))
+    crowd = make_labels(
+        ["Car"] * 45, np.zeros((45, 4)), np.tile([4, 1.5, 1.8], (45, 1)), center, rng.uniform(-3, 3, 45)
+    )
     draw_frame(GREY, K, crowd, crowd)
     placed = [(text, xy, size) for text, xy, size, anchor in written if anchor == "mm"]
     assert 5 <= len(placed) < 45
@@ -261,7 +265,9 @@ def test_frames_without_a_readable_image_are_passed_over(tmp_path, written):
 
 
 def test_curves_name_their_overlap_and_keep_the_legend_out(written):
-    truth = dataclasses.replace(CAR, box=np.array([[100.0, 50, 200, 150]]), truncation=np.zeros(1), occlusion=np.zeros(1, int))
+    truth = dataclasses.replace(
+        CAR, box=np.array([[100.0, 50, 200, 150]]), truncation=np.zeros(1), occlusion=np.zeros(1, int)
+    )
     metrics = kitti_ap({"0": truth}, {"0": truth[:0]}, ("Car",), own_overlap={"Car": (0.6, 0.4, 0.3)})
     curves = np.asarray(draw_curves(metrics))
     assert [text.split("> ")[1] for text, *_ in written if "overlap" in text] == ["0.6", "0.6", "0.4", "0.3"]
@@ -277,7 +283,10 @@ def test_quality_and_score_level_of_frames():
     assert frame_quality(CAR, CAR[:0], ("Car",)) == 0
     assert np.isnan(frame_quality(CAR, CAR, ("Cyclist",)))
     assert best_score(kitti_ap({"0": CAR}, {"0": CAR[:0]}, ("Car",))) == 0.3
-    frame, found = Frame("0", Path("0.png"), K, CAR), [dataclasses.replace(CAR, score=np.array([score])) for score in (0.2, 0.9, 0.6)]
+    frame, found = (
+        Frame("0", Path("0.png"), K, CAR),
+        [dataclasses.replace(CAR, score=np.array([score])) for score in (0.2, 0.9, 0.6)],
+    )
     assert balanced_score([frame] * 2, found, ("Car",)) == 0.2  # two are above it
     assert balanced_score([frame] * 2, found, ("Van",)) == 0.9
     assert balanced_score([frame] * 9, found, ("Car",)) == 0.0

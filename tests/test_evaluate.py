@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from PIL import Image
 
 import evaluate
-from checkpoint import save_weights
 from config import Config, read_config, to_dict
 from data import DataConfig, Source, build_dataset
-from draw import best_score, frame_quality
+from engine.checkpoint import save_weights
 from formats.jsonl import read_frames
 from formats.kitti import read_labels, write_labels
-from frames import make_labels
 from metrics.kitti import kitti_ap
 from model import Detector, ModelConfig
+from scene.draw import best_score, frame_quality
+from scene.frames import make_labels
 
 ROOT = Path(__file__).parents[1]
 INVENTED = ROOT / "tests" / "data" / "kitti_invented"
@@ -107,27 +107,39 @@ def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     assert "expected either a run folder, or --labels DIR and --results DIR" in fail(capsys)
     assert "an evaluation of files needs --results as well" in fail(capsys, "--labels", labels)
     assert "an evaluation of files needs --labels as well" in fail(capsys, "--results", results)
-    assert "a run folder does not go with an evaluation of files" in fail(capsys, "runs/x", "--labels", labels, "--results", results)
-    expected = (
-        "--out does not go with an evaluation of files, which takes --labels, --results, --split, --classes, --metric, --overlap, --repeat"
+    assert "a run folder does not go with an evaluation of files" in fail(
+        capsys, "runs/x", "--labels", labels, "--results", results
     )
+    expected = "--out does not go with an evaluation of files, which takes --labels, --results, --split, --classes, --metric, --overlap, --repeat"
     assert expected in fail(capsys, "--labels", labels, "--results", results, "--out", folders)
-    assert "--flip does not go with an evaluation of files" in fail(capsys, "--labels", labels, "--results", results, "--flip")
+    assert "--flip does not go with an evaluation of files" in fail(
+        capsys, "--labels", labels, "--results", results, "--flip"
+    )
     assert "--repeat is 0" in fail(capsys, "--labels", labels, "--results", results, "--repeat", 0)
-    assert f"--labels {folders / 'nowhere'}: no such folder" in fail(capsys, "--labels", folders / "nowhere", "--results", results)
+    assert f"--labels {folders / 'nowhere'}: no such folder" in fail(
+        capsys, "--labels", folders / "nowhere", "--results", results
+    )
     assert f"did you mean {labels}?" in fail(capsys, "--labels", folders, "--results", results)
     assert f"did you mean {results}?" in fail(capsys, "--labels", labels, "--results", folders)
-    assert "no such split file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
+    assert "no such split file" in fail(
+        capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt"
+    )
     assert "--labels is empty, expected a folder" in fail(capsys, "--labels", "", "--results", "")
     assert "--classes names 'Bus', which no file does; there are " in fail(
         capsys, "--labels", labels, "--results", results, "--classes", "Bus"
     )
     (folders / "val.txt").write_bytes(b"\xff")
-    assert "val.txt: not a text file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
+    assert "val.txt: not a text file" in fail(
+        capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt"
+    )
     (folders / "val.txt").write_text("000000 000007")
-    assert "000007.txt: no label file" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
+    assert "000007.txt: no label file" in fail(
+        capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt"
+    )
     (folders / "val.txt").write_text("000000 000000")
-    assert "frame 000000 is listed twice" in fail(capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt")
+    assert "frame 000000 is listed twice" in fail(
+        capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt"
+    )
     assert "runs/nowhere: no such folder, expected a run or a checkpoint" in fail(capsys, "runs/nowhere")
     assert "no weights there" in fail(capsys, folders)
 
@@ -174,12 +186,24 @@ def run_processes(count, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     processes = []
     for rank in range(count):
-        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        environment = shared | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+        }
         command = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0] * count, outputs[0][1][-2000:]
     return [text for text, _ in outputs]
@@ -194,7 +218,10 @@ def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
     one, two = (json.loads((run / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one["settings"]["frames"] == two["settings"]["frames"] == 5
     assert one["settings"]["detections"] == two["settings"]["detections"] == 100
-    results = [{path.name: read_labels(path, scores=True) for path in (run / n / "results").glob("*.txt")} for n in ("one", "two")]
+    results = [
+        {path.name: read_labels(path, scores=True) for path in (run / n / "results").glob("*.txt")}
+        for n in ("one", "two")
+    ]
     assert len(results[0]) == len(results[1]) == 5
     for name, labels in results[0].items():  # batches differ, and with them the last bits
         np.testing.assert_allclose(labels.score, results[1][name].score, atol=1e-4)
@@ -207,7 +234,9 @@ def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
 
 def test_a_run_is_evaluated_with_mirror_images_on_request(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "write_evaluation", lambda out, dataset, metrics, found: seen.append((dataset.frames, found)))
+    monkeypatch.setattr(
+        evaluate, "write_evaluation", lambda out, dataset, metrics, found: seen.append((dataset.frames, found))
+    )
     evaluate.main([str(run), "--flip"])
     [(frames, found)] = seen
     detector = Detector.from_pretrained(run / "best")
@@ -248,7 +277,13 @@ class Oracle(torch.nn.Module):
             labels = labels[np.isin(labels.name.astype(str), self.dataset.classes)]
             box = self.dataset.view_of(self.next).boxes_to_canvas(labels.box)
             label = np.array([self.dataset.classes.index(name) for name in labels.name], dtype=int)
-            row = {"label": label, "score": np.full(len(labels), 0.9), "box": box, "center": labels.center, "size": labels.size}
+            row = {
+                "label": label,
+                "score": np.full(len(labels), 0.9),
+                "box": box,
+                "center": labels.center,
+                "size": labels.size,
+            }
             row |= {"yaw": labels.yaw, "sigma": np.ones(len(labels))}
             found.append({name: torch.as_tensor(value) for name, value in row.items()})
             self.next += 1
@@ -260,12 +295,17 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
     config = DataConfig(root=str(KITTI), val=(Source(split=("val",)),))
     classes = ("Car", "Pedestrian", "Cyclist")
     dataset = build_dataset(config, config.val, classes, (384, 1280), training=False)
-    metrics, predictions = evaluate.evaluate(Oracle(dataset), dataset, Accelerator(cpu=True), Config(data=config), repeat=41)
+    metrics, predictions = evaluate.evaluate(
+        Oracle(dataset), dataset, Accelerator(cpu=True), Config(data=config), repeat=41
+    )
     evaluate.write_evaluation(tmp_path, dataset, metrics, predictions)
     for id, labels in predictions.items():
         write_labels(tmp_path / f"{id}.txt", labels, scores=True)  # with KITTI's two digits too
     truth = {id: dataset.truth(i) for i, id in enumerate(dataset.ids)}
-    again = [{id: read_labels(folder / f"{id}.txt", scores=True) for id in truth} for folder in (tmp_path, tmp_path / "results")]
+    again = [
+        {id: read_labels(folder / f"{id}.txt", scores=True) for id in truth}
+        for folder in (tmp_path, tmp_path / "results")
+    ]
     for result in (metrics, *(kitti_ap(truth, labels, classes, repeat=41) for labels in again)):
         reached = 0
         for name in classes:
@@ -273,7 +313,11 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
                 for difficulty, averages in result[name][metric].items():
                     if result["counted"][name][difficulty]:
                         # labelled alpha and rotation_y are rounded apart by up to 0.03 rad
-                        assert averages["AP_R40"] == pytest.approx(100, abs=0.02 if metric == "aos" else 1e-9), (name, metric, difficulty)
+                        assert averages["AP_R40"] == pytest.approx(100, abs=0.02 if metric == "aos" else 1e-9), (
+                            name,
+                            metric,
+                            difficulty,
+                        )
                         reached += 1
         assert reached >= 30
     everything = metrics["errors"]["Car"]["all"]
@@ -284,7 +328,10 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
 
 def test_sigma_is_calibrated_class_by_class():
     """By the ratio of its errors; a class with few objects, or none that tells one, keeps its own; no factors at all for nuScenes."""
-    errors = {name: {"all": {"matched": n, "sigma_ratio": 1.5}} for name, n in (("Car", 100), ("Pedestrian", 99), ("Cyclist", 0))}
+    errors = {
+        name: {"all": {"matched": n, "sigma_ratio": 1.5}}
+        for name, n in (("Car", 100), ("Pedestrian", 99), ("Cyclist", 0))
+    }
     assert evaluate.calibrate(ModelConfig(), {"errors": errors}).sigma_scale == (1.5, 1.0, 1.0)
     for ratio in (0.0, None, math.nan, math.inf):
         errors["Car"]["all"]["sigma_ratio"] = ratio
@@ -334,10 +381,16 @@ def test_outputs_that_cannot_be_are_told_before_the_work(run, folders, capsys, m
     (folders / "taken").write_text("")
     files = ("--labels", folders / "label_2", "--results", folders / "results")
     for given in ((run,), files):
-        assert f"it cannot be written, as there is no folder {folders / 'no'}" in fail(capsys, *given, "--json", folders / "no/x.json")
+        assert f"it cannot be written, as there is no folder {folders / 'no'}" in fail(
+            capsys, *given, "--json", folders / "no/x.json"
+        )
         assert f"{folders}: there is a folder of that name" in fail(capsys, *given, "--json", folders)
-        assert "not a picture's suffix, expected a name such as curves.png" in fail(capsys, *given, "--curves", folders / "c.psd")
-    assert f"{folders / 'taken'} is a file, expected a folder to write into" in fail(capsys, run, "--out", folders / "taken/out")
+        assert "not a picture's suffix, expected a name such as curves.png" in fail(
+            capsys, *given, "--curves", folders / "c.psd"
+        )
+    assert f"{folders / 'taken'} is a file, expected a folder to write into" in fail(
+        capsys, run, "--out", folders / "taken/out"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +424,9 @@ def test_a_submission_is_what_the_server_takes(run, testing_half, capsys, tmp_pa
     assert f"{out / 'data'}: 40 detections in 3 files, 1 of them empty" in text
     assert "the server expects 7518 files, as many as" in text
     assert "AP_R40" not in text
-    assert [path.relative_to(out).as_posix() for path in sorted(out.rglob("*.*"))] == [f"data/00000{i}.txt" for i in range(3)]
+    assert [path.relative_to(out).as_posix() for path in sorted(out.rglob("*.*"))] == [
+        f"data/00000{i}.txt" for i in range(3)
+    ]
     assert (out / "data/000000.txt").read_text() == ""
     for id, (width, height) in (("000001", (500, 150)), ("000002", (640, 192))):
         rows = [line.split() for line in (out / f"data/{id}.txt").read_text().splitlines()]
@@ -393,19 +448,40 @@ def test_a_submission_is_what_the_server_takes(run, testing_half, capsys, tmp_pa
 
 def test_classes_of_a_submission(tmp_path, capsys, run, testing_half):
     box = np.tile([1.0, 2, 3, 4], (3, 1))
-    labels = make_labels(["Van", "Car", "Pedestrian"], box, np.ones((3, 3)), np.ones((3, 3)), np.zeros(3), score=[0.9, 0.2, 0.3])
+    labels = make_labels(
+        ["Van", "Car", "Pedestrian"], box, np.ones((3, 3)), np.ones((3, 3)), np.zeros(3), score=[0.9, 0.2, 0.3]
+    )
     assert evaluate.write_submission(tmp_path, {"000003": labels}) == (2, 1)
-    assert [line.split()[0] for line in (tmp_path / "data/000003.txt").read_text().splitlines()] == ["Pedestrian", "Car"]
-    message = fail(capsys, run, "--submission", tmp_path / "a", f"data.root={testing_half}", 'model.classes=["a","b","c"]')
+    assert [line.split()[0] for line in (tmp_path / "data/000003.txt").read_text().splitlines()] == [
+        "Pedestrian",
+        "Car",
+    ]
+    message = fail(
+        capsys, run, "--submission", tmp_path / "a", f"data.root={testing_half}", 'model.classes=["a","b","c"]'
+    )
     assert "KITTI's server knows Car, Pedestrian, Cyclist, this run only a, b, c" in message
 
 
 def test_submissions_that_make_no_sense(run, testing_half, capsys, tmp_path):
-    for given in ("--json x", "--curves x", "--labels x", "--out x", "--metric R40", "--overlap strict", "--errors", "--repeat 1"):
+    for given in (
+        "--json x",
+        "--curves x",
+        "--labels x",
+        "--out x",
+        "--metric R40",
+        "--overlap strict",
+        "--errors",
+        "--repeat 1",
+    ):
         message = fail(capsys, run, "--submission", tmp_path / "a", *given.split())
-        assert f"{given.split()[0]} does not go with --submission DIR, which takes a run folder, key=value, --split, --flip\n" in message
+        assert (
+            f"{given.split()[0]} does not go with --submission DIR, which takes a run folder, key=value, --split, --flip\n"
+            in message
+        )
     assert "--submission DIR needs a run folder as well" in fail(capsys, "--submission", tmp_path / "a")
-    assert "expected a KITTI folder with testing/image_2" in fail(capsys, run, "--submission", tmp_path / "a", f"data.root={tmp_path}")
+    assert "expected a KITTI folder with testing/image_2" in fail(
+        capsys, run, "--submission", tmp_path / "a", f"data.root={tmp_path}"
+    )
     assert "expected a KITTI folder with training/image_2" in fail(
         capsys, run, "--submission", tmp_path / "a", "--split", "val", f"data.root={testing_half}"
     )
@@ -426,10 +502,20 @@ def test_one_number_of_an_evaluation_by_its_path():
     assert evaluate.read_metric(metrics, "Car/bbox/hard/AP_R11") > 0
     assert evaluate.read_metric(metrics, "-errors/Car/all/depth_error") == 0
     assert evaluate.read_metric(metrics, "-errors/Tram/all/depth_error") == evaluate.WORST  # nothing to average
-    counted = [evaluate.read_metric(metrics, f"{c}/3d/moderate/AP_R40") for c in ("Car", "Pedestrian") if metrics["counted"][c]["hard"]]
+    counted = [
+        evaluate.read_metric(metrics, f"{c}/3d/moderate/AP_R40")
+        for c in ("Car", "Pedestrian")
+        if metrics["counted"][c]["hard"]
+    ]
     assert evaluate.read_metric(metrics, "mean/3d/moderate/AP_R40") == pytest.approx(np.mean(counted))
     assert evaluate.read_metric({**metrics, "mine": 1.5}, "mine") == 1.5
-    for name in ("Truck/3d/moderate/AP_R40", "Car/3d/moderate", "Car/4d/moderate/AP_R40", "Car/3d/moderate/AP_R40/x", ""):
+    for name in (
+        "Truck/3d/moderate/AP_R40",
+        "Car/3d/moderate",
+        "Car/4d/moderate/AP_R40",
+        "Car/3d/moderate/AP_R40/x",
+        "",
+    ):
         with pytest.raises(ValueError, match=f"best={name}"):
             evaluate.read_metric(metrics, name)
     numbers = evaluate.flat_metrics(metrics)

@@ -16,11 +16,11 @@ from PIL import Image
 from scenes import MODEL
 
 import export
-from checkpoint import save_weights
 from config import Config, to_dict
+from engine.checkpoint import save_weights
 from formats.kitti import read_calib, split_projection
-from frames import place_image, whole_view
 from model import Detector
+from scene.frames import place_image, whole_view
 
 KITTI = ROOT.parent / "shared/data/kitti_mini/training"
 TINY = dataclasses.replace(MODEL, strides=(8, 32), level_sizes=(64.0,), depth_mean=(90.0, 40.0), depth_std=(40.0, 20.0), tower_convs=1,
@@ -77,7 +77,11 @@ def check(found, expected):
     assert len(expected) > 10
     left, matched = [*range(len(expected))], 0
     for i, name in enumerate(found["name"]):
-        near = [j for j in left if expected.name[j] == name and np.allclose(expected.box[j], found["box"][i], rtol=1e-4, atol=1e-2)]
+        near = [
+            j
+            for j in left
+            if expected.name[j] == name and np.allclose(expected.box[j], found["box"][i], rtol=1e-4, atol=1e-2)
+        ]
         near = sorted(near, key=lambda j: abs(expected.score[j] - found["score"][i]))
         if not near:
             continue
@@ -97,7 +101,9 @@ def test_images_of_any_size_one_by_one_and_as_a_batch_agree_with_predict(exporte
     images, cameras = pictures()
     expected = [detector.predict(image, K) for image, K in zip(images, cameras, strict=True)]
     assert len({name for labels in expected for name in labels.name}) > 1
-    for labels, one, of_batch in zip(expected, map(runtime.predict, images, cameras), runtime.predict_batch(images, cameras), strict=True):
+    for labels, one, of_batch in zip(
+        expected, map(runtime.predict, images, cameras), runtime.predict_batch(images, cameras), strict=True
+    ):
         check(one, labels)
         check(of_batch, labels)
     assert (np.diff(one["score"]) <= 0).all()
@@ -117,7 +123,9 @@ def test_suppression_in_the_graph_agrees_too_and_zero_vectors_have_an_angle(tmp_
     detector = make_detector(1)
     start = sum([*detector.fields.values()][: [*detector.fields].index("alpha")])
     with torch.no_grad():
-        detector.box_predictor.weight[start : start + 2] = 0  # sine and cosine of 2 alpha: (0, 0), as nothing but luck prevents
+        detector.box_predictor.weight[start : start + 2] = (
+            0  # sine and cosine of 2 alpha: (0, 0), as nothing but luck prevents
+        )
         detector.box_predictor.bias[start : start + 2] = 0
     _, runtime = written(write_run(tmp_path / "run", detector), tmp_path / "nms", "--nms")
     images, cameras = pictures()
@@ -129,7 +137,12 @@ def test_suppression_in_the_graph_agrees_too_and_zero_vectors_have_an_angle(tmp_
 def test_the_runtime_resamples_to_the_bit(exported):
     _, runtime, _ = exported
     rng = np.random.default_rng(0)
-    for (width, height), canvas in (((620, 188), (192, 640)), ((640, 192), (128, 416)), ((31, 77), (96, 320)), ((999, 201), (32, 64))):
+    for (width, height), canvas in (
+        ((620, 188), (192, 640)),
+        ((640, 192), (128, 416)),
+        ((31, 77), (96, 320)),
+        ((999, 201), (32, 64)),
+    ):
         pixels, view = rng.integers(0, 256, (height, width, 3), np.uint8), whole_view(width, height, canvas)
         ours, K, _, _ = runtime.place(Image.fromarray(pixels), np.diag([700.0, 700.0, 1.0]), canvas)
         assert np.array_equal(ours, place_image(pixels, view))
@@ -152,16 +165,34 @@ def test_the_runtime_runs_as_a_script_without_torch_and_this_project(exported, t
     _, module, runtime = exported
     images, _ = pictures(1)
     images[0].save(tmp_path / "image.png")
-    blocked = {"torch", "torchvision", "timm", *(path.stem for path in ROOT.glob("*.py")), "formats", "metrics", "tools"}
+    blocked = {
+        "torch",
+        "torchvision",
+        "timm",
+        *(path.stem for path in ROOT.glob("*.py")),
+        "formats",
+        "metrics",
+        "tools",
+    }
     command = [sys.executable, "-I", "-c", ALONE.replace("{blocked}", repr(blocked)), module.__file__]
-    command += [module.__file__.replace("onnx_detector.py", "model.onnx"), "image.png", "--intrinsics", "190", "190", "160", "48"]
+    command += [
+        module.__file__.replace("onnx_detector.py", "model.onnx"),
+        "image.png",
+        "--intrinsics",
+        "190",
+        "190",
+        "160",
+        "48",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     found = runtime.predict(images[0], [[190, 0, 160], [0, 190, 48], [0, 0, 1]], min_score=0.25)
     assert len(done.stdout.splitlines()) == len(found["name"]) > 0
     assert done.stdout.startswith(f"{found['name'][0]} score {found['score'][0]:.2f}".rstrip("0"))
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:-2000])  # Pillow's own sentence names no file
+    (tmp_path / "cut.png").write_bytes(
+        (tmp_path / "image.png").read_bytes()[:-2000]
+    )  # Pillow's own sentence names no file
     cases = ((command[5], "cut.png", 190), ("none.onnx", "image.png", 190), ("model.onnx", "image.png", 190),
              (command[5], "none.png", 190), (command[5], "model.onnx", 190), (command[5], "image.png", 0))  # fmt: skip
     for model, image, focal in cases:

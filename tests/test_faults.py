@@ -27,24 +27,38 @@ from test_train import hashes, here, losses_of, records  # noqa: F401  `here` is
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from checkpoint import (
+from config import Config, changed_keys, override, to_dict
+from engine.checkpoint import (
     amend_checkpoint,
     find_weights,
     list_checkpoints,
     load_checkpoint,
     load_weights,
+    read_meta,
     remove_leftovers,
     share_state,
     verify_checkpoint,
+    write_meta,
 )
-from config import Config, changed_keys, override, to_dict
-from guard import Guard, Signals, Statistics, Window, lock_folder, start_accelerator, step_unless, weights_finite, write_replay
-from model import Detector, ModelConfig, read_meta, write_meta
-from optimizer import Muon, make_optimizer
+from engine.guard import (
+    Guard,
+    Signals,
+    Statistics,
+    Window,
+    lock_folder,
+    start_accelerator,
+    step_unless,
+    weights_finite,
+    write_replay,
+)
+from engine.optimizer import Muon, make_optimizer
+from model import Detector, ModelConfig
 from tools import replay
 
 KILLS = int(os.environ.get("DEEP3D_KILLS", 1))  # of the torture test; 20 on request
-slow = pytest.mark.skipif(not os.environ.get("DEEP3D_SLOW"), reason="much alike runs with it; DEEP3D_SLOW=1 runs this one too")
+slow = pytest.mark.skipif(
+    not os.environ.get("DEEP3D_SLOW"), reason="much alike runs with it; DEEP3D_SLOW=1 runs this one too"
+)
 HARD = ("data.workers=2", "model.backbone=resnet10t", "model.drop_path=0.3", "train.accumulate=2", "train.batch_size=1",
         "train.save_every=1", "model.size=64,224")  # fmt: skip
 
@@ -56,7 +70,9 @@ def start(*arguments, processes=1, script="train.py"):
         command = [sys.executable, script, *map(str, arguments)]
     log = open(next(a for a in arguments if str(a).startswith("out=")).removeprefix("out=") + ".out", "w+")  # noqa: SIM115
     environment.update(DEEP3D_TEST=log.name, PET_SHUTDOWN_TIMEOUT="3")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     process.log = log
     return process
 
@@ -117,7 +133,9 @@ def test_killed_at_any_moment_equals_never_stopped(tiny_run, hard_run, tmp_path)
     out, rng = tmp_path / "out", random.Random(time.time_ns())
     for number in range(KILLS):
         in_save, step = rng.random() < 0.5, 1 + number * 5 // max(1, KILLS - 1)
-        fault = json.dumps([{"what": "slow", "steps": []}, *[{"what": "kill in save", "steps": [step], "rank": 0}] * in_save])
+        fault = json.dumps(
+            [{"what": "slow", "steps": []}, *[{"what": "kill in save", "steps": [step], "rank": 0}] * in_save]
+        )
         process = start(fault, *tiny(tiny_run[0], out, *HARD), processes=2, script="tests/faulty.py")
         if not in_save:
             time.sleep(rng.uniform(4, 12))
@@ -131,7 +149,9 @@ def test_killed_at_any_moment_equals_never_stopped(tiny_run, hard_run, tmp_path)
     assert training_state(out) == training_state(hard_run)
     assert not [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")]
     steps = {r["step"]: {k: v for k, v in r.items() if k.startswith("loss")} for r in records(out)}
-    assert [steps[i] for i in range(1, 7)] == [{k: v for k, v in r.items() if k.startswith("loss")} for r in records(hard_run)]
+    assert [steps[i] for i in range(1, 7)] == [
+        {k: v for k, v in r.items() if k.startswith("loss")} for r in records(hard_run)
+    ]
 
 
 def test_one_process_killed_in_a_save_equals_never_stopped(tiny_run, tmp_path, here):  # noqa: F811
@@ -152,7 +172,9 @@ def test_another_number_of_processes_goes_on_with_the_same_order(tiny_run, hard_
     shutil.copytree(hard_run / "checkpoints/step_00000004", out / "checkpoints/step_00000004")
     seen = []
     normal = train.send_to_device
-    monkeypatch.setattr(train, "send_to_device", lambda batch, *a, **k: seen.append(batch["index"].tolist()) or normal(batch, *a, **k))
+    monkeypatch.setattr(
+        train, "send_to_device", lambda batch, *a, **k: seen.append(batch["index"].tolist()) or normal(batch, *a, **k)
+    )
     code, text, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0"))
     assert code == 0, err
     assert "with 2 -> 1 processes of 2 images, the same global batch" in text
@@ -162,7 +184,9 @@ def test_another_number_of_processes_goes_on_with_the_same_order(tiny_run, hard_
     order = [train.StepBatches(8, 2, rank, 2, config["seed"], 0, 12) for rank in (0, 1)]
     assert [sorted(i) for i in seen] == [sorted(i for o in order for _, i in o.at(micro)) for micro in range(8, 12)]
     shutil.rmtree(out / "checkpoints/step_00000006")
-    code, text, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0"))  # a second time, now from a checkpoint of one process
+    code, text, err = here(
+        *tiny(tiny_run[0], out, *HARD, "data.workers=0")
+    )  # a second time, now from a checkpoint of one process
     assert code == 0, err
     assert f"resumed from {out}/checkpoints/step_00000005\n" in text
     assert "6 steps of 4 images" in text
@@ -201,7 +225,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["model.safetensors", "model_1.safetensors", "optimizer.bin", "config.json", "meta.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model_1.safetensors", "optimizer.bin", "config.json", "meta.json"]
+)
 def test_a_damaged_file_is_noticed_and_named(tiny_run, tmp_path, name, damage):
     folder = tmp_path / "step_00000002"
     shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
@@ -212,7 +238,9 @@ def test_a_damaged_file_is_noticed_and_named(tiny_run, tmp_path, name, damage):
         (folder / name).write_bytes(DAMAGE[damage](content))
     if name == "meta.json" and damage == "last bit flipped" and json.loads(content) == _json_or_none(folder / name):
         return  # the last byte was white space
-    with pytest.raises(ValueError, match=rf"step_00000002: cannot resume from this checkpoint: {re.escape(name)} is (damaged|missing)"):
+    with pytest.raises(
+        ValueError, match=rf"step_00000002: cannot resume from this checkpoint: {re.escape(name)} is (damaged|missing)"
+    ):
         verify_checkpoint(folder)
 
 
@@ -224,7 +252,8 @@ def _json_or_none(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "model_1.safetensors", "optimizer.bin", "scaler.pt", "meta.json", "random_states_0.pkl"]
+    "name",
+    ["model.safetensors", "model_1.safetensors", "optimizer.bin", "scaler.pt", "meta.json", "random_states_0.pkl"],
 )
 def test_a_strangers_pickle_is_never_run(tiny_run, tmp_path, name):
     """Even with digests that fit, in every file that there is, or that Accelerate would look for."""
@@ -259,7 +288,9 @@ def test_a_strangers_pickle_is_never_run(tiny_run, tmp_path, name):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("what", ["a pipe", "a list", "nested", "a number as text", "no processes", "an unlisted file", "huge"])
+@pytest.mark.parametrize(
+    "what", ["a pipe", "a list", "nested", "a number as text", "no processes", "an unlisted file", "huge"]
+)
 def test_what_no_run_has_written_is_refused_in_one_sentence(tiny_run, tmp_path, what):
     folder = tmp_path / "step_00000002"
     shutil.copytree(tiny_run[1] / "checkpoints/step_00000002", folder)
@@ -273,7 +304,9 @@ def test_what_no_run_has_written_is_refused_in_one_sentence(tiny_run, tmp_path, 
     elif what == "an unlisted file":
         os.mkfifo(folder / "scaler.pt")
     elif what in ("a list", "nested", "huge"):
-        text = {"a list": "[]", "nested": "[" * 100_000, "huge": " " * 2_000_000 + (folder / "meta.json").read_text()}[what]
+        text = {"a list": "[]", "nested": "[" * 100_000, "huge": " " * 2_000_000 + (folder / "meta.json").read_text()}[
+            what
+        ]
         (folder / "meta.json").write_text(text)
     else:
         write_meta(folder, {**rest, **({"step": "2"} if what == "a number as text" else {"processes": 0})}, names)
@@ -303,7 +336,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_last_one_refused(tiny_run, 
     code, text, err = here(*tiny(world, out))
     assert code == 0, err
     for step in (4, 6):
-        assert f"step_0000000{step}: cannot resume from this checkpoint: model.safetensors is damaged; passing it over" in text
+        assert (
+            f"step_0000000{step}: cannot resume from this checkpoint: model.safetensors is damaged; passing it over"
+            in text
+        )
         assert f"kept as {out}/checkpoints/aside_step_0000000{step}" in text
     assert f"resumed from {out}/checkpoints/step_00000002" in text
     assert training_state(out) == training_state(whole)
@@ -319,17 +355,22 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_run, tmp_path):
     out = tmp_path / "small"
     out.mkdir()
     arguments = tiny(tiny_run[0], out / "run", "train.save_every=1", "train.keep=9")
-    inside = f"mount -t tmpfs -o size=3m tmpfs {out} && {sys.executable} train.py {shlex.join(arguments)}; code=$?; " + (
-        f"cp -r {out}/run/checkpoints {tmp_path}/seen; exit $code"
+    inside = (
+        f"mount -t tmpfs -o size=3m tmpfs {out} && {sys.executable} train.py {shlex.join(arguments)}; code=$?; "
+        + (f"cp -r {out}/run/checkpoints {tmp_path}/seen; exit $code")
     )
     probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", out], capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"no mount namespaces here: {probe.stderr.strip()}")
-    finished = subprocess.run(["unshare", "-rm", "sh", "-c", inside], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", inside], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert finished.returncode == 2, finished.stdout + finished.stderr
     sentences = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 1
-    assert re.search(r"cannot write the checkpoint of step \d: .*No space left.*; the older ones are whole", sentences[0])
+    assert re.search(
+        r"cannot write the checkpoint of step \d: .*No space left.*; the older ones are whole", sentences[0]
+    )
     left = list_checkpoints(tmp_path / "seen")
     assert len(left) >= 1
     for folder in left:
@@ -377,7 +418,9 @@ def test_moments_of_another_shape_are_refused(tiny_run, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_run, tmp_path, here):  # noqa: F811
-    code, _, err = here(*tiny(tiny_run[0], tmp_path / "out", "train.optimizer=adamw", "train.lr=1e38", "train.warmup=0"))
+    code, _, err = here(
+        *tiny(tiny_run[0], tmp_path / "out", "train.optimizer=adamw", "train.lr=1e38", "train.warmup=0")
+    )
     assert code == 3, err
     assert re.search(r"error: .*(the weights are not finite after step|had no finite gradient)", err)
     assert all(weights_are_finite(folder) for folder in list_checkpoints(tmp_path / "out/checkpoints"))
@@ -428,18 +471,29 @@ def test_too_many_bad_steps_end_the_run_and_can_be_replayed(tiny_run, tmp_path, 
     arguments = tiny(tiny_run[0], out, "train.max_bad_steps=3", "train.log_every=50")
     environment = command_line()[1]
     finished = subprocess.run(
-        [sys.executable, "tests/faulty.py", fault, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "tests/faulty.py", fault, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert finished.returncode == 3, finished.stderr
     sentence = finished.stderr.splitlines()[-1]
-    assert re.match(r"error: 3 steps in a row had no finite gradient, the last one is step 5; the first is step 3: ", sentence)
+    assert re.match(
+        r"error: 3 steps in a row had no finite gradient, the last one is step 5; the first is step 3: ", sentence
+    )
     assert words in sentence
     assert sentence.endswith(f"to replay it: python -m tools.replay {out}/nonfinite.json")
     assert all(weights_are_finite(folder) for folder in list_checkpoints(out / "checkpoints"))
     record = json.loads((out / "nonfinite.json").read_text())
     assert (record["step"], record["process"], len(record["frames"])) == (2, 0, 2)
-    assert all(torch.isfinite(t).all() for t in load_file(out / "nonfinite.safetensors").values() if t.is_floating_point())
-    losses, findings = replay.replay(out / "nonfinite.json")  # the fault was put in from outside, so the batch itself is fine
+    assert all(
+        torch.isfinite(t).all() for t in load_file(out / "nonfinite.safetensors").values() if t.is_floating_point()
+    )
+    losses, findings = replay.replay(
+        out / "nonfinite.json"
+    )  # the fault was put in from outside, so the batch itself is fine
     assert all(math.isfinite(v) for v in losses.values())
     assert findings == []
 
@@ -447,12 +501,20 @@ def test_too_many_bad_steps_end_the_run_and_can_be_replayed(tiny_run, tmp_path, 
 def test_replay_sees_the_batch_of_the_step(tiny_run, tmp_path, here):  # noqa: F811
     """Data, colours and dropout: from the weights before a step, replay.py finds the losses that the run logged for it."""
     out = tmp_path / "out"
-    code, _, err = here(*tiny(tiny_run[0], out, "train.steps=3", "train.ema=0", "model.drop_path=0.3", "model.backbone=resnet10t"))
+    code, _, err = here(
+        *tiny(tiny_run[0], out, "train.steps=3", "train.ema=0", "model.drop_path=0.3", "model.backbone=resnet10t")
+    )
     assert code == 0, err
     config = json.loads((out / "config.json").read_text())
     net = Detector(ModelConfig(**config["model"]))
     net.load_state_dict(load_file(out / "checkpoints/step_00000002/model.safetensors"))
-    entry = {"step": 2, "process": 0, "losses": {}, "frames": [], "batches": [train.StepBatches(8, 2, 0, 1, 0, 0, 3).at(2)]}
+    entry = {
+        "step": 2,
+        "process": 0,
+        "losses": {},
+        "frames": [],
+        "batches": [train.StepBatches(8, 2, 0, 1, 0, 0, 3).at(2)],
+    }
     path = write_replay(out, config, net, entry)
     losses, findings = replay.replay(path)
     assert findings == []
@@ -576,7 +638,9 @@ def test_a_loss_that_is_not_finite_spoils_every_gradient(tmp_path):
 @pytest.mark.parametrize("lag", [0, 2])
 def test_the_verdict_is_that_of_lag_steps_ago(tmp_path, lag, monkeypatch):
     """As on a GPU, whose numbers reach the host late: simulated with events that are always done."""
-    monkeypatch.setattr(torch.cuda, "Event", type("Done", (), {"record": lambda self: None, "synchronize": lambda self: None}))
+    monkeypatch.setattr(
+        torch.cuda, "Event", type("Done", (), {"record": lambda self: None, "synchronize": lambda self: None})
+    )
     guard, net, signals = make_guard(tmp_path, lag)
     verdicts = [guarded_step(guard, net, step, math.nan if step >= 2 else 1.0) for step in range(8)]
     assert [failed for _, failed in verdicts] == [False] * (4 + lag) + [True] * (4 - lag)
@@ -612,7 +676,9 @@ class CountSyncs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[-1].split(".")[0]
-        boolean_index = name in ("index", "index_put_") and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
+        boolean_index = name in ("index", "index_put_") and any(
+            getattr(i, "dtype", None) == torch.bool for i in args[1]
+        )
         if name in self.WAITING or boolean_index:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
@@ -645,7 +711,9 @@ def test_a_good_step_never_waits_for_the_device(tiny_run, tmp_path, here, monkey
 
 def goes_on_to_the_same_end(tiny_run, out):
     """Run the same command again and compare with the run that was never stopped."""
-    finished = subprocess.run([sys.executable, "train.py", *tiny(tiny_run[0], out)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    finished = subprocess.run(
+        [sys.executable, "train.py", *tiny(tiny_run[0], out)], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert finished.returncode == 0, finished.stderr
     assert (out / "DONE").exists()
     assert training_state(out) == training_state(tiny_run[1])
@@ -655,7 +723,9 @@ def goes_on_to_the_same_end(tiny_run, out):
 def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(tiny_run, tmp_path, here, name):  # noqa: F811
     """The whole process group is signalled, workers included, as Slurm and a terminal do."""
     out = tmp_path / "out"
-    process = start(json.dumps({"what": "slow", "steps": []}), *tiny(tiny_run[0], out, "data.workers=2"), script="tests/faulty.py")
+    process = start(
+        json.dumps({"what": "slow", "steps": []}), *tiny(tiny_run[0], out, "data.workers=2"), script="tests/faulty.py"
+    )
     wait_for_step(out, 1, process)
     os.killpg(process.pid, getattr(signal, name))
     code, text = finish(process)
@@ -710,7 +780,9 @@ def test_a_signal_while_saving_or_evaluating(tiny_run, tmp_path, here, what):  #
 def test_two_processes_stop_at_the_same_step(tiny_run, tmp_path, whom, name):
     """Also SIGUSR1 to a launcher, which dies of it and would leave its processes orphaned."""
     out = tmp_path / "out"
-    process = start(json.dumps({"what": "slow", "steps": []}), *tiny(tiny_run[0], out), processes=2, script="tests/faulty.py")
+    process = start(
+        json.dumps({"what": "slow", "steps": []}), *tiny(tiny_run[0], out), processes=2, script="tests/faulty.py"
+    )
     wait_for_step(out, 1, process)
     ranks = ranks_of(process)
     assert sorted(ranks) == [0, 1]
@@ -722,9 +794,10 @@ def test_two_processes_stop_at_the_same_step(tiny_run, tmp_path, whom, name):
     assert not ranks_of(process)  # nobody is left behind
     _, text = finish(process)
     assert code == 0 or whom == "launcher", text  # launchers hide the exit codes of their processes: look at DONE
-    assert re.search(r"stopped by (SIG\w+|a signal to another process|the end of the launcher), saved; the same command goes on", text), (
-        text
-    )
+    assert re.search(
+        r"stopped by (SIG\w+|a signal to another process|the end of the launcher), saved; the same command goes on",
+        text,
+    ), text
     assert not (out / "DONE").exists()
     newest = list_checkpoints(out / "checkpoints")[0]
     assert verify_checkpoint(newest)[0].step == max(r["step"] for r in records(out))
@@ -781,7 +854,10 @@ def test_a_process_that_hangs_ends_the_job_after_the_timeout(tiny_run, tmp_path)
     wait_for_step(out, 1, process)
     code, text = finish(process, timeout=50)
     assert code != 0
-    assert "process 0 of 2 is well, and waited in vain for another, which hangs or has ended" in text[text.rindex("Root Cause") :]
+    assert (
+        "process 0 of 2 is well, and waited in vain for another, which hangs or has ended"
+        in text[text.rindex("Root Cause") :]
+    )
 
 
 @slow
@@ -798,11 +874,15 @@ def test_a_process_without_objects_holds_nobody_up(tiny_run, tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tiny_run, tmp_path, here):  # noqa: F811
     out = tmp_path / "out"
-    process = start(json.dumps({"what": "hang", "steps": [2]}), *tiny(tiny_run[0], out, "data.workers=2"), script="tests/faulty.py")
+    process = start(
+        json.dumps({"what": "hang", "steps": [2]}), *tiny(tiny_run[0], out, "data.workers=2"), script="tests/faulty.py"
+    )
     wait_for_step(out, 1, process)
     code, _, err = here(*tiny(tiny_run[0], out))
     assert code == 2
-    assert re.match(rf"error: {out} is being written by process {process.pid} on \S+ since .*; stop it or choose another out= ", err)
+    assert re.match(
+        rf"error: {out} is being written by process {process.pid} on \S+ since .*; stop it or choose another out= ", err
+    )
     os.kill(process.pid, signal.SIGKILL)  # its workers are still there for a moment
     process.wait()
     with lock_folder(out):

@@ -18,8 +18,8 @@ from PIL import Image
 
 from config import Config, build, load_config, override, read_config, to_dict
 from formats import jsonl, kitti
-from frames import load_image
-from geometry import camera_problem
+from scene.frames import load_image
+from scene.geometry import camera_problem
 
 CASES = int(os.environ.get("DEEP3D_FUZZ", 200))
 LABELS = (
@@ -70,7 +70,9 @@ def read(reader, path, content):
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # numpy's, for numbers that overflow
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, for a header that claims a huge picture
+        warnings.simplefilter(
+            "ignore", Image.DecompressionBombWarning
+        )  # Pillow's, for a header that claims a huge picture
         try:
             return reader(path)
         except (ValueError, FileNotFoundError, OSError) as caught:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geometry import (
+from scene.geometry import (
     NEAR,
     alpha_to_yaw,
     box_corners,
@@ -100,9 +100,13 @@ def test_corners_take_length_height_width_along_x_y_z():
     np.testing.assert_allclose(corners[0], [3, 2.75, 11])  # front, bottom (+y), far
     assert (corners[:4, 1] == 2.75).all()
     assert (corners[4:, 1] == 1.25).all()
-    np.testing.assert_allclose(np.ptp(box_corners(center, size, np.array(math.pi / 2)), axis=0), [2, 1.5, 4], atol=1e-12)
+    np.testing.assert_allclose(
+        np.ptp(box_corners(center, size, np.array(math.pi / 2)), axis=0), [2, 1.5, 4], atol=1e-12
+    )
     quarter = box_corners(center, size, np.array(math.pi / 2))[:2].mean(0)
-    np.testing.assert_allclose(quarter, [1, 2.75, 8], atol=1e-12)  # +yaw turns the front towards the camera, KITTI's rotation_y
+    np.testing.assert_allclose(
+        quarter, [1, 2.75, 8], atol=1e-12
+    )  # +yaw turns the front towards the camera, KITTI's rotation_y
 
 
 def test_corners_agree_between_libraries_and_from_axes():
@@ -129,7 +133,12 @@ def test_edges_are_cut_at_the_near_plane():
 def test_project_boxes_by_hand():
     full, crosses = project_boxes([[0, 0, 10]], [[4, 2, 2]], [0.0], K)
     near, half = 9.0, np.array([2.0, 1])
-    expected = [600 - 700 * half[0] / near, 180 - 710 * half[1] / near, 600 + 700 * half[0] / near, 180 + 710 * half[1] / near]
+    expected = [
+        600 - 700 * half[0] / near,
+        180 - 710 * half[1] / near,
+        600 + 700 * half[0] / near,
+        180 + 710 * half[1] / near,
+    ]
     np.testing.assert_allclose(full, [expected])
     assert crosses.tolist() == [False]
 
@@ -147,16 +156,24 @@ def test_project_boxes_behind_and_across_the_camera():
 
 
 def test_visible_boxes_by_hand():
-    wall = box_corners(np.array([[-6.0, 0, 12.5]]), np.array([[15, 2, 1e-9]]), np.array([-np.pi / 2]))  # along z, 5 to 20 m ahead
+    wall = box_corners(
+        np.array([[-6.0, 0, 12.5]]), np.array([[15, 2, 1e-9]]), np.array([-np.pi / 2])
+    )  # along z, 5 to 20 m ahead
     border = 6 * 700 / 600  # m: where it leaves the image at u = 0
     expected = [[0, 180 - 710 / border, 600 - 6 * 700 / 20, 180 + 710 / border]]
-    np.testing.assert_allclose(visible_boxes(wall, K, 1200, 360), expected, atol=1e-5)  # the full box is 142 px high either side of 180
+    np.testing.assert_allclose(
+        visible_boxes(wall, K, 1200, 360), expected, atol=1e-5
+    )  # the full box is 142 px high either side of 180
 
 
 def test_visible_boxes_hold_what_the_image_shows_of_a_box_and_no_more():
     rng = np.random.default_rng(1)
     n, width, height = 60, 1200, 360
-    center, size, yaw = rng.uniform([-12, -2, -3], [12, 2, 25], (n, 3)), rng.uniform(0.5, 8, (n, 3)), rng.uniform(-4, 4, n)
+    center, size, yaw = (
+        rng.uniform([-12, -2, -3], [12, 2, 25], (n, 3)),
+        rng.uniform(0.5, 8, (n, 3)),
+        rng.uniform(-4, 4, n),
+    )
     box = visible_boxes(box_corners(center, size, yaw), K, width, height)
     full, crosses = project_boxes(center, size, yaw, K)
     whole = ~crosses & (clip_boxes(full, width, height) == full).all(1)

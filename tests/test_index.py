@@ -25,12 +25,12 @@ from test_fuzz import CALIB, JSONL, LABELS, damaged
 from test_world import alive, until
 
 import data
-import frames
 from data import DataConfig, Source, build_dataset
 from formats import index, jsonl, kitti
 from formats.index import Frames, Part, Reading, find_columns, gather, read_packed
-from formats.world import build_world
-from frames import Frame, decode, image_size, load_image, make_labels, opened, upright
+from scene import frames
+from scene.frames import Frame, decode, image_size, load_image, make_labels, opened, upright
+from world.street import build_world
 
 MINI = SHARED / "kitti_mini"
 K = [[700.0, 0, 320], [0, 710.0, 96], [0, 0, 1]]
@@ -42,7 +42,9 @@ def assert_same(one, two):
     """Two frames are equal to the last bit."""
     assert (one.id, one.image, one.group) == (two.id, two.image, two.group)
     columns = [(one.K, two.K), (one.offset, two.offset), (one.pose, two.pose)]
-    columns += [(getattr(one.labels, field.name), getattr(two.labels, field.name)) for field in dataclasses.fields(one.labels)]
+    columns += [
+        (getattr(one.labels, field.name), getattr(two.labels, field.name)) for field in dataclasses.fields(one.labels)
+    ]
     for a, b in columns:
         assert (a is None) == (b is None)
         if a is not None:
@@ -183,8 +185,14 @@ def test_damaged_kitti_files_are_refused_in_the_same_words(tmp_path_factory, lab
     for name, content in (("image_2/0.png", b""), ("label_2/0.txt", label), ("calib/0.txt", calib)):
         (root / "training" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "training" / name).write_bytes(content)
-    for name, content in (("label_2/0.txt", LABELS), ("calib/0.txt", CALIB)):  # one of them whole: else the other is rarely looked at
-        assert_same_outcome(outcome(lambda: kitti.read_frames(root, ("all",))), outcome(lambda: in_memory(kitti.reading(root, ("all",)))))
+    for name, content in (
+        ("label_2/0.txt", LABELS),
+        ("calib/0.txt", CALIB),
+    ):  # one of them whole: else the other is rarely looked at
+        assert_same_outcome(
+            outcome(lambda: kitti.read_frames(root, ("all",))),
+            outcome(lambda: in_memory(kitti.reading(root, ("all",)))),
+        )
         (root / "training" / name).write_bytes(content)
 
 
@@ -194,7 +202,10 @@ def test_any_frames_can_be_kept(tmp_path):
                          velocity=np.array([[1, 2, np.nan], [np.nan] * 3]), attribute=np.array(["", "moving"], dtype=object))  # fmt: skip
     plain = dataclasses.replace(labels, velocity=None, sigma=None, attribute=None)
     own = [plain, plain, labels, plain, labels]
-    frames = [Frame(f"{i}", tmp_path / f"{i}.png", np.array(K), own[i], np.full(3, 1.0 * i), f"token{i % 2}") for i in range(5)]
+    frames = [
+        Frame(f"{i}", tmp_path / f"{i}.png", np.array(K), own[i], np.full(3, 1.0 * i), f"token{i % 2}")
+        for i in range(5)
+    ]
     frames[3] = dataclasses.replace(frames[3], pose=np.arange(16.0).reshape(4, 4), group="")
     reading = Reading(tmp_path, "any", Path(), lambda: "state", [()], lambda _: iter(frames))
     columns = find_columns(reading)
@@ -202,7 +213,9 @@ def test_any_frames_can_be_kept(tmp_path):
         assert_same(one, two)
     [name] = [name for name in indexes(tmp_path) if name.endswith(".columns")]
     assert columns.path.name == name
-    assert not [name for name in ("truncation", "image_size", "dropped", "place", "score") if name not in columns.constant]  # cost nothing
+    assert not [
+        name for name in ("truncation", "image_size", "dropped", "place", "score") if name not in columns.constant
+    ]  # cost nothing
 
 
 def test_values_that_all_rows_share_are_there(tmp_path):
@@ -228,13 +241,17 @@ def test_what_was_read_is_not_read_again(folder, monkeypatch):
     after = kitti_frames(folder)
     assert after.digest() == before.digest()
     assert indexes(folder) == names
-    assert not any(array.flags.writeable for array in after.frames.parts[0].columns.columns.values())  # nobody can change what all see
+    assert not any(
+        array.flags.writeable for array in after.frames.parts[0].columns.columns.values()
+    )  # nobody can change what all see
     assert after.frames[0].labels.center.flags.writeable
 
 
 def change_label(folder, monkeypatch):
     path = sorted((folder / "training/label_2").iterdir())[1]
-    path.write_text(path.read_text() + "Car 0.10 1 1.50 100.00 20.00 120.00 40.00 1.50 1.80 4.20 -3.00 1.70 20.00 1.35\n")
+    path.write_text(
+        path.read_text() + "Car 0.10 1 1.50 100.00 20.00 120.00 40.00 1.50 1.80 4.20 -3.00 1.70 20.00 1.35\n"
+    )
 
 
 def change_split(folder, monkeypatch):
@@ -297,7 +314,9 @@ def test_a_limit_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     path, read = write(tmp_path, *lines_of(100), "no line that could be read"), []
     real = jsonl.read_chunk
     monkeypatch.setattr(jsonl, "read_chunk", lambda path, bounds: read.append(bounds) or real(path, bounds))
-    build = lambda limit: build_dataset(DataConfig(), (Source(kind="jsonl", root=str(path), limit=limit),), ("Car",), (96, 320), True)  # noqa: E731
+    build = lambda limit: build_dataset(
+        DataConfig(), (Source(kind="jsonl", root=str(path), limit=limit),), ("Car",), (96, 320), True
+    )  # noqa: E731
     some = build(12)
     assert some.ids == [f"f{i}" for i in range(12)]
     assert len(read) <= 4
@@ -320,7 +339,9 @@ def test_errors_name_their_line_wherever_it_is_read(tmp_path, monkeypatch, worke
     lines[7] = ""
     lines[30] = lines[30].replace('"yaw": 0.75', '"yaw": 90')
     path = write(tmp_path, *lines)
-    with pytest.raises(ValueError, match=re.escape(f"{path}:31: objects[0].yaw is 90, expected radians from -6.3 to 6.3")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}:31: objects[0].yaw is 90, expected radians from -6.3 to 6.3")
+    ):
         jsonl.open_frames(path, workers=workers)
     assert not [name for name in indexes(tmp_path) if not name.endswith(".lock")]
     lines[30] = lines[3]
@@ -360,7 +381,9 @@ def test_a_folder_that_cannot_be_written(folder, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("cache/deep3d_index/*.columns"))) == 1
     blocked = tmp_path / "blocked"
     blocked.write_text("")
-    with pytest.raises(OSError, match=rf"no index can be written \({blocked}/x: Not a directory\); data\.index=FOLDER chooses another"):
+    with pytest.raises(
+        OSError, match=rf"no index can be written \({blocked}/x: Not a directory\); data\.index=FOLDER chooses another"
+    ):
         kitti_frames(folder, index=str(blocked / "x"))
     assert len(kitti_frames(folder, index=str(tmp_path / "own"))) == 5
     assert len(list(tmp_path.glob("own/*.columns"))) == 1
@@ -376,7 +399,9 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(folder, monkeypatch, at):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*((index.Writer, "finish", full) if at == "write" else (index.os, "replace", full)))
-    with pytest.raises(OSError, match=r"data\.index: .*deep3d_index cannot be written: No space left on device; data\.index=FOLDER"):
+    with pytest.raises(
+        OSError, match=r"data\.index: .*deep3d_index cannot be written: No space left on device; data\.index=FOLDER"
+    ):
         kitti_frames(folder)
     assert indexes(folder) == before
 
@@ -440,7 +465,9 @@ def test_a_killed_reader_leaves_no_process_and_the_next_one_no_file(tmp_path, nu
     assert aside.is_dir()
     assert jsonl.open_frames(path).count == 40
     assert not aside.exists()
-    assert len([name for name in indexes(tmp_path) if name.endswith(".columns")]) == len(indexes(tmp_path)) - 1  # and the lock
+    assert (
+        len([name for name in indexes(tmp_path) if name.endswith(".columns")]) == len(indexes(tmp_path)) - 1
+    )  # and the lock
 
 
 def test_frames_travel_to_workers_that_are_not_forked(folder):
@@ -458,7 +485,9 @@ def test_an_image_that_took_another_size_is_named(tmp_path):
     path = write(tmp_path, LINE)
     dataset = build_dataset(DataConfig(), (Source(kind="jsonl", root=str(path)),), ("Car",), (96, 320), False)
     Image.new("RGB", (642, 192)).save(tmp_path / "a.png")
-    with pytest.raises(Exception, match=r"a\.png: the image is 642x192, and was 640x192 when its source was read: touch the source"):
+    with pytest.raises(
+        Exception, match=r"a\.png: the image is 642x192, and was 640x192 when its source was read: touch the source"
+    ):
         dataset[0]
 
 
@@ -524,8 +553,12 @@ def tar_set(tar, **changes):
 def test_images_in_a_tar_are_read_where_they_lie(tar, monkeypatch):
     dataset = tar_set(tar)
     assert dataset.ids == ["s.tar/x/a", "s.tar/x/b"]
-    (tar.parent / "plain.jsonl").write_text("".join(json.dumps({**LINE, "image": name}) + "\n" for name in ("a.png", "b.jpg")))
-    plain = build_dataset(DataConfig(), (Source(kind="jsonl", root=str(tar.parent / "plain.jsonl")),), ("Car",), (96, 320), True)
+    (tar.parent / "plain.jsonl").write_text(
+        "".join(json.dumps({**LINE, "image": name}) + "\n" for name in ("a.png", "b.jpg"))
+    )
+    plain = build_dataset(
+        DataConfig(), (Source(kind="jsonl", root=str(tar.parent / "plain.jsonl")),), ("Car",), (96, 320), True
+    )
     monkeypatch.setattr(frames, "list_tar", None)  # the index holds the places
     for i in range(2):
         assert torch.equal(dataset[(3, i)]["image"], plain[(3, i)]["image"])
@@ -560,7 +593,9 @@ def test_tars_that_cannot_be_read_are_named(tar):
     path = tar.parent / "data.jsonl"
     whole, line = tar.read_bytes(), json.dumps({**LINE, "image": "s.tar/x/c.png"})
     path.write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"data\.jsonl:1: image is 's\.tar/x/c\.png'.*s\.tar/x/c\.png: the tar of 2 files has no such"):
+    with pytest.raises(
+        ValueError, match=r"data\.jsonl:1: image is 's\.tar/x/c\.png'.*s\.tar/x/c\.png: the tar of 2 files has no such"
+    ):
         tar_set(tar)
     tar.write_bytes(whole[:3000])
     with pytest.raises(ValueError, match=r"data\.jsonl:1: image is .*s\.tar: not a whole"):

@@ -18,8 +18,8 @@ from PIL import Image
 from data import DataConfig, Source, build_dataset
 from formats.jsonl import OBJECT_KEYS, main, read_frames, summarise, to_json, write_jsonl
 from formats.kitti import read_calib, read_labels, split_projection
-from frames import Frame
-from geometry import clip_boxes, project_boxes
+from scene.frames import Frame
+from scene.geometry import clip_boxes, project_boxes
 
 KITTI = Path(__file__).parents[2] / "shared/data/kitti_mini/training"
 K = [[700.0, 0, 320], [0, 710.0, 96], [0, 0, 1]]
@@ -104,8 +104,16 @@ def test_ids_that_name_one_file_are_one(folder, id):
 
 
 def test_an_id_left_out_is_the_path_within_any_folder(folder):
-    frames = [{**FRAME, "image": image, "objects": []} for image in ("../x/0001.png", "./a//1.v.png", "/data/b.png", "c:\\a\\b.png")]
-    assert [frame.id for frame in read_frames(write(folder, *frames), images=False)] == ["x/0001", "a/1.v", "data/b", "a/b"]
+    frames = [
+        {**FRAME, "image": image, "objects": []}
+        for image in ("../x/0001.png", "./a//1.v.png", "/data/b.png", "c:\\a\\b.png")
+    ]
+    assert [frame.id for frame in read_frames(write(folder, *frames), images=False)] == [
+        "x/0001",
+        "a/1.v",
+        "data/b",
+        "a/b",
+    ]
 
 
 def test_ignored_objects_and_regions_become_dontcare_rows(folder):
@@ -134,7 +142,10 @@ def test_optional_fields_keep_their_rows(folder):
 def test_round_trip_from_another_folder(folder):
     first = {**CAR, "velocity": [1, 0, -2], "attribute": "moving", "truncation": 0.25, "occlusion": 2, "yaw": -3.0}
     second = {**CAR, "class": "Van", "score": 0.5, "depth_sigma": 1.5}
-    lines = [{**FRAME, "objects": [first, second], "ignore": [[1, 1, 9, 9]]}, {"image": "a/0002.png", "K": K, "objects": []}]
+    lines = [
+        {**FRAME, "objects": [first, second], "ignore": [[1, 1, 9, 9]]},
+        {"image": "a/0002.png", "K": K, "objects": []},
+    ]
     frames = read_frames(write(folder, *lines))
     (folder / "b").mkdir()
     write_jsonl(folder / "b/copy.jsonl", frames)
@@ -157,7 +168,10 @@ def test_round_trip_from_another_folder(folder):
 
 UNSEEN = [
     ({"center": [0, 0, -5]}, "objects[0] is centred behind the camera, at z = -5 m, and has no box"),
-    ({"center": [1.2, 0.6, -0.4]}, "objects[0] is centred behind the camera, at z = -0.4 m, and has no box"),  # its front is in sight
+    (
+        {"center": [1.2, 0.6, -0.4]},
+        "objects[0] is centred behind the camera, at z = -0.4 m, and has no box",
+    ),  # its front is in sight
     ({"center": [500, 0, 5]}, "objects[0] lies at pixels 51134, -74, 112471, 266, outside the image of 640x192"),
     ({"box": [700, 10, 750, 60]}, "objects[0].box is [700, 10, 750, 60], which does not meet the image of 640x192"),
     ({"center": [0, 0, -5], "ignore": True}, "objects[0] is centred behind the camera"),
@@ -166,7 +180,10 @@ UNSEEN = [
 
 @pytest.mark.parametrize(("change", "sentence"), UNSEEN)
 def test_what_cannot_be_seen_is_left_out_and_counted(folder, change, sentence, capsys):
-    path, dropped = write(folder, {**FRAME, "objects": [{**CAR, **change}, CAR], "ignore": [[-9, -9, -1, -1], [1, 1, 9, 9]]}), []
+    path, dropped = (
+        write(folder, {**FRAME, "objects": [{**CAR, **change}, CAR], "ignore": [[-9, -9, -1, -1], [1, 1, 9, 9]]}),
+        [],
+    )
     [frame] = read_frames(path, dropped=dropped)
     assert frame.labels.name.tolist() == ["Car", "DontCare"]
     assert dropped[0].startswith(f"{path}:1: {sentence}")
@@ -192,7 +209,9 @@ def test_objects_in_blocks_are_those_of_the_samples(folder):
 
 
 def test_an_object_behind_the_camera_stays_when_its_box_is_seen(folder):
-    [frame] = read_frames(write(folder, {**FRAME, "objects": [{**CAR, "center": [1.2, 0.6, -0.4], "box": [400, 20, 639, 191]}]}))
+    [frame] = read_frames(
+        write(folder, {**FRAME, "objects": [{**CAR, "center": [1.2, 0.6, -0.4], "box": [400, 20, 639, 191]}]})
+    )
     assert frame.labels.center.tolist() == [[1.2, 0.6, -0.4]]
 
 
@@ -225,7 +244,11 @@ BAD = [
         [0, 0, 1e8],
         "objects[0].center is [0, 0, 100000000.0], expected 3 numbers x, y, z in metres from -10000 to 10000",
     ),
-    ("objects.0.size", [4, 0, 1.8], "objects[0].size is [4, 0, 1.8], expected 3 numbers l, h, w in metres from 0.01 to 100"),
+    (
+        "objects.0.size",
+        [4, 0, 1.8],
+        "objects[0].size is [4, 0, 1.8], expected 3 numbers l, h, w in metres from 0.01 to 100",
+    ),
     ("objects.0.size", [4, 1, True], "objects[0].size is [4, 1, true], expected 3 numbers l, h, w"),
     ("objects.0.size", [4, 1e-320, 2], "expected 3 numbers l, h, w in metres from 0.01 to 100"),
     ("objects.0.size", [400, 150, 180], "expected 3 numbers l, h, w in metres from 0.01 to 100"),
@@ -248,7 +271,22 @@ BAD = [
     ("ignore", True, "ignore is true, expected a list"),
     *(
         ("id", id, "expected text that can name a file, such as 'a/0001'")
-        for id in ("../x", "a/../x", "a\\..\\x", "/x", "\\x", "c:\\x", "c:x", "", ".", "a\0b", "a\nb", "\udfff", "a/" + "x" * 300, 7)
+        for id in (
+            "../x",
+            "a/../x",
+            "a\\..\\x",
+            "/x",
+            "\\x",
+            "c:\\x",
+            "c:x",
+            "",
+            ".",
+            "a\0b",
+            "a\nb",
+            "\udfff",
+            "a/" + "x" * 300,
+            7,
+        )
     ),
     ("id", "a.txt/b", "expected no folder whose name ends in .txt"),
     ("image", "a/\0.png", 'image is "a/\\u0000.png", expected a path'),
@@ -281,7 +319,9 @@ def test_lines_that_are_not_frames(folder, line, message):
 
 def test_every_bad_line_is_reported_with_all_that_is_wrong(folder):
     worse = changed("objects", [{**CAR, "yaw": "x"}, CAR, {**CAR, "size": [1]}])
-    path = write(folder, changed("K.0.0", 0), "", "oops", worse, changed("image", "a/0002.png"), changed("image", "a/0002.png"))
+    path = write(
+        folder, changed("K.0.0", 0), "", "oops", worse, changed("image", "a/0002.png"), changed("image", "a/0002.png")
+    )
     places = [problem.split(": ")[0].rpartition(":")[2] for problem in problems_of(path)]
     assert places == ["1", "3", "4", "4", "6"]
     assert "id is 'a/0002', as on line 5" in problems_of(path)[-1]
@@ -312,7 +352,9 @@ def test_tiny_images_are_refused(folder):
 
 def test_summary_shows_a_wrong_convention(folder):
     good = read_frames(write(folder, FRAME))[0]
-    assert summarise([good]) == ["Car: 1, mean l h w 4.00 1.50 1.80 m, depth 14.0 to 14.0 m, 2D box fits 3D box at median IoU 1.00"]
+    assert summarise([good]) == [
+        "Car: 1, mean l h w 4.00 1.50 1.80 m, depth 14.0 to 14.0 m, 2D box fits 3D box at median IoU 1.00"
+    ]
     bottom = dataclasses.replace(good, labels=good.labels.moved([0, 0.75, 0]))
     assert float(summarise([bottom])[0].split()[-1]) < 0.5
 

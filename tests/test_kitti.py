@@ -8,8 +8,8 @@ import pytest
 from conftest import KITTI_CAMERAS, KITTI_SIZES
 
 from formats.kitti import read_calib, read_frames, read_labels, read_split, split_projection, write_calib, write_labels
-from frames import make_labels
-from geometry import box_iou, clip_boxes, project_boxes, ray_angle
+from scene.frames import make_labels
+from scene.geometry import box_iou, clip_boxes, project_boxes, ray_angle
 
 CAR = "Car 0.10 1 1.50 100.00 120.00 180.00 160.00 1.50 1.80 4.20 -3.00 1.70 20.00 1.35"
 DONTCARE = "DontCare -1 -1 -10 503.89 169.71 590.61 190.13 -1 -1 -1 -1000 -1000 -1000 -10"
@@ -73,7 +73,10 @@ def test_an_empty_file_is_a_frame_without_objects(tmp_path):
         (CAR + " 0.5 7", "expected 15 or 16 fields, got 17"),
         (CAR.replace("1.80", "nan"), "field 10 is nan, expected a finite number"),
         (CAR.replace(" 20.00", " inf"), "field 14 is inf, expected a finite number"),
-        (CAR.replace("-3.00", "left"), "expected numbers after the class name: could not convert string to float: 'left'"),
+        (
+            CAR.replace("-3.00", "left"),
+            "expected numbers after the class name: could not convert string to float: 'left'",
+        ),
         (CAR.replace("1.80", "0.00"), "h, w, l are 1.5, 0, 4.2, expected numbers from 0.01 to 100"),
         (CAR.replace("1.80", "1e-320"), "h, w, l are 1.5, 9.99989e-321, 4.2, expected numbers from 0.01 to 100"),
         (CAR.replace("4.20", "420.0"), "h, w, l are 1.5, 1.8, 420, expected numbers from 0.01 to 100"),
@@ -93,7 +96,10 @@ def test_bad_lines_are_named(tmp_path, line, words):
 
 def test_results_may_hold_what_the_official_evaluator_takes(tmp_path):
     """No 3D box in two ways, an empty 2D box, and numbers beyond any label's."""
-    lines = ["Car -1 -1 -10 1 2 30 40 -1 -1 -1 -1000 -1000 -1000 -10 0.9", "Car -1 -1 1.2 9 9 5 5 0 0 0 -1 -1 -1 -1 -30"]
+    lines = [
+        "Car -1 -1 -10 1 2 30 40 -1 -1 -1 -1000 -1000 -1000 -10 0.9",
+        "Car -1 -1 1.2 9 9 5 5 0 0 0 -1 -1 -1 -1 -30",
+    ]
     lines.append("Car -1 -1 1.2 0 0 2e6 9 900 1 1e-9 2e4 2 3 90 2e6")
     labels = read_labels(write(tmp_path, *lines), scores=True)
     assert labels.score.tolist() == [0.9, -30, 2e6]
@@ -113,7 +119,9 @@ def test_byte_order_marks_are_no_part_of_a_file(tmp_path):
 
 def test_names_of_several_words_are_written_as_one(tmp_path):
     names = ["traffic cone", "地\u3000铁 车", "Ümläut"]
-    labels = make_labels(names, np.tile([1, 2, 30, 40], (3, 1)), np.ones((3, 3)), np.tile([1, 1, 10], (3, 1)), np.zeros(3))
+    labels = make_labels(
+        names, np.tile([1, 2, 30, 40], (3, 1)), np.ones((3, 3)), np.tile([1, 1, 10], (3, 1)), np.zeros(3)
+    )
     write_labels(tmp_path / "a.txt", labels)
     assert read_labels(tmp_path / "a.txt").name.tolist() == ["traffic_cone", "地_铁_车", "Ümläut"]
 
@@ -197,20 +205,26 @@ def test_the_testing_half_has_cameras_and_no_labels(tmp_path):
     assert frames[0].offset[0] == pytest.approx(45 / 700)
     (tmp_path / "ImageSets").mkdir()
     (tmp_path / "ImageSets/test.txt").write_text("000002\n000007\n")
-    with pytest.raises(FileNotFoundError, match=r"testing/image_2/000007\.png: no such image, named by ImageSets/test\.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"testing/image_2/000007\.png: no such image, named by ImageSets/test\.txt"
+    ):
         read_frames(tmp_path, ("testing",))
     problems = []
     assert [frame.id for frame in read_frames(tmp_path, ("testing",), problems)] == ["000002"]
     assert len(problems) == 1
     (tmp_path / "testing/calib/000002.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"testing/calib/000002\.txt: frame 000002 of split testing has no calib file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"testing/calib/000002\.txt: frame 000002 of split testing has no calib file"
+    ):
         read_frames(tmp_path, ("testing",))
 
 
 def test_all_real_files_parse(kitti_frames):
     """Counts as data's publishers give them."""
     assert len(kitti_frames) == 7481
-    names, counts = np.unique(np.concatenate([labels.name for _, labels, _, _ in kitti_frames]).astype(str), return_counts=True)
+    names, counts = np.unique(
+        np.concatenate([labels.name for _, labels, _, _ in kitti_frames]).astype(str), return_counts=True
+    )
     assert dict(zip(names.tolist(), counts.tolist(), strict=True)) == {
         "Car": 28742, "Cyclist": 1627, "DontCare": 11295, "Misc": 973, "Pedestrian": 4487, "Person_sitting": 222, "Tram": 511,
         "Truck": 1094, "Van": 2914,

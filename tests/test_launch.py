@@ -43,7 +43,9 @@ def slurm(tmp_path):
         environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "SLURM_JOB_NODELIST": "node-[a-b]",
                        "SLURM_JOB_ID": "41007", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", **variables}  # fmt: skip
         command = ["bash", "sbatch.sh", *map(str, arguments)]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     run.folder = tmp_path
     return run
@@ -109,16 +111,26 @@ def two_nodes(tmp_path):
 
     def run(*arguments):
         environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-        return subprocess.Popen(["bash", "tests/two_nodes.sh", str(tmp_path), "4", *arguments], cwd=ROOT, env=environment)
+        return subprocess.Popen(
+            ["bash", "tests/two_nodes.sh", str(tmp_path), "4", *arguments], cwd=ROOT, env=environment
+        )
 
     yield run
     for node in (0, 1):
-        subprocess.run(["sh", "-c", f"kill -9 $(ip netns pids deep3d{node}); ip netns del deep3d{node}"], capture_output=True)
+        subprocess.run(
+            ["sh", "-c", f"kill -9 $(ip netns pids deep3d{node}); ip netns del deep3d{node}"], capture_output=True
+        )
 
 
 def test_two_machines(tiny_run, tmp_path, two_nodes):
     """2 + 2 processes in two network namespaces train like 4 on one machine, up to rounding."""
-    common = ("model.norm=frozen", "train.batch_size=1", "train.steps=4", "train.save_every=100", "train.optimizer=adamw")
+    common = (
+        "model.norm=frozen",
+        "train.batch_size=1",
+        "train.steps=4",
+        "train.save_every=100",
+        "train.optimizer=adamw",
+    )
     assert two_nodes(*tiny(tiny_run[0], tmp_path / "out", *common)).wait(120) == 0
     one = launch_here(*tiny(tiny_run[0], tmp_path / "one", *common), processes=4)
     assert one.returncode == 0, one.stderr
@@ -130,7 +142,9 @@ def test_two_machines(tiny_run, tmp_path, two_nodes):
 def test_two_machines_of_which_one_dies_or_is_cut_off(tiny_run, tmp_path, two_nodes):
     """A dead node ends the job in seconds, a cut cable at the timeout; each time the same command goes on."""
     out = tmp_path / "out"
-    arguments = tiny(tiny_run[0], out, "train.batch_size=1", "train.steps=4000", "train.save_every=20", "train.timeout=0.25")
+    arguments = tiny(
+        tiny_run[0], out, "train.batch_size=1", "train.steps=4000", "train.save_every=20", "train.timeout=0.25"
+    )
 
     def begin(after):
         process, end = two_nodes(*arguments), time.monotonic() + 120
@@ -157,7 +171,8 @@ def test_two_machines_of_which_one_dies_or_is_cut_off(tiny_run, tmp_path, two_no
 
 
 @pytest.mark.skipif(
-    not os.environ.get("DEEP3D_SLOW"), reason="test_evaluate shows the same in one process; DEEP3D_SLOW=1 runs this one too"
+    not os.environ.get("DEEP3D_SLOW"),
+    reason="test_evaluate shows the same in one process; DEEP3D_SLOW=1 runs this one too",
 )
 def test_a_launch_whose_processes_do_not_join_is_refused(tmp_path):
     """Without ACCELERATE_USE_CPU on a machine without a GPU each process would train alone."""
@@ -165,4 +180,7 @@ def test_a_launch_whose_processes_do_not_join_is_refused(tmp_path):
     del environment["ACCELERATE_USE_CPU"]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert finished.returncode != 0
-    assert "error: launched 2 processes, but Accelerate joins only 1 (without GPUs: ACCELERATE_USE_CPU=true" in finished.stderr
+    assert (
+        "error: launched 2 processes, but Accelerate joins only 1 (without GPUs: ACCELERATE_USE_CPU=true"
+        in finished.stderr
+    )

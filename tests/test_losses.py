@@ -160,7 +160,9 @@ def test_loss_relative_by_hand():
     depth = torch.tensor([[[10 * math.e] * 3, [20.0] * 3]])
     assert value_of("loss_relative", truth_of(targets, depth=depth), targets) == pytest.approx(1.9, rel=1e-5)
     both = torch.tensor([[[30.0] * 3, [60.0] * 3]])
-    assert value_of("loss_relative", truth_of(targets, depth=both), targets) == pytest.approx(0, abs=1e-6)  # only ratios count
+    assert value_of("loss_relative", truth_of(targets, depth=both), targets) == pytest.approx(
+        0, abs=1e-6
+    )  # only ratios count
     one = dataclasses.replace(targets, positive=torch.tensor([[True, False]]))
     assert value_of("loss_relative", truth_of(one, depth=depth), one) == 0
 
@@ -228,7 +230,13 @@ def test_a_wrong_output_raises_its_losses_and_no_other(model, field):
     rows = targets.location[0, targets.positive[0] & (targets.object[0] == 1)]  # of the car
     right = wrong[0, rows, start:end]
     turn = torch.tensor([0.7, -0.4])
-    change = {"direction": -2 * right, "alpha": turn, "yaw": turn, "depth": torch.tensor([0.3, 0]), "attribute": -2 * right}
+    change = {
+        "direction": -2 * right,
+        "alpha": turn,
+        "yaw": turn,
+        "depth": torch.tensor([0.3, 0]),
+        "attribute": -2 * right,
+    }
     wrong[0, rows, start:end] += change.get(field, torch.full_like(right, 0.4))
     after, _ = all_losses(model, batch, logits, wrong)
     rise = {name: (after[name] - before[name]).item() for name in NAMES}
@@ -252,7 +260,12 @@ def test_a_wrong_class_raises_only_loss_cls(model):
 def test_values_and_gradients_are_finite(model, scene, outputs):
     batch = make_batch(*SCENES[scene], ignore=[(10, 10, 40, 40)])
     logits, raw = random_outputs(model, len(SCENES[scene]), seed=1)
-    change = {"+1e4": lambda x: x * 0 + 1e4, "-1e4": lambda x: x * 0 - 1e4, "mixed 1e4": lambda x: x.sign() * 1e4, "zero": lambda x: x * 0}
+    change = {
+        "+1e4": lambda x: x * 0 + 1e4,
+        "-1e4": lambda x: x * 0 - 1e4,
+        "mixed 1e4": lambda x: x.sign() * 1e4,
+        "zero": lambda x: x * 0,
+    }
     with torch.no_grad():
         logits, raw = (change.get(outputs, lambda x: x)(x) for x in (logits, raw))
     kind = torch.bfloat16 if outputs == "bf16" else torch.float32
@@ -286,7 +299,9 @@ def test_inputs_stay_as_they_were_and_twice_is_the_same(model, scene):
     kept = {f.name: getattr(targets, f.name).clone() for f in dataclasses.fields(targets)}
     second = compute_losses(model, logits, raw, targets, batch, LossConfig(), count_positives(targets).clamp(min=1))
     assert all(torch.equal(first[name], value) for name, value in second.items())
-    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in batch.items())  # NaN: velocity unknown
+    assert all(
+        torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in batch.items()
+    )  # NaN: velocity unknown
     assert all(torch.equal(value, getattr(targets, name)) for name, value in kept.items())
     assert torch.equal(logits, old[0])
     assert torch.equal(raw, old[1])
@@ -343,12 +358,19 @@ def test_unknown_velocities_and_attributes_teach_nothing(model):
     logits, raw = random_outputs(model, 1)
     losses, targets = all_losses(model, batch, logits, raw)
     columns = dict(zip(model.fields, torch.arange(raw.shape[-1]).split(list(model.fields.values())), strict=True))
-    learned = {name: torch.autograd.grad(losses[f"loss_{name}"], raw, retain_graph=True)[0][0] for name in ("velocity", "attribute")}
+    learned = {
+        name: torch.autograd.grad(losses[f"loss_{name}"], raw, retain_graph=True)[0][0]
+        for name in ("velocity", "attribute")
+    }
     for name, gradient in learned.items():
         for number, item in enumerate((CAR, PERSON, FAR)):
             rows = targets.location[0, targets.positive[0] & (targets.object[0] == number)]
             own = gradient[rows][:, columns[name]]
-            taught = [item is not FAR] * 2 if name == "velocity" else [n in MODEL.attributes[item[0]] and item is not FAR for n in ALL]
+            taught = (
+                [item is not FAR] * 2
+                if name == "velocity"
+                else [n in MODEL.attributes[item[0]] and item is not FAR for n in ALL]
+            )
             assert ((own != 0) == torch.tensor(taught)).all(), (name, item)
             gradient[rows[:, None], columns[name]] = 0
         assert not gradient.any()
@@ -367,7 +389,9 @@ def test_division_is_by_the_positives_of_all_processes(model):
     batch = make_batch([CAR])
     targets = assign(batch, MODEL)
     logits, raw = random_outputs(model, 1)
-    nine, eighteen = (compute_losses(model, logits, raw, targets, batch, LossConfig(), torch.tensor(n)) for n in (9.0, 18.0))
+    nine, eighteen = (
+        compute_losses(model, logits, raw, targets, batch, LossConfig(), torch.tensor(n)) for n in (9.0, 18.0)
+    )
     for name, value in nine.items():
         torch.testing.assert_close(value, 2 * eighteen[name])
 
@@ -458,10 +482,15 @@ def test_box_losses_are_the_same_together_and_alone(model):
     gathered = raw.detach().gather(1, targets.location[..., None].expand(-1, -1, raw.shape[-1])).requires_grad_()
     decoded = model.decode(gathered, targets.location, targets.label, batch["K"])
     names = ["loss_bbox", "loss_full_bbox"]
-    both, alone = module.loss_boxes(decoded, targets, names), [module.loss_boxes(decoded, targets, [name]) for name in names]
+    both, alone = (
+        module.loss_boxes(decoded, targets, names),
+        [module.loss_boxes(decoded, targets, [name]) for name in names],
+    )
     assert (targets.positive & ~targets.full_ok).any()
     assert torch.equal(both, torch.cat(alone))
-    first, second = (torch.autograd.grad(value, gathered, retain_graph=True)[0] for value in (both.sum(), sum(alone).sum()))
+    first, second = (
+        torch.autograd.grad(value, gathered, retain_graph=True)[0] for value in (both.sum(), sum(alone).sum())
+    )
     assert torch.equal(first, second)
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from formats.kitti import read_labels
-from frames import make_labels
-from geometry import bev_and_box3d_iou, bev_intersection, bev_iou, box3d_iou, box_iou
 from metrics import kitti
 from metrics.kitti import DIFFICULTIES, MIN_OVERLAP, format_table, highest_possible, kitti_ap, object_errors
+from scene.frames import make_labels
+from scene.geometry import bev_and_box3d_iou, bev_intersection, bev_iou, box3d_iou, box_iou
 
 INVENTED = Path(__file__).parent / "data" / "kitti_invented"
 METRIC_NAMES = ("bbox", "bev", "3d")
@@ -26,7 +26,9 @@ VAL = Path(__file__).parents[2] / "shared/data/kitti_eval/val"
 
 def read_run(labels, results, ids):
     truth = {id: read_labels(labels / f"{id}.txt") for id in ids}
-    return truth, {id: read_labels(results / f"{id}.txt", scores=True) for id in ids if (results / f"{id}.txt").is_file()}
+    return truth, {
+        id: read_labels(results / f"{id}.txt", scores=True) for id in ids if (results / f"{id}.txt").is_file()
+    }
 
 
 def largest_deviation(metrics, expected):
@@ -58,10 +60,14 @@ def validation(tmp_path_factory):
             members = [m for m in archive if "/calib/" not in m.name]
             archive.extractall(folder, members, filter="data")
     ids = (folder / "ImageSets" / "val.txt").read_text().split()
-    return *read_run(folder / "training" / "label_2", folder / "synth_det", ids), json.loads((VAL / "expected.json").read_text())
+    return *read_run(folder / "training" / "label_2", folder / "synth_det", ids), json.loads(
+        (VAL / "expected.json").read_text()
+    )
 
 
-@pytest.mark.parametrize(("run", "overlap"), [("synth", "strict"), ("synth_loose", "loose"), ("synth_first300", "strict")])
+@pytest.mark.parametrize(
+    ("run", "overlap"), [("synth", "strict"), ("synth_loose", "loose"), ("synth_first300", "strict")]
+)
 def test_validation_set_equals_the_official_evaluator(validation, run, overlap):
     truth, results, expected = validation
     if run == "synth_first300":
@@ -97,7 +103,10 @@ def slow_overlap(metric, a, b, by_own_area=False):
 
 def slow_grid(metric, gt, det, by_own_area=False):
     """(ground truths, detections) overlaps of a frame."""
-    rows = [[slow_overlap(metric, det[j : j + 1], gt[i : i + 1], by_own_area) for j in range(len(det))] for i in range(len(gt))]
+    rows = [
+        [slow_overlap(metric, det[j : j + 1], gt[i : i + 1], by_own_area) for j in range(len(det))]
+        for i in range(len(gt))
+    ]
     return np.array(rows).reshape(len(gt), len(det))
 
 
@@ -158,7 +167,11 @@ def slow_ap(truth, results, classes, overlap):
     for id, gt in truth.items():
         det = results[id]
         overlaps = {metric: slow_grid(metric, gt, det) for metric in METRIC_NAMES}
-        covers = {"bbox": slow_grid("bbox", gt, det, by_own_area=True), "bev": 0 * overlaps["bev"], "3d": 0 * overlaps["3d"]}
+        covers = {
+            "bbox": slow_grid("bbox", gt, det, by_own_area=True),
+            "bev": 0 * overlaps["bev"],
+            "3d": 0 * overlaps["3d"],
+        }
         pairs[id] = overlaps, covers
     for name in classes:
         for level, difficulty in enumerate(DIFFICULTIES):
@@ -168,7 +181,11 @@ def slow_ap(truth, results, classes, overlap):
                 for i in range(len(gt)):
                     height = gt.box[i, 3] - gt.box[i, 1]
                     neighbour = {"car": "van", "pedestrian": "person_sitting"}.get(name.lower())
-                    ignore = gt.occlusion[i] > level or gt.truncation[i] > (0.15, 0.3, 0.5)[level] or height <= (40, 25, 25)[level]
+                    ignore = (
+                        gt.occlusion[i] > level
+                        or gt.truncation[i] > (0.15, 0.3, 0.5)[level]
+                        or height <= (40, 25, 25)[level]
+                    )
                     same = gt.name[i].lower() == name.lower()
                     gt_role.append(0 if same and not ignore else 1 if same or gt.name[i].lower() == neighbour else -1)
                 det_role = [
@@ -182,18 +199,25 @@ def slow_ap(truth, results, classes, overlap):
                 scores = [score for frame in frames for score in slow_statistics(frame, metric, least)]
                 precision, aos = np.zeros(41), np.zeros(41)
                 for t, threshold in enumerate(slow_thresholds(scores, count)):
-                    tp, fp, similarity = np.sum([slow_statistics(frame, metric, least, threshold) for frame in frames], axis=0)
+                    tp, fp, similarity = np.sum(
+                        [slow_statistics(frame, metric, least, threshold) for frame in frames], axis=0
+                    )
                     precision[t], aos[t] = (tp / (tp + fp), similarity / (tp + fp)) if tp + fp else (0, 0)
                 for t in range(41):
                     precision[t], aos[t] = precision[t:].max(), aos[t:].max()
                 for key, values in ((metric, precision), *((("aos", aos),) if metric == "bbox" else ())):
-                    metrics[name][key][difficulty] = {"AP_R40": values[1:].mean() * 100, "AP_R11": values[::4].mean() * 100}
+                    metrics[name][key][difficulty] = {
+                        "AP_R40": values[1:].mean() * 100,
+                        "AP_R11": values[::4].mean() * 100,
+                    }
     return metrics
 
 
 def crowded_frame(rng, objects, detections):
     """Few places, near-limit heights, many ties: where the rules differ from simpler ones."""
-    names = np.array(["Car", "car", "Van", "Pedestrian", "Person_sitting", "Cyclist", "Truck", "DontCare"], dtype=object)
+    names = np.array(
+        ["Car", "car", "Van", "Pedestrian", "Person_sitting", "Cyclist", "Truck", "DontCare"], dtype=object
+    )
 
     def rows(n, names, score):
         place = rng.integers(0, 3, n)
@@ -201,7 +225,9 @@ def crowded_frame(rng, objects, detections):
         y1 = 150.0 + rng.integers(0, 4, n)
         height = rng.choice([24.5, 25, 26, 39.5, 40, 40.5, 44, 48], n)
         box = np.stack([x1, y1, x1 + rng.choice([40, 44, 50], n), y1 + height], 1)
-        center = np.stack([4.0 * place + rng.normal(0, 0.3, n), 1 + rng.normal(0, 0.1, n), 15 + rng.normal(0, 0.3, n)], 1)
+        center = np.stack(
+            [4.0 * place + rng.normal(0, 0.3, n), 1 + rng.normal(0, 0.1, n), 15 + rng.normal(0, 0.3, n)], 1
+        )
         size = np.array([4, 1.6, 1.8]) * rng.uniform(0.9, 1.1, (n, 3))
         name = rng.choice(names, n)
         fill = name == "DontCare"
@@ -263,7 +289,9 @@ def test_short_detection_of_any_class_takes_a_ground_truth():
     truth = labels({"box": (100, 100, 200, 140.5)})
     own = {"box": (100, 100, 200, 140.5), "score": 0.5}
     assert easy_curve(truth, labels(own, {"name": "Truck", "box": (100, 100, 200, 139.5), "score": 0.9}))["score"] == []
-    assert easy_curve(truth, labels(own, {"name": "Truck", "box": (100, 100, 200, 140.2), "score": 0.9}))["score"] == [0.5]
+    assert easy_curve(truth, labels(own, {"name": "Truck", "box": (100, 100, 200, 140.2), "score": 0.9}))["score"] == [
+        0.5
+    ]
 
 
 def test_overlap_must_exceed_the_threshold():
@@ -285,7 +313,9 @@ def test_counting_pass_takes_the_largest_overlap():
     truth.alpha[:] = 0
     curve = easy_curve(truth, labels(near, exact, {**FAR, "score": 0.7, "alpha": 0.0}), "aos")
     assert curve["score"] == [0.9, 0.7]
-    assert curve["precision"] == pytest.approx([2 / 3, 2 / 3])  # both right at .7, and the opposite one a false positive
+    assert curve["precision"] == pytest.approx(
+        [2 / 3, 2 / 3]
+    )  # both right at .7, and the opposite one a false positive
 
 
 def test_counting_pass_prefers_a_tall_detection_to_a_short_one_that_overlaps_more():
@@ -304,7 +334,13 @@ def test_neighbour_class_is_neither_missed_nor_a_false_positive(name, neighbour)
 
 
 def test_dontcare_excuses_false_positives_in_2d_by_the_detections_own_area():
-    region = {"name": "DontCare", "box": (400, 0, 571, 400), "size": (-1, -1, -1), "center": (-1000, -1000, -1000), "yaw": -10}
+    region = {
+        "name": "DontCare",
+        "box": (400, 0, 571, 400),
+        "size": (-1, -1, -1),
+        "center": (-1000, -1000, -1000),
+        "yaw": -10,
+    }
     results = labels({"score": 0.5}, {**FAR, "score": 0.9})
     assert easy_curve(labels({}, region), results)["precision"] == [1.0]  # 71 of 100 columns inside
     assert easy_curve(labels({}, {**region, "box": (400, 0, 570, 400)}), results)["precision"] == [0.5]
@@ -336,7 +372,11 @@ def test_occlusion_and_truncation_limits(limit, counted):
 
 def test_ignored_ground_truth_takes_a_detection_without_counting():
     truth = labels({}, {**FAR, "occlusion": 3})
-    assert easy_curve(truth, labels({"score": 0.5}, {**FAR, "score": 0.9})) == {"score": [0.5], "recall": [1.0], "precision": [1.0]}
+    assert easy_curve(truth, labels({"score": 0.5}, {**FAR, "score": 0.9})) == {
+        "score": [0.5],
+        "recall": [1.0],
+        "precision": [1.0],
+    }
 
 
 def test_aos_counts_false_positives_as_zero_and_uses_alpha():
@@ -358,7 +398,9 @@ def test_more_true_positives_than_the_curve_reaches_leave_zeros_behind():
     assert max(metrics["curves"]["Car"]["3d"]["easy"]["recall"]) == 0.5
 
 
-@pytest.mark.parametrize(("count", "repeat"), [(1, 1), (7, 1), (16, 1), (18, 1), (40, 1), (41, 1), (1000, 1), (1, 40), (7, 6)])
+@pytest.mark.parametrize(
+    ("count", "repeat"), [(1, 1), (7, 1), (16, 1), (18, 1), (40, 1), (41, 1), (1000, 1), (1, 40), (7, 6)]
+)
 def test_perfect_detections_reach_the_cap_of_the_official_sampling(count, repeat):
     frames = {str(i): labels({"alpha": 0.1}) for i in range(count)}
     metrics = kitti_ap(frames, frames, ("Car",), repeat=repeat)
@@ -388,7 +430,10 @@ def test_frames_do_not_interact_and_empty_ones_are_harmless():
 
 
 def test_own_classes_take_half_overlap_and_no_neighbours():
-    truth, results = labels({"name": "Forklift", "box": (0, 0, 100, 100)}), labels({"name": "Forklift", "box": (0, 0, 51, 100)})
+    truth, results = (
+        labels({"name": "Forklift", "box": (0, 0, 100, 100)}),
+        labels({"name": "Forklift", "box": (0, 0, 51, 100)}),
+    )
     metrics = kitti_ap({"0": truth}, {"0": results}, ("Forklift",), min_height=(0, 0, 0))
     assert metrics["settings"]["min_overlap"] == {"Forklift": [0.5, 0.5, 0.5]}
     assert metrics["Forklift"]["bbox"]["easy"]["AP_R11"] == pytest.approx(100 / 11)
@@ -415,7 +460,9 @@ def crowd(rng, n):
     box = np.concatenate([low, low + rng.integers(-3, 60, (n, 2))], 1)
     box[:1], size[:1] = (0, 0, 1242, 375), (40, 2, 40)
     size[1:2], center[1:2] = -1, -1000
-    return make_labels(rng.choice(["Car", "Van", "Pedestrian", "DontCare"], n), box, size, center, yaw, score=rng.random(n))
+    return make_labels(
+        rng.choice(["Car", "Van", "Pedestrian", "DontCare"], n), box, size, center, yaw, score=rng.random(n)
+    )
 
 
 def test_no_pair_is_lost_and_few_are_measured(monkeypatch):
@@ -429,7 +476,9 @@ def test_no_pair_is_lost_and_few_are_measured(monkeypatch):
         fits = (name != "DontCare") & ((name == other) | (pairs.height[d] < 25) | ((name == "Van") & (other == "Car")))
         g, d = g[fits], d[fits]
         boxes = kitti._boxes(gt)[g], kitti._boxes(det)[d]
-        for found, overlap in zip(pairs.pairs, (box_iou(gt.box[g], det.box[d]), *bev_and_box3d_iou(*boxes)), strict=True):
+        for found, overlap in zip(
+            pairs.pairs, (box_iou(gt.box[g], det.box[d]), *bev_and_box3d_iou(*boxes)), strict=True
+        ):
             rows = np.flatnonzero(overlap > least)
             assert len(rows) > 3
             for ours, expected in zip(found, (g[rows], d[rows], overlap[rows]), strict=True):
@@ -446,7 +495,9 @@ def test_no_pair_is_lost_and_few_are_measured(monkeypatch):
 
 
 def test_object_errors_by_band():
-    truth = labels({"center": (0, 1, 15)}, {**FAR, "center": (5, 1, 45)}, {"box": (800, 100, 900, 150), "center": (9, 1, 46)})
+    truth = labels(
+        {"center": (0, 1, 15)}, {**FAR, "center": (5, 1, 45)}, {"box": (800, 100, 900, 150), "center": (9, 1, 46)}
+    )
     found = labels(
         {"center": (0, 1, 15.5), "yaw": np.pi - 0.1, "size": (4.3, 1.6, 1.4), "score": 0.4},
         {"center": (0, 1, 19), "score": 0.3},
@@ -456,7 +507,12 @@ def test_object_errors_by_band():
     errors = object_errors({"0": truth}, {"0": sure}, ("Car",))["Car"]
     near, far = errors["10-20"], errors["40-50"]
     assert (near["objects"], near["matched"], near["recall"], far["objects"], far["recall"]) == (1, 1, 1.0, 2, 0.5)
-    expected = {"depth_error": 0.5, "depth_bias": 0.5, "depth_percent": 100 / 30, "heading_error": 180 - np.degrees(0.1)}
+    expected = {
+        "depth_error": 0.5,
+        "depth_bias": 0.5,
+        "depth_percent": 100 / 30,
+        "heading_error": 180 - np.degrees(0.1),
+    }
     expected |= {"heading_flipped": 1.0, "length_error": 0.3, "height_error": 0.1, "width_error": 0.2}
     expected |= {"within_1_sigma": 0.0, "within_2_sigma": 1.0, "sigma_ratio": 0.5 / 0.4}
     assert {key: near[key] for key in expected} == pytest.approx(expected)
@@ -466,7 +522,9 @@ def test_object_errors_by_band():
     assert far["depth_bias"] == pytest.approx(-3)
     assert far["within_1_sigma"] == 1.0
     assert errors["all"]["objects"] == 3
-    assert errors["50+"] == {"objects": 0, "matched": 0} | {key: None for key in errors["50+"] if key not in ("objects", "matched")}
+    assert errors["50+"] == {"objects": 0, "matched": 0} | {
+        key: None for key in errors["50+"] if key not in ("objects", "matched")
+    }
     without = object_errors({"0": truth}, {"0": found}, ("Car",))
     assert without["Car"]["all"]["within_1_sigma"] is without["Car"]["all"]["sigma_ratio"] is None
     assert "10-20" in format_table(kitti_ap({"0": truth}, {"0": found}, ("Car",)), errors=without)
@@ -480,7 +538,9 @@ def test_sigma_times_its_ratio_holds_what_a_laplace_law_does():
     truth = {str(i): labels({"center": (0, 1, 20)}) for i in range(2000)}
     for spread, expected in ((1.0, 1.0), (2.5, 2.5)):
         depth = 20 + spread * rng.laplace(scale=1 / np.sqrt(2), size=2000)
-        found = {str(i): dataclasses.replace(labels({"center": (0, 1, z)}), sigma=np.ones(1)) for i, z in enumerate(depth)}
+        found = {
+            str(i): dataclasses.replace(labels({"center": (0, 1, z)}), sigma=np.ones(1)) for i, z in enumerate(depth)
+        }
         ratio = object_errors(truth, found, ("Car",))["Car"]["all"]["sigma_ratio"]
         assert ratio == pytest.approx(expected, rel=0.08)
         wider = {id: dataclasses.replace(one, sigma=one.sigma * ratio) for id, one in found.items()}
@@ -505,7 +565,9 @@ def test_table_marks_capped_cells_and_says_why():
 def slow_corners(x, z, length, width, yaw):
     """Corners of a rectangle seen from above, as (x, z) tuples: heading (cos yaw, -sin yaw)."""
     turn = cmath.exp(-1j * yaw)
-    points = [complex(sx * length, sz * width) / 2 * turn + complex(x, z) for sx, sz in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
+    points = [
+        complex(sx * length, sz * width) / 2 * turn + complex(x, z) for sx, sz in ((1, 1), (1, -1), (-1, -1), (-1, 1))
+    ]
     return [(p.real, p.imag) for p in points]
 
 

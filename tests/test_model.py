@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from scenes import CAR, FAR, MODEL, PERSON, TRUNCATED, K, all_losses, make_batch, random_outputs
 from torchvision.ops import box_iou
 
-from checkpoint import (
+from config import Config, to_dict
+from engine.checkpoint import (
     Progress,
     find_weights,
     list_checkpoints,
@@ -26,13 +27,12 @@ from checkpoint import (
     share_state,
     verify_checkpoint,
 )
-from config import Config, to_dict
-from draw import draw_frame
+from engine.guard import start_accelerator
 from formats.jsonl import read_frames, write_jsonl
-from frames import Frame, Labels
-from geometry import heading_bin
-from guard import start_accelerator
 from model import Detector, ModelConfig, angle_from_double, average_duplicates, mirror_bins, unit
+from scene.draw import draw_frame
+from scene.frames import Frame, Labels
+from scene.geometry import heading_bin
 from targets import assign, encode
 
 CAMERA = torch.as_tensor(K, dtype=torch.float32).reshape(1, 3, 3)
@@ -88,16 +88,28 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
     [
         ({"backbone": "resnet81"}, r"model\.backbone 'resnet81' is not a timm model; near it: .*resnet18"),
         ({"backbone": "zzzzqqq"}, r"model\.backbone 'zzzzqqq' is not a timm model$"),
-        ({"backbone": "vit_tiny_patch16_224"}, r"has features at strides \[16, 16, 16\], none at \[8, 32\] of model\.strides"),
+        (
+            {"backbone": "vit_tiny_patch16_224"},
+            r"has features at strides \[16, 16, 16\], none at \[8, 32\] of model\.strides",
+        ),
         ({"backbone": "resnet18", "strides": (8, 16, 64), "size": (128, 320)}, r"none at \[64\] of model\.strides"),
         ({"backbone": "resnetv2_50d", "pretrained": True}, r"'resnetv2_50d' has no pretrained weights in timm"),
-        ({"size": (100, 320)}, r"model\.size is \(100, 320\), expected \(height, width\) in multiples of the largest stride, 32"),
+        (
+            {"size": (100, 320)},
+            r"model\.size is \(100, 320\), expected \(height, width\) in multiples of the largest stride, 32",
+        ),
         ({"norm": "layer"}, r"model\.norm is 'layer', expected 'batch', 'frozen' or 'sync'"),
         ({"level_sizes": (64.0,)}, r"model\.level_sizes has 1 borders for 3 strides, expected one fewer"),
         ({"classes": ()}, r"model\.classes is \(\), expected class names"),
         ({"depth_mean": (1.0,)}, r"model\.depth_mean has 1 entries, expected 3 or none"),
-        ({"attributes": {"Tram": ("a", "b")}}, r"model\.attributes names 'Tram', which is none of model\.classes: Car, "),
-        ({"attributes": {"Car": ("parked", "parked")}}, r"model\.attributes of 'Car' is \('parked', 'parked'\), expected names, each once"),
+        (
+            {"attributes": {"Tram": ("a", "b")}},
+            r"model\.attributes names 'Tram', which is none of model\.classes: Car, ",
+        ),
+        (
+            {"attributes": {"Car": ("parked", "parked")}},
+            r"model\.attributes of 'Car' is \('parked', 'parked'\), expected names, each once",
+        ),
         ({"attributes": {"Car": ()}}, r"model\.attributes names none for Car, expected \{\} for a model without them"),
         ({"sigma_scale": (1.0,)}, r"model\.sigma_scale has 1 entries, expected 3 or none"),
         ({"sigma_scale": (1.0, 0.0, 1.0)}, r"model\.sigma_scale is \(1\.0, 0\.0, 1\.0\), expected finite factors > 0"),
@@ -176,7 +188,9 @@ def test_unit_of_zero_has_a_gradient():
 def test_detections_are_finite_at_extreme_outputs(detector, scale):
     count, fields = len(detector.location_stride), sum(detector.fields.values())
     boxes = detector.rank(
-        torch.full((1, count, 3), scale), torch.full((1, count, fields), scale), torch.tensor(K, dtype=torch.float32)[None]
+        torch.full((1, count, 3), scale),
+        torch.full((1, count, fields), scale),
+        torch.tensor(K, dtype=torch.float32)[None],
     )
     for name, value in boxes.items():
         assert torch.isfinite(value.float()).all(), name
@@ -215,7 +229,9 @@ def test_detect_respects_its_limits(picture):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_duplicates_are_averaged(autocast):
     """By score and overlap, the place also by inverse variance; not over other classes or places, and never without area."""
-    box = torch.tensor([[10.0, 10, 50, 30], [10, 10, 50, 34], [12, 10, 52, 30], [10, 10, 50, 30], [200, 10, 240, 30], [80, 5, 80, 9]])
+    box = torch.tensor(
+        [[10.0, 10, 50, 30], [10, 10, 50, 34], [12, 10, 52, 30], [10, 10, 50, 30], [200, 10, 240, 30], [80, 5, 80, 9]]
+    )
     every = {
         "label": torch.tensor([0, 0, 0, 1, 0, 0]),
         "score": torch.tensor([0.9, 0.6, 0.3, 0.8, 0.7, 0.5]),
@@ -240,7 +256,9 @@ def test_duplicates_are_averaged(autocast):
 def test_averaging_moves_detections_and_drops_none(picture):
     image, cameras = torch.from_numpy(picture)[None], torch.tensor(K)[None]
     options = {"score_threshold": 0.0, "nms_iou": 0.1}  # small boxes of an untrained head, hardly any share more
-    fused, single = (make_detector(fuse_duplicates=fuse, **options).eval().detect(image, cameras)[0] for fuse in (True, False))
+    fused, single = (
+        make_detector(fuse_duplicates=fuse, **options).eval().detect(image, cameras)[0] for fuse in (True, False)
+    )
     torch.testing.assert_close(fused["score"], single["score"])
     torch.testing.assert_close(fused["sigma"], single["sigma"])
     assert (fused["center"] - single["center"]).abs().max() > 1e-4
@@ -251,7 +269,10 @@ def test_averaging_moves_detections_and_drops_none(picture):
 def test_sigma_scale_moves_sigma_alone(picture):
     image, cameras = torch.from_numpy(picture)[None], torch.tensor(K)[None]
     factors = (2.0, 3.0, 0.5)
-    plain, scaled = (make_detector(score_threshold=0.0, sigma_scale=scale).eval().detect(image, cameras)[0] for scale in ((), factors))
+    plain, scaled = (
+        make_detector(score_threshold=0.0, sigma_scale=scale).eval().detect(image, cameras)[0]
+        for scale in ((), factors)
+    )
     assert {*plain["label"].tolist()} == {0, 1, 2}
     torch.testing.assert_close(scaled.pop("sigma"), plain.pop("sigma") * torch.tensor(factors)[plain["label"]])
     for name, value in plain.items():
@@ -285,7 +306,10 @@ def mirror(model, logits, raw):
 def test_the_mirror_of_what_a_scene_says_is_what_its_mirror_image_says(detector):
     """Every field, at every cell of every object, with the axis of the camera beside the middle of the canvas."""
     camera = K + np.array([[0, 0, 13.3], [0, 0, 2], [0, 0, 0]])
-    headings = [("Car", (x, 1.2, 14), (3, 1.5, 1.6), yaw) for x, yaw in zip(range(-9, 10, 3), np.arange(-3, 3, 0.9), strict=True)]
+    headings = [
+        ("Car", (x, 1.2, 14), (3, 1.5, 1.6), yaw)
+        for x, yaw in zip(range(-9, 10, 3), np.arange(-3, 3, 0.9), strict=True)
+    ]
     scenes = [CAR, PERSON, FAR], [TRUNCATED], headings
     raws = []
     for flip in (False, True):
@@ -300,7 +324,9 @@ def test_the_mirror_of_what_a_scene_says_is_what_its_mirror_image_says(detector)
     logits = torch.randn(*raw.shape[:2], 3, generator=torch.Generator().manual_seed(0))
     found_logits, found = mirror(detector, logits, mirrored)
     for name, values in detector.split(found).items():
-        torch.testing.assert_close(values, detector.split(raw)[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            values, detector.split(raw)[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
     again = mirror(detector, found_logits, found)
     assert torch.equal(again[0], logits)
     assert torch.equal(again[1], mirrored)
@@ -330,7 +356,10 @@ def test_an_exact_detector_gains_nothing_from_a_mirror(detector, picture, monkey
 
 def test_the_mean_with_a_mirror_image_does_not_know_which_is_which(detector, picture):
     detector.eval()
-    image, camera, turned = (torch.from_numpy(picture)[None], *(torch.tensor(K, dtype=torch.float32)[None].clone() for _ in range(2)))
+    image, camera, turned = (
+        torch.from_numpy(picture)[None],
+        *(torch.tensor(K, dtype=torch.float32)[None].clone() for _ in range(2)),
+    )
     camera[:, 0, 2], turned[:, 0, 2] = 170, 149
     with torch.no_grad():
         one, two = detector.forward_twice(image, camera), detector.forward_twice(image.flip(2), turned)
@@ -348,7 +377,9 @@ def test_angles_on_either_side_of_a_border_of_the_bins_agree():
             own, other = (true + math.radians(error) for error in (mine, theirs))
             bins = heading_bin(torch.tensor(math.pi - true))
             sure = torch.where(bins == torch.arange(2), 5.0, -5.0)
-            mean = torch.tensor([(math.sin(2 * own) + math.sin(2 * other)) / 2, (math.cos(2 * own) + math.cos(2 * other)) / 2])
+            mean = torch.tensor(
+                [(math.sin(2 * own) + math.sin(2 * other)) / 2, (math.cos(2 * own) + math.cos(2 * other)) / 2]
+            )
             alpha = angle_from_double(mean, mirror_bins(sure, mean).argmax(-1))
             assert math.cos(float(alpha) - true) > 0.99, (degrees, mine, theirs)
 
@@ -357,7 +388,9 @@ def test_one_thing_may_be_kept_from_being_of_two_classes(picture):
     """By a key that is off by default: of boxes that overlap, whatever their classes, the best one stays."""
     image, cameras = torch.from_numpy(picture)[None], torch.tensor(K, dtype=torch.float32)[None]
     options = {"score_threshold": 0.0, "fuse_duplicates": False, "max_detections": 300}
-    plain, single = (make_detector(nms_across_classes=across, **options).eval().detect(image, cameras)[0] for across in (0, 0.5))
+    plain, single = (
+        make_detector(nms_across_classes=across, **options).eval().detect(image, cameras)[0] for across in (0, 0.5)
+    )
     worst = lambda found: (box_iou(found["box"], found["box"]) - torch.eye(len(found["box"]))).max()  # noqa: E731
     assert worst(plain) > 0.9
     assert worst(single) <= 0.5
@@ -391,14 +424,20 @@ def test_weights_out_of_reach_are_one_sentence(monkeypatch):
         return create(*arguments, pretrained=pretrained, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(OSError, match=r"'resnet10t': its pretrained weights are out of reach; model.pretrained=false.* \(no connection\)$"):
+    with pytest.raises(
+        OSError,
+        match=r"'resnet10t': its pretrained weights are out of reach; model.pretrained=false.* \(no connection\)$",
+    ):
         Detector(dataclasses.replace(MODEL, backbone="resnet10t", pretrained=True))
 
 
 def test_predict_takes_a_path_a_picture_or_an_array(detector, picture, tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png")
     detector.train()
-    found = [detector.predict(image, K) for image in (picture, Image.fromarray(picture), tmp_path / "a.png", str(tmp_path / "a.png"))]
+    found = [
+        detector.predict(image, K)
+        for image in (picture, Image.fromarray(picture), tmp_path / "a.png", str(tmp_path / "a.png"))
+    ]
     assert detector.training  # as it was
     for other in found[1:]:
         for field in dataclasses.fields(other):
@@ -407,7 +446,9 @@ def test_predict_takes_a_path_a_picture_or_an_array(detector, picture, tmp_path)
     deep = Image.fromarray(picture[..., 0].astype(np.uint16) * 257)  # 16 bits, not clipped to white
     grey = detector.predict(picture[..., :1].repeat(3, 2), K)
     np.testing.assert_array_equal(detector.predict(deep, K).center, grey.center)
-    assert (np.cos(found[0].yaw - found[0].alpha - np.arctan2(found[0].center[:, 0], found[0].center[:, 2])) > 1 - 1e-9).all()
+    assert (
+        np.cos(found[0].yaw - found[0].alpha - np.arctan2(found[0].center[:, 0], found[0].center[:, 2])) > 1 - 1e-9
+    ).all()
 
 
 def test_velocity_and_attribute_come_out_in_words(detector, picture, tmp_path):
@@ -436,7 +477,9 @@ def test_predict_answers_in_the_pixels_of_any_image(detector):
     one, two = detector.predict(small, K), detector.predict(large, scaled)
     n = 5
     np.testing.assert_allclose(two.center[:n], one.center[:n], rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(two.box[:n] + 0.5, 2 * (one.box[:n] + 0.5), rtol=1e-3, atol=1.1)  # clipped at the last pixel centre
+    np.testing.assert_allclose(
+        two.box[:n] + 0.5, 2 * (one.box[:n] + 0.5), rtol=1e-3, atol=1.1
+    )  # clipped at the last pixel centre
     wide = detector.predict(np.zeros((50, 500, 3), np.uint8), np.array([[300.0, 0, 250], [0, 300, 25], [0, 0, 1]]))
     assert (wide.box[:, [1, 3]] <= 49).all()
     assert (wide.box[:, [0, 2]] <= 499).all()
@@ -446,11 +489,20 @@ def test_predict_refuses_what_it_cannot_use(detector, picture, tmp_path):
     refused = {
         "K of the image: focal lengths 1, 1 px are implausible for an image of 320x96": (picture, np.eye(3)),
         "got shape (3, 4); formats.kitti.split_projection splits a projection matrix": (picture, np.eye(3, 4)),
-        "image holds float64, expected uint8 from 0 to 255: (255 * image).astype(np.uint8) of pixels from 0 to 1": (picture / 255, K),
-        "image has shape (96, 320, 4), expected (H, W, 3) as RGB: image[..., :3] of RGB with alpha": (np.zeros((96, 320, 4), np.uint8), K),
+        "image holds float64, expected uint8 from 0 to 255: (255 * image).astype(np.uint8) of pixels from 0 to 1": (
+            picture / 255,
+            K,
+        ),
+        "image has shape (96, 320, 4), expected (H, W, 3) as RGB: image[..., :3] of RGB with alpha": (
+            np.zeros((96, 320, 4), np.uint8),
+            K,
+        ),
         "image has shape (1, 96, 320, 3), expected (H, W, 3) as RGB: list(image) of a batch": (picture[None], K),
         "image has shape (96, 320), expected (H, W, 3) as RGB; PIL images may be of any mode": (picture[..., 0], K),
-        "image is a tensor of shape (96, 320, 3), expected (H, W, 3) uint8 as an array: tensor.cpu().numpy()": (torch.tensor(picture), K),
+        "image is a tensor of shape (96, 320, 3), expected (H, W, 3) uint8 as an array: tensor.cpu().numpy()": (
+            torch.tensor(picture),
+            K,
+        ),
         "image is of type NoneType, expected a path, a PIL image or an array": (None, K),
         "2 images came with 3 camera matrices, expected one for each or one for all": ([picture, picture], [K, K, K]),
         "its pixels are floating-point numbers of unknown range": (Image.fromarray(np.zeros((96, 320), np.float32)), K),
@@ -472,7 +524,9 @@ def test_a_list_of_images_is_a_batch(detector, picture, tmp_path):
     cameras = [K, K * [[1.3, 1, 1], [1, 1.3, 1], [1, 1, 1]], K]
     for given in (cameras, K, torch.from_numpy(K), np.stack(cameras)):
         found = detector.predict(images, given, min_score=0.001)
-        for one, image, camera in zip(found, images, cameras if len(given) == 3 and np.ndim(given[0]) == 2 else [K] * 3, strict=True):
+        for one, image, camera in zip(
+            found, images, cameras if len(given) == 3 and np.ndim(given[0]) == 2 else [K] * 3, strict=True
+        ):
             alone = detector.predict(image, camera, min_score=0.001)
             assert len(one) == len(alone) > 3
             np.testing.assert_allclose(one.score, alone.score, rtol=1e-4)
@@ -499,7 +553,20 @@ def test_what_predict_returns_is_indexed_drawn_and_written(detector, picture, tm
     assert found.corners().shape == (n, 8, 3)
     assert found[0].project(K).shape == (1, 8, 2)
     told = json.loads(json.dumps(found[:2].to_dict(), allow_nan=False))
-    columns = ["name", "box", "size", "center", "yaw", "alpha", "truncation", "occlusion", "score", "sigma", "velocity", "attribute"]
+    columns = [
+        "name",
+        "box",
+        "size",
+        "center",
+        "yaw",
+        "alpha",
+        "truncation",
+        "occlusion",
+        "score",
+        "sigma",
+        "velocity",
+        "attribute",
+    ]
     assert list(told) == columns
     assert told["box"] == found.box[:2].tolist()
     again = Labels(**{name: np.array(values) for name, values in told.items()})
@@ -508,7 +575,10 @@ def test_what_predict_returns_is_indexed_drawn_and_written(detector, picture, tm
     assert unknown["sigma"] == [None, 1.0]
     assert unknown["velocity"] == [[None] * 3] * 2
     Image.fromarray(picture).save(tmp_path / "a.png")
-    shown = [draw_frame(image, K, found[:4], min_score=0).tobytes() for image in (picture, tmp_path / "a.png", str(tmp_path / "a.png"))]
+    shown = [
+        draw_frame(image, K, found[:4], min_score=0).tobytes()
+        for image in (picture, tmp_path / "a.png", str(tmp_path / "a.png"))
+    ]
     assert shown[0] == shown[1] == shown[2]
 
 
@@ -583,7 +653,13 @@ def saved(folder, averaged=False, steps=(7,), **changes):
         (logits.mean() + raw.mean()).backward()
         optimizer.step()
     for step in steps:
-        save_checkpoint(accelerator, folder, to_dict(Config(model=net.config)), Progress(step=step, best_metric="a", best=2.5), keep=2)
+        save_checkpoint(
+            accelerator,
+            folder,
+            to_dict(Config(model=net.config)),
+            Progress(step=step, best_metric="a", best=2.5),
+            keep=2,
+        )
     return accelerator, net, average, optimizer
 
 
@@ -620,7 +696,10 @@ def test_a_checkpoint_restores_everything(tmp_path, averaged):
 def test_checkpoints_are_complete_or_absent_and_the_newest_stay(tmp_path):
     saved(tmp_path, steps=(2, 4, 6))
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000006", "step_00000004"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006"]  # nothing half-written is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step_00000004",
+        "step_00000006",
+    ]  # nothing half-written is left
 
 
 def test_foreign_checkpoints_are_named(tmp_path):
@@ -635,9 +714,15 @@ def test_weights_that_lack_tensors_are_refused(tmp_path):
     net = make_detector()
     net.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    for spoilt in ({name: value for name, value in weights.items() if "box" not in name}, {f"x.{name}": v for name, v in weights.items()}):
+    for spoilt in (
+        {name: value for name, value in weights.items() if "box" not in name},
+        {f"x.{name}": v for name, v in weights.items()},
+    ):
         save_file(spoilt, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or of another architecture than config\.json: .*Missing key"):
+        with pytest.raises(
+            ValueError,
+            match=r"model\.safetensors: damaged, or of another architecture than config\.json: .*Missing key",
+        ):
             Detector.from_pretrained(tmp_path)
 
 
@@ -670,7 +755,10 @@ def test_predicting_leaves_the_callers_image_alone(detector, tmp_path):
 def test_synchronised_norms_keep_their_activation():
     """timm's BatchNormAct2d holds one, which torch's converter drops."""
     torch.manual_seed(0)
-    plain, synced = make_detector(backbone="efficientnet_lite0"), make_detector(backbone="efficientnet_lite0", norm="sync")
+    plain, synced = (
+        make_detector(backbone="efficientnet_lite0"),
+        make_detector(backbone="efficientnet_lite0", norm="sync"),
+    )
     assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in synced.modules())
     synced.load_state_dict(plain.state_dict())
     x = torch.rand(1, 3, 96, 320)
@@ -679,7 +767,9 @@ def test_synchronised_norms_keep_their_activation():
 
 
 def test_drop_path_reaches_the_backbone():
-    rates = [getattr(m, "drop_prob", None) for m in make_detector(backbone="resnet10t", drop_path=0.3).backbone.modules()]
+    rates = [
+        getattr(m, "drop_prob", None) for m in make_detector(backbone="resnet10t", drop_path=0.3).backbone.modules()
+    ]
     assert max(r for r in rates if r) == pytest.approx(0.3)
     with pytest.raises(ValueError, match=r"model\.drop_path is 1\.0, expected 0 <= drop_path < 1"):
         ModelConfig(drop_path=1.0)

@@ -22,9 +22,17 @@ def test_it_runs():
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells[1].source += '\nRUN = Path("nowhere")'
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
-    text = ["".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream") for cell in notebook.cells if "outputs" in cell]
-    pictures = [sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in notebook.cells if "outputs" in cell]
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    ).execute()
+    text = [
+        "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")
+        for cell in notebook.cells
+        if "outputs" in cell
+    ]
+    pictures = [
+        sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in notebook.cells if "outputs" in cell
+    ]
     assert pictures == [0, 1, 0, 1, 0, 0, 0]
     losses = [float(line.split()[-1]) for line in text[2].splitlines()]
     assert len(losses) == 4

@@ -18,9 +18,9 @@ import evaluate
 from data import DataConfig, Source, build_dataset, read_source
 from formats import nuscenes
 from formats.index import Frames
-from frames import join, make_labels
-from geometry import box_iou, wrap_angle
 from metrics.nuscenes import RANGE, nuscenes_metrics
+from scene.frames import join, make_labels
+from scene.geometry import box_iou, wrap_angle
 
 SAMPLE = SHARED / "nuscenes_sample"
 
@@ -63,13 +63,17 @@ def test_every_row_of_the_official_transforms_agrees(invented, frames):
         np.testing.assert_allclose((frame.K @ center)[:2] / center[2], row["uv"], atol=1e-4)
         at = np.flatnonzero(np.abs(frame.labels.center - row["center"]).max(1) < 1e-6)
         points = annotation["num_lidar_pts"] + annotation["num_radar_pts"]
-        assert len(at) == 1 or not row["center_inside"] or not points, row  # the reader also labels some that box_in_image leaves out
+        assert len(at) == 1 or not row["center_inside"] or not points, (
+            row
+        )  # the reader also labels some that box_in_image leaves out
         if len(at):
             labelled, one = labelled + 1, frame.labels[int(at[0])]
             assert one.name[0] == nuscenes.CLASS_OF.get(row["category"], row["category"])
             np.testing.assert_allclose(one.size[0], np.array(row["size_wlh"])[[1, 2, 0]], atol=1e-6)
             np.testing.assert_allclose(wrap_angle(one.yaw - row["yaw"]), 0, atol=1e-6)
-            np.testing.assert_allclose(one.velocity[0], np.nan if row["velocity"] is None else row["velocity"], atol=1e-6)
+            np.testing.assert_allclose(
+                one.velocity[0], np.nan if row["velocity"] is None else row["velocity"], atol=1e-6
+            )
             assert row["in_front"]
     assert len(rows) == 215
     assert labelled > 120
@@ -79,7 +83,9 @@ def test_every_velocity_is_the_official_one(invented):
     samples = nuscenes.read_samples(invented / "v1.0-mini", ("mini_train", "mini_val"))
     boxes, _ = nuscenes.read_annotations(invented / "v1.0-mini", samples)
     expected = json.loads((invented / "velocities.json").read_text())
-    tokens = [row["token"] for s in samples for row in table(invented, "sample_annotation") if row["sample_token"] == s.token]
+    tokens = [
+        row["token"] for s in samples for row in table(invented, "sample_annotation") if row["sample_token"] == s.token
+    ]
     assert len(tokens) == len(expected) == len(boxes) == 1497
     velocity = np.array([[np.nan] * 3 if expected[token] is None else expected[token] for token in tokens])
     np.testing.assert_allclose(boxes.velocity, velocity, atol=1e-6)
@@ -93,7 +99,9 @@ def test_frames_come_by_scene_time_and_camera_whatever_the_order_of_the_tables(i
     assert [scene for scene, _, _ in names] == sorted(scene for scene, _, _ in names)
     assert [camera for _, camera, _ in names[:6]] == sorted({camera for _, camera, _ in names})
     assert [len({frame.group for frame in frames[i : i + 6]}) for i in range(0, len(frames), 6)] == [1] * 48
-    again = nuscenes.read_frames(changed(invented, tmp_path, "sample_data", list.reverse), ("mini_val", "mini_train"), images=False)
+    again = nuscenes.read_frames(
+        changed(invented, tmp_path, "sample_data", list.reverse), ("mini_val", "mini_train"), images=False
+    )
     assert [frame.id for frame in again] == [frame.id for frame in frames]
 
 
@@ -152,16 +160,40 @@ def put(key, value):
     ("name", "change", "sentence"),
     [
         ("ego_pose", None, r"v1.0-mini/ego_pose.json: no such table"),
-        ("sample_annotation", without("size"), r"sample_annotation.json: a row lacks 'size', expected token, sample_token, "),
+        (
+            "sample_annotation",
+            without("size"),
+            r"sample_annotation.json: a row lacks 'size', expected token, sample_token, ",
+        ),
         ("sample", lambda rows: rows.append(7), r"sample.json: not a JSON list of rows"),
-        ("sample_annotation", put("translation", [1.0, float("nan"), 0.0]), r"translation of \w+ is \[1.0, nan, 0.0\], expected 3 finite"),
-        ("sample_annotation", put("size", [1.0, 0.0, 2.0]), r"annotation \w+ has size \[1.0, 0.0, 2.0\], expected metres > 0"),
+        (
+            "sample_annotation",
+            put("translation", [1.0, float("nan"), 0.0]),
+            r"translation of \w+ is \[1.0, nan, 0.0\], expected 3 finite",
+        ),
+        (
+            "sample_annotation",
+            put("size", [1.0, 0.0, 2.0]),
+            r"annotation \w+ has size \[1.0, 0.0, 2.0\], expected metres > 0",
+        ),
         ("sample_annotation", put("rotation", [0, 0, 0, 0]), r"rotation of \w+ is \[0, 0, 0, 0\], expected 4 finite"),
-        ("sample_annotation", put("attribute_tokens", ["a", "b"]), r"annotation \w+ has 2 attributes, expected at most one"),
+        (
+            "sample_annotation",
+            put("attribute_tokens", ["a", "b"]),
+            r"annotation \w+ has 2 attributes, expected at most one",
+        ),
         ("sample_annotation", put("instance_token", "x"), r"an annotation refers to 'x', which no table of .* holds"),
         ("sample_data", remove_last_camera, r"CAM_BACK of sample \w{32}: sample_data.json holds no key frame of it"),
-        ("ego_pose", lambda rows: rows.clear(), r"ego_pose.json: there is no pose '\w+', which sample_data.json refers to"),
-        ("scene", lambda rows: [row.update(name="scene-0001") for row in rows], r"scene.json: it holds no scene of split 'mini_val'"),
+        (
+            "ego_pose",
+            lambda rows: rows.clear(),
+            r"ego_pose.json: there is no pose '\w+', which sample_data.json refers to",
+        ),
+        (
+            "scene",
+            lambda rows: [row.update(name="scene-0001") for row in rows],
+            r"scene.json: it holds no scene of split 'mini_val'",
+        ),
     ],
 )
 def test_mistakes_in_the_tables_are_one_sentence(invented, tmp_path, name, change, sentence):
@@ -187,7 +219,9 @@ def test_a_version_split_or_camera_that_is_not_there_is_named(invented, tmp_path
 
 
 def test_a_missing_picture_is_named_or_listed_among_the_problems(invented):
-    with pytest.raises(FileNotFoundError, match=r"v1.0-mini: CAM_BACK of sample \w{32}: no such image .*samples/CAM_BACK/invented"):
+    with pytest.raises(
+        FileNotFoundError, match=r"v1.0-mini: CAM_BACK of sample \w{32}: no such image .*samples/CAM_BACK/invented"
+    ):
         nuscenes.read_frames(invented, ("mini_val",))
     problems = []
     assert nuscenes.read_frames(invented, ("mini_val",), cameras=("CAM_FRONT", "CAM_BACK"), problems=problems) == []
@@ -212,7 +246,9 @@ def test_a_source_reads_any_cameras_and_its_frames_train(pictured):
     listed = Frames(read_source(source, DataConfig()))
     assert [frame.id.split("/")[1] for frame in listed[:2]] == ["CAM_FRONT", "CAM_BACK"]
     assert len(listed) == 16
-    dataset = build_dataset(DataConfig(neighbours=("animal",)), (source,), ("car", "pedestrian"), (288, 512), training=True)
+    dataset = build_dataset(
+        DataConfig(neighbours=("animal",)), (source,), ("car", "pedestrian"), (288, 512), training=True
+    )
     assert "trained: car" in dataset.summary()
     sample = dataset[0]
     assert sample["image"].shape == (288, 512, 3)
@@ -224,7 +260,9 @@ def test_a_source_reads_any_cameras_and_its_frames_train(pictured):
 def quaternion(matrix):
     """w, x, y, z of a rotation matrix (3, 3): the eigenvector of its largest eigenvalue (Bar-Itzhack 2000)."""
     (a, b, c), (d, e, f), (g, h, i) = matrix
-    symmetric = np.array([[a - e - i, 0, 0, 0], [d + b, e - a - i, 0, 0], [g + c, h + f, i - a - e, 0], [h - f, c - g, d - b, a + e + i]])
+    symmetric = np.array(
+        [[a - e - i, 0, 0, 0], [d + b, e - a - i, 0, 0], [g + c, h + f, i - a - e, 0], [h - f, c - g, d - b, a + e + i]]
+    )
     return np.linalg.eigh(symmetric / 3)[1][[3, 0, 1, 2], -1].tolist()
 
 
@@ -239,7 +277,9 @@ def real(tmp_path_factory):
     (root / "samples").symlink_to(SAMPLE / "images")
     category = {name: key for key, name in nuscenes.CLASS_OF.items()}
     to_global = np.array(info["ego2global"]) @ np.array(info["lidar_points"]["lidar2ego"])
-    rows = {name: [] for name in ("sensor", "calibrated_sensor", "ego_pose", "sample_data", "sample_annotation", "instance")}
+    rows = {
+        name: [] for name in ("sensor", "calibrated_sensor", "ego_pose", "sample_data", "sample_annotation", "instance")
+    }
     for channel, camera in info["images"].items():
         mount = np.array(camera["cam2ego"])
         pose = to_global @ np.linalg.inv(camera["lidar2cam"]) @ np.linalg.inv(mount)
@@ -262,8 +302,14 @@ def real(tmp_path_factory):
              "translation": center, "size": [w, l, h], "rotation": [np.cos(half), 0, 0, np.sin(half)], "prev": "", "next": "",
              "num_lidar_pts": box["num_lidar_pts"], "num_radar_pts": box["num_radar_pts"]}
         )  # fmt: skip
-    rows["category"] = [{"token": name, "name": category[name]} for name in names.values()] + [{"token": "animal", "name": "animal"}]
-    rows |= {"scene": [{"token": "a", "name": "scene-0061"}], "attribute": [], "visibility": [{"token": "4", "level": "v80-100"}]}
+    rows["category"] = [{"token": name, "name": category[name]} for name in names.values()] + [
+        {"token": "animal", "name": "animal"}
+    ]
+    rows |= {
+        "scene": [{"token": "a", "name": "scene-0061"}],
+        "attribute": [],
+        "visibility": [{"token": "4", "level": "v80-100"}],
+    }
     rows["sample"] = [{"token": "s", "scene_token": "a", "timestamp": round(1e6 * info["timestamp"])}]
     (root / "v1.0-mini").mkdir()
     for name, content in rows.items():
@@ -351,7 +397,9 @@ def test_one_truth_serves_samples_of_choice(invented, truths):
     assert part.tokens == whole.tokens[5:30]
     assert 0 < len(part.boxes) < len(whole.boxes)
     chosen = {token: results[token] if token in part.tokens else [] for token in results}
-    found = nuscenes_metrics(part, nuscenes.parse_results({token: chosen[token] for token in results if token in part.tokens}, part.tokens))
+    found = nuscenes_metrics(
+        part, nuscenes.parse_results({token: chosen[token] for token in results if token in part.tokens}, part.tokens)
+    )
     expected = nuscenes_metrics(whole, nuscenes.parse_results(chosen, whole.tokens))
     for name in RANGE:  # the same hits and misses, of fewer objects
         assert found["mean_dist_aps"][name] >= expected["mean_dist_aps"][name]
@@ -380,7 +428,9 @@ def patched(content, ops):
         elif kind == "clear":
             content["results"] = {token: [] for token in results}
         else:
-            own = [(token, box) for token, boxes in results.items() for box in boxes if box["detection_name"] == op["cls"]]
+            own = [
+                (token, box) for token, boxes in results.items() for box in boxes if box["detection_name"] == op["cls"]
+            ]
             for number, (token, box) in enumerate(own):
                 if kind == "size":
                     box["size"] = op["value"]
@@ -466,7 +516,16 @@ def test_results_without_a_box_score_nothing(truths):
 
 def test_the_command_prints_a_table_and_writes_the_official_keys(invented, tmp_path, capsys):
     out = tmp_path / "out.json"
-    command = ["--nuscenes", invented, "--version", "v1.0-mini", "--split", "mini_val", "--results", invented / "results_noisy.json"]
+    command = [
+        "--nuscenes",
+        invented,
+        "--version",
+        "v1.0-mini",
+        "--split",
+        "mini_val",
+        "--results",
+        invented / "results_noisy.json",
+    ]
     evaluate.main([str(part) for part in [*command, "--json", out]])
     printed = capsys.readouterr().out.splitlines()
     official = json.loads((invented / "expected.json").read_text())["results_noisy"]
@@ -515,8 +574,14 @@ def test_mistakes_on_the_command_line_are_one_sentence(invented, tmp_path, capsy
     for arguments, sentence in (
         (["--version", "x", "--labels", "a", "--results", "b"], "--version does not go with an evaluation of files"),
         (["--nuscenes", tmp_path, "--split", "val", "--results", "b"], "expected a nuScenes folder with its tables"),
-        (["--nuscenes", invented, "--split", "mini_val", "--results", tmp_path / "b"], f"{tmp_path / 'b'}: no such result file"),
-        (["--nuscenes", invented, "--split", "mini_val", "--results", invented / "expected.json"], "found no 'results'"),
+        (
+            ["--nuscenes", invented, "--split", "mini_val", "--results", tmp_path / "b"],
+            f"{tmp_path / 'b'}: no such result file",
+        ),
+        (
+            ["--nuscenes", invented, "--split", "mini_val", "--results", invented / "expected.json"],
+            "found no 'results'",
+        ),
     ):
         with pytest.raises(SystemExit) as stopped:
             evaluate.main([str(argument) for argument in arguments])
@@ -557,14 +622,18 @@ def test_ground_truth_through_cameras_merge_and_file_is_perfect(frames, truths, 
         assert not errors["orient_err"] > 1e-3  # boxes that are pitched and rolled lose that
         assert not errors["vel_err"] > 1e-3  # and moving ones their vertical speed
         assert not errors["attr_err"] > 0
-    double = nuscenes_metrics(truth, nuscenes.parse_results(nuscenes.merge_cameras(own, found, distance=0), truth.tokens))
+    double = nuscenes_metrics(
+        truth, nuscenes.parse_results(nuscenes.merge_cameras(own, found, distance=0), truth.tokens)
+    )
     assert double["mean_ap"] < 0.75
 
 
 def test_the_order_of_frames_does_not_matter(frames):
     rng = np.random.default_rng(0)
     own = frames[:60]
-    found = found_in(own, score=lambda labels: rng.choice([0.25, 0.5], len(labels)), center=lambda labels: labels.center * 1.02)
+    found = found_in(
+        own, score=lambda labels: rng.choice([0.25, 0.5], len(labels)), center=lambda labels: labels.center * 1.02
+    )
     merged = nuscenes.merge_cameras(own, found)
     assert merged == nuscenes.merge_cameras([own[i] for i in rng.permutation(60)], dict(reversed(found.items())))
     assert len(merged) == 10
@@ -576,7 +645,9 @@ def test_of_two_views_the_better_score_wins_and_then_the_smaller_sigma(frames):
 
     def seen(frame, score, sigma, height):
         center = (np.linalg.inv(frame.pose) @ place)[:3]
-        return make_labels(["car"], [[0, 0, 9, 9]], [[4, height, 2]], [center], [0.3], score=[score], sigma=np.array([sigma]))
+        return make_labels(
+            ["car"], [[0, 0, 9, 9]], [[4, height, 2]], [center], [0.3], score=[score], sigma=np.array([sigma])
+        )
 
     def heights(a, b, **options):
         merged = nuscenes.merge_cameras([front, right], {front.id: a, right.id: b}, **options)
@@ -586,7 +657,9 @@ def test_of_two_views_the_better_score_wins_and_then_the_smaller_sigma(frames):
     assert heights(seen(front, 0.6, 9, 1.5), seen(right, 0.6, 8, 1.6)) == [1.6]
     assert heights(seen(front, 0.6, 8, 1.5), seen(right, 0.6, np.nan, 1.6)) == [1.5]
     assert heights(seen(front, 0.5, 9, 1.5), seen(right, 0.6, 9, 1.6), distance=0.0) == [1.6, 1.5]
-    both = join([seen(front, 0.5, 9, 1.5), seen(front, 0.6, 9, 1.6)])  # neighbours in one image are its own suppression's business
+    both = join(
+        [seen(front, 0.5, 9, 1.5), seen(front, 0.6, 9, 1.6)]
+    )  # neighbours in one image are its own suppression's business
     assert heights(both, make_labels([], [], [], [], [])) == [1.6, 1.5]
 
 
@@ -603,7 +676,9 @@ def test_what_a_detector_does_not_tell_is_filled_and_500_boxes_are_kept(frames):
         "car": "vehicle.parked", "pedestrian": "pedestrian.moving", "barrier": ""
     }  # fmt: skip
     assert {tuple(box["velocity"]) for box in boxes} == {(0.0, 0.0)}
-    told = dataclasses.replace(labels, attribute=np.full(n, "vehicle.moving", object), velocity=np.tile([1.0, np.nan, 0.0], (n, 1)))
+    told = dataclasses.replace(
+        labels, attribute=np.full(n, "vehicle.moving", object), velocity=np.tile([1.0, np.nan, 0.0], (n, 1))
+    )
     boxes = nuscenes.merge_cameras([frame], {frame.id: told})[frame.group]
     assert {box["attribute_name"] for box in boxes} == {"vehicle.moving", "pedestrian.moving", ""}
     ahead = frame.pose[:2, 0]

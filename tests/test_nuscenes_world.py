@@ -9,9 +9,20 @@ import pytest
 from PIL import Image
 
 from data import DataConfig, Source, read_source
-from formats import nuscenes, nuscenes_world
+from formats import nuscenes
 from formats.index import FOLDER, Frames
-from formats.nuscenes_world import CAMERAS, CATEGORIES, LEVELS, PERIOD, SIZE, build_nuscenes_world, draw_scene, render_camera, token_of
+from world import cameras as nuscenes_world
+from world.cameras import (
+    CAMERAS,
+    CATEGORIES,
+    LEVELS,
+    PERIOD,
+    SIZE,
+    build_nuscenes_world,
+    draw_scene,
+    render_camera,
+    token_of,
+)
 
 SCENE = "scene-0103"
 
@@ -27,7 +38,9 @@ def tables(root):
 
 
 def contents(root):
-    files = [path for path in root.rglob("*") if path.is_file() and path.parent.name != FOLDER]  # the index of it lies there, too
+    files = [
+        path for path in root.rglob("*") if path.is_file() and path.parent.name != FOLDER
+    ]  # the index of it lies there, too
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -119,7 +132,9 @@ def test_hidden_objects_have_no_points(root, tables):
         _, rows, pixels, _, _ = render_camera(scene, channel, 0)
         count[rows] += pixels
     points = {row["token"]: row["num_lidar_pts"] for row in tables["sample_annotation"]}
-    found = [(points[token], count[i]) for i in range(len(count)) if (token := token_of(SCENE, "object", i, 0)) in points]
+    found = [
+        (points[token], count[i]) for i in range(len(count)) if (token := token_of(SCENE, "object", i, 0)) in points
+    ]
     assert [n for n, _ in found] == [pixels // 10 for _, pixels in found]
     assert 0 < sum(n == 0 for n, _ in found) < len(found)
 
@@ -163,15 +178,29 @@ def test_pictures_that_are_rounded_up_are_told(tmp_path, monkeypatch, caplog):
     assert build_nuscenes_world(tmp_path, "mini_val", 24).name.endswith("mini_val2")
     assert not caplog.messages
     for split, frames, told in (
-        ("mini_val", 25, "world_frames=25 is rounded up to 36 pictures of mini_val: 3 samples of 6 pictures in each of 2 scenes"),
-        ("mini_val", 1, "world_frames=1 is rounded up to 24 pictures of mini_val: 2 samples of 6 pictures in each of 2 scenes"),
-        ("mini_train", 600, "world_frames=600 is rounded up to 624 pictures of mini_train: 13 samples of 6 pictures in each of 8 scenes"),
+        (
+            "mini_val",
+            25,
+            "world_frames=25 is rounded up to 36 pictures of mini_val: 3 samples of 6 pictures in each of 2 scenes",
+        ),
+        (
+            "mini_val",
+            1,
+            "world_frames=1 is rounded up to 24 pictures of mini_val: 2 samples of 6 pictures in each of 2 scenes",
+        ),
+        (
+            "mini_train",
+            600,
+            "world_frames=600 is rounded up to 624 pictures of mini_train: 13 samples of 6 pictures in each of 8 scenes",
+        ),
     ):
         build_nuscenes_world(tmp_path, split, frames)
         assert caplog.messages.pop() == told
 
 
 def test_nine_of_the_ten_classes_are_there():
-    assert {nuscenes.CLASS_OF[name] for name in CATEGORIES.values()} == set(nuscenes.ATTRIBUTES) - {"construction_vehicle"}
+    assert {nuscenes.CLASS_OF[name] for name in CATEGORIES.values()} == set(nuscenes.ATTRIBUTES) - {
+        "construction_vehicle"
+    }
     scenes = [draw_scene(0, name) for name in nuscenes.scenes_of("mini_val")]
     assert {kind for scene in scenes for kind in scene.kind} >= set(CATEGORIES)

@@ -45,7 +45,9 @@ def make_object(id, image_id=0, name="car", center=(1.0, 1.0, 20.0), dimensions=
 OBJECTS = [
     make_object(1, bbox2D_tight=[300, 100, 390, 170], truncation=0.0, visibility=0.9),
     make_object(2, name="night stand", center=(-2, 0.5, 8), dimensions=(0.5, 0.6, 0.4), R=turn(y=20), visibility=0.3),
-    make_object(3, center=(4, 1, 15), R=turn(y=130) @ turn(x=180), bbox2D_trunc=[400, 100, 500, 180], truncation=0.4),  # upside down
+    make_object(
+        3, center=(4, 1, 15), R=turn(y=130) @ turn(x=180), bbox2D_trunc=[400, 100, 500, 180], truncation=0.4
+    ),  # upside down
     make_object(4, center=(0, 1, 30), R=turn(y=40, x=12), visibility=0.5),
     make_object(5, center=(3, 1, 30), R=turn(y=-160, x=-4, z=3)),
     make_object(6, image_id=7, valid3D=False, dimensions=(-1, -1, -1), bbox2D_tight=[10, 10, 60, 50]),
@@ -159,7 +161,10 @@ def test_images_that_are_not_there(omni3d, capsys):
     folder, _ = omni3d
     (folder / "SUN/kv1/a.jpg").unlink()
     assert convert(folder) == 0
-    assert f"1 images are not there, and their frames are left out: the first is {folder / 'SUN/kv1/a.jpg'}" in capsys.readouterr().out
+    assert (
+        f"1 images are not there, and their frames are left out: the first is {folder / 'SUN/kv1/a.jpg'}"
+        in capsys.readouterr().out
+    )
     assert len(jsonl.read_frames(folder / "out.jsonl")) == 1
     (folder / "SUN/kv1/b c.jpg").unlink()
     assert convert(folder) == 2
@@ -179,11 +184,23 @@ def test_images_that_are_not_there(omni3d, capsys):
             [{"id": 0, "width": 640, "height": 240, "file_path": "SUN/kv1/a.jpg", "K": [1, 2]}],
             "image 0: K is [1, 2], expected 3x3",
         ),
-        ("images", [{"id": 0, "width": "w", "height": 240, "file_path": "a", "K": K}], 'image 0: width is "w", expected a whole number'),
+        (
+            "images",
+            [{"id": 0, "width": "w", "height": 240, "file_path": "a", "K": K}],
+            'image 0: width is "w", expected a whole number',
+        ),
         ("annotations", [3], "annotation 3 lacks id, image_id, category_name, valid3D"),
-        ("annotations", [make_object(5, image_id=[9])], "annotation 5: image_id is [9], expected the id of one of 2 images"),
+        (
+            "annotations",
+            [make_object(5, image_id=[9])],
+            "annotation 5: image_id is [9], expected the id of one of 2 images",
+        ),
         ("annotations", [make_object(5, R_cam=None)], "annotation 5: R_cam is null, expected 3x3 finite numbers"),
-        ("annotations", [make_object(5, center_cam=[1, 2, "x"])], 'annotation 5: center_cam is [1, 2, "x"], expected 3 finite numbers'),
+        (
+            "annotations",
+            [make_object(5, center_cam=[1, 2, "x"])],
+            'annotation 5: center_cam is [1, 2, "x"], expected 3 finite numbers',
+        ),
         ("annotations", [make_object(5, R_cam=np.diag([1, 1, -1]).tolist())], "expected a rotation"),
     ],
 )

@@ -18,17 +18,17 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-import checkpoint
 import predict
-from checkpoint import save_weights
 from config import Config, to_dict
+from engine import checkpoint
+from engine.checkpoint import save_weights
 from formats import jsonl, video
 from formats.jsonl import read_frames
 from formats.kitti import read_calib, read_labels, split_projection, write_calib
-from frames import load_image
-from geometry import yaw_to_alpha
 from model import Detector, ModelConfig
 from predict import find_inputs, in_order, load_detector, main
+from scene.frames import load_image
+from scene.geometry import yaw_to_alpha
 
 P2 = np.array([[140.0, 0, 160, 9], [0, 140, 48, 1], [0, 0, 1, 0.01]])
 MODEL = ModelConfig(
@@ -103,7 +103,12 @@ def fails(capsys, *arguments):
 def test_outputs_agree_with_predict_and_kitti_files_lie_in_camera_0(run, image, tmp_path):
     write_calib(tmp_path / "calib.txt", P2)
     out = tmp_path / "out"
-    assert call(run, image, "--calib", tmp_path / "calib.txt", "--out", out, "--min-score", 0.07, "--nms-across-classes", 0) == 0
+    assert (
+        call(
+            run, image, "--calib", tmp_path / "calib.txt", "--out", out, "--min-score", 0.07, "--nms-across-classes", 0
+        )
+        == 0
+    )
     K, offset = split_projection(read_calib(tmp_path / "calib.txt"))
     found = load_detector(str(run)).predict(image, K)
     assert len(found)
@@ -118,7 +123,9 @@ def test_outputs_agree_with_predict_and_kitti_files_lie_in_camera_0(run, image, 
     assert results.center == pytest.approx(found.center - offset, abs=2e-4)
     assert results.size == pytest.approx(found.size, abs=1e-4)
     assert np.abs(offset).min() > 1e-3
-    assert results.alpha == pytest.approx(yaw_to_alpha(results.yaw, results.center), abs=2e-4)  # of that file's own x and z
+    assert results.alpha == pytest.approx(
+        yaw_to_alpha(results.yaw, results.center), abs=2e-4
+    )  # of that file's own x and z
     assert Image.open(out / "pictures/frame.png").width > 1440
 
 
@@ -140,7 +147,9 @@ def test_min_score_is_what_is_written(run, image, tmp_path):
     labels = read_frames(tmp_path / "o/predictions.jsonl")[0].labels
     assert len(labels) == (found.score >= level).sum()
     assert labels.score.min() >= level - 1e-6
-    call(run, image, *CAMERA, "--min-score", 0, "--out", tmp_path / "all", "--no-pictures")  # below the detector's own threshold
+    call(
+        run, image, *CAMERA, "--min-score", 0, "--out", tmp_path / "all", "--no-pictures"
+    )  # below the detector's own threshold
     assert 0 < read_frames(tmp_path / "all/predictions.jsonl")[0].labels.score.min() < MODEL.score_threshold
 
 
@@ -175,19 +184,25 @@ def test_a_turned_photograph_is_seen_upright(run, tmp_path, capsys):
     for image in (tmp_path / "phone.png", Image.open(tmp_path / "phone.png")):
         np.testing.assert_array_equal(detector.predict(image, K).box, expected.box)
     assert call(run, tmp_path / "phone.png", make_image(tmp_path / "plain.png"), *ALL, "--out", tmp_path / "o") == 0
-    assert "1 of them were turned as their EXIF says; the camera given counts as that of the turned picture" in capsys.readouterr().out
+    assert (
+        "1 of them were turned as their EXIF says; the camera given counts as that of the turned picture"
+        in capsys.readouterr().out
+    )
     np.testing.assert_allclose(read_frames(tmp_path / "o/predictions.jsonl")[0].labels.box, expected.box, atol=1e-4)
 
 
 def test_errors_about_the_camera(run, image, tmp_path, capsys):
-    assert "expected one of --calib FILE, --intrinsics FX FY CX CY, --hfov DEG and --cameras FILE.jsonl, got none" in fails(
-        capsys, run, image
+    assert (
+        "expected one of --calib FILE, --intrinsics FX FY CX CY, --hfov DEG and --cameras FILE.jsonl, got none"
+        in fails(capsys, run, image)
     )
     assert "got --intrinsics and --hfov" in fails(capsys, run, image, "--hfov", 80, "--intrinsics", 1, 2, 3, 4)
     for angle in (0, 180, -5, "nan"):
         assert "expected degrees between 0 and 180" in fails(capsys, run, image, "--hfov", angle)
     assert "--intrinsics is 0 140 160 48, expected" in fails(capsys, run, image, "--intrinsics", 0, 140, 160, 48)
-    assert "frame.png: the camera given does not suit it" in fails(capsys, run, image, "--intrinsics", 140, 140, 5000, 48)
+    assert "frame.png: the camera given does not suit it" in fails(
+        capsys, run, image, "--intrinsics", 140, 140, 5000, 48
+    )
     (tmp_path / "calib.txt").write_text("P0: 1 2 3\n")
     assert "calib.txt: no line 'P2: ...'" in fails(capsys, run, image, "--calib", tmp_path / "calib.txt")
     assert "none.txt: no such file" in fails(capsys, run, image, "--calib", tmp_path / "none.txt")
@@ -201,9 +216,13 @@ def test_errors_about_paths_come_before_anything_is_written(run, image, tmp_path
         capsys, run, image, tmp_path / "fram.png", "--hfov", 80
     )
     for path in (tmp_path / "empty", tmp_path / "empty/*.txt", tmp_path / "*.gif"):
-        assert f"{path}: no image or video there, looked for .png, .jpg" in fails(capsys, run, image, path, "--hfov", 80)
+        assert f"{path}: no image or video there, looked for .png, .jpg" in fails(
+            capsys, run, image, path, "--hfov", 80
+        )
     assert "--batch is 0, expected at least 1" in fails(capsys, run, image, "--hfov", 80, "--batch", 0)
-    assert "--min-score is 1.5, expected a number from 0 to 1" in fails(capsys, run, image, "--hfov", 80, "--min-score", 1.5)
+    assert "--min-score is 1.5, expected a number from 0 to 1" in fails(
+        capsys, run, image, "--hfov", 80, "--min-score", 1.5
+    )
     for device in ("gpu", "meta"):
         expected = f"--device is '{device}', expected cpu, cuda, cuda:1 and so on"
         assert expected in fails(capsys, run, image, "--hfov", 80, "--device", device)
@@ -216,14 +235,19 @@ def test_outputs_that_cannot_be_are_told_before_the_work(run, image, tmp_path, c
     """Or would be written over an input, which stays."""
     own = make_image(tmp_path / "out/pictures/mine.png")
     (tmp_path / "out/predictions.jsonl").write_text("")
-    assert f"{own} lies in a folder of {tmp_path / 'out'} that is made anew" in fails(capsys, run, own, *ALL, "--out", tmp_path / "out")
+    assert f"{own} lies in a folder of {tmp_path / 'out'} that is made anew" in fails(
+        capsys, run, own, *ALL, "--out", tmp_path / "out"
+    )
     assert own.exists()
     (tmp_path / "taken/predictions.jsonl").mkdir(parents=True)
     (tmp_path / "taken/results").mkdir()
     (tmp_path / "taken/results/mine.txt").write_text("mine")
     (tmp_path / "file").mkdir()
     (tmp_path / "file/results").write_text("mine")
-    for name, words in (("taken", "predictions.jsonl: there is a folder of that name"), ("file", "results is a file, expected a folder")):
+    for name, words in (
+        ("taken", "predictions.jsonl: there is a folder of that name"),
+        ("file", "results is a file, expected a folder"),
+    ):
         assert words in fails(capsys, run, image, *ALL, "--out", tmp_path / name)
     assert (tmp_path / "taken/results/mine.txt").exists()
     (tmp_path / "out/pictures/link.png").symlink_to(image)
@@ -260,7 +284,16 @@ def test_links_are_followed(run, tmp_path, capsys):
         with open(tmp_path / "two.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
     assert (
-        call(run, tmp_path / "a.png", tmp_path / "b.png", "--cameras", tmp_path / "two.jsonl", "--out", tmp_path / "two", "--no-pictures")
+        call(
+            run,
+            tmp_path / "a.png",
+            tmp_path / "b.png",
+            "--cameras",
+            tmp_path / "two.jsonl",
+            "--out",
+            tmp_path / "two",
+            "--no-pictures",
+        )
         == 0
     )
     assert [frame.K[0, 0] for frame in read_frames(tmp_path / "two/predictions.jsonl")] == [140, 150]
@@ -279,9 +312,16 @@ def test_what_cannot_be_read_is_passed_over(run, image, tmp_path, capsys, batch)
     Image.fromarray(np.zeros((96, 320), np.float32)).save(folder / "o.tif")
     assert call(run, folder, *ALL, "--batch", batch) == 1
     told = capsys.readouterr()
-    for text in ("b.png: cannot read the image", "c.png: cannot read the image", "n.jpg: the camera given does not suit it: focal lengths"):
+    for text in (
+        "b.png: cannot read the image",
+        "c.png: cannot read the image",
+        "n.jpg: the camera given does not suit it: focal lengths",
+    ):
         assert text in told.err
-    assert "o.tif: cannot read the image: its pixels are floating-point numbers of unknown range, expected 8 or 16 bits" in told.err
+    assert (
+        "o.tif: cannot read the image: its pixels are floating-point numbers of unknown range, expected 8 or 16 bits"
+        in told.err
+    )
     assert "4 were passed over, the first: " in told.err
     assert "in 3 pictures" in told.out
     assert [frame.id for frame in read_frames("predictions/predictions.jsonl")] == ["a", "m", "z"]
@@ -290,7 +330,15 @@ def test_what_cannot_be_read_is_passed_over(run, image, tmp_path, capsys, batch)
 
 def test_folders_patterns_and_names(tmp_path):
     """A name is the place below what was given; longer where it has to be; nothing is taken twice, hidden, or from the outputs."""
-    for name in ("in/a/1.png", "in/b/1.png", "in/b/deep/2.JPG", "in/.trash/3.png", "in/b/._1.png", "in/out/4.png", "other/1.png"):
+    for name in (
+        "in/a/1.png",
+        "in/b/1.png",
+        "in/b/deep/2.JPG",
+        "in/.trash/3.png",
+        "in/b/._1.png",
+        "in/out/4.png",
+        "other/1.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "in/b/clip.mp4").write_bytes(b"")
@@ -328,7 +376,9 @@ def test_outputs_lie_as_the_inputs_do(run, tmp_path):
     assert not (tmp_path / "bare/pictures").exists()
     bare = read_frames(tmp_path / "bare/predictions.jsonl")
     for drawn, plain in zip(frames, bare, strict=True):
-        np.testing.assert_allclose(drawn.labels.score, plain.labels.score, atol=2e-6)  # rounded, of batches of 2 and of 3
+        np.testing.assert_allclose(
+            drawn.labels.score, plain.labels.score, atol=2e-6
+        )  # rounded, of batches of 2 and of 3
 
 
 def test_large_jpegs_are_drawn_where_their_boxes_are(run, tmp_path, monkeypatch):
@@ -337,7 +387,9 @@ def test_large_jpegs_are_drawn_where_their_boxes_are(run, tmp_path, monkeypatch)
     drawn = []
     draw = predict.draw_frame
     monkeypatch.setattr(
-        predict, "draw_frame", lambda pixels, K, *rest, **more: drawn.append((pixels.shape, K)) or draw(pixels, K, *rest, **more)
+        predict,
+        "draw_frame",
+        lambda pixels, K, *rest, **more: drawn.append((pixels.shape, K)) or draw(pixels, K, *rest, **more),
     )
     camera = ("--intrinsics", 1404.5, 1404.5, 1604.5, 484.5, "--min-score", 0.07)
     assert call(run, tmp_path / "large.jpg", *camera, "--out", tmp_path / "a") == 0
@@ -376,10 +428,15 @@ def test_cameras_from_json_lines(run, tmp_path, capsys):
             "K: expected 3x3 numbers, got shape (3, 4); formats.kitti.split",
         ),
         (
-            "\n".join(f'{{"image": "in/1.png", "K": [[{f}, 0, 99], [0, {f}, 50], [0, 0, 1]]}}' for f in (300, 300, 301)),
+            "\n".join(
+                f'{{"image": "in/1.png", "K": [[{f}, 0, 99], [0, {f}, 50], [0, 0, 1]]}}' for f in (300, 300, 301)
+            ),
             "cameras.jsonl:3: another K for in/1.png than on line 1, expected one camera",
         ),
-        ('{"image": "in/1.png", "K": [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]}', "cameras.jsonl:1: K: focal lengths -1, 1 px are not both > 0"),
+        (
+            '{"image": "in/1.png", "K": [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]}',
+            "cameras.jsonl:1: K: focal lengths -1, 1 px are not both > 0",
+        ),
     ):
         cameras.write_text(bad)
         assert words in fails(capsys, run, one, "--cameras", cameras)
@@ -433,7 +490,12 @@ def test_a_mistake_in_code_keeps_its_traceback(run, image, monkeypatch):
     def broken(*_, **__):
         raise ValueError("shapes do not match")
 
-    for owner, name in ((Detector, "detect"), (predict, "draw_frame"), (predict, "place_image"), (predict, "write_labels")):
+    for owner, name in (
+        (Detector, "detect"),
+        (predict, "draw_frame"),
+        (predict, "place_image"),
+        (predict, "write_labels"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, broken)
             with pytest.raises(ValueError, match="shapes do not match"):
@@ -445,8 +507,12 @@ def test_a_mistake_in_code_keeps_its_traceback(run, image, monkeypatch):
 
 
 def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):
-    assert "no such folder, expected a run or a checkpoint; near it are a" in fails(capsys, run.parent / "aa", image, "--hfov", 80)
-    assert "no weights there: looked for model.safetensors, best/model.safetensors" in fails(capsys, tmp_path, image, "--hfov", 80)
+    assert "no such folder, expected a run or a checkpoint; near it are a" in fails(
+        capsys, run.parent / "aa", image, "--hfov", 80
+    )
+    assert "no weights there: looked for model.safetensors, best/model.safetensors" in fails(
+        capsys, tmp_path, image, "--hfov", 80
+    )
     assert "no such folder" in fails(capsys, image, image, "--hfov", 80)
     broken = tmp_path / "broken"
     save_weights(broken, Detector(MODEL), to_dict(Config(model=MODEL)), {}, {})
@@ -463,7 +529,9 @@ def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):
 
 def test_a_hub_id_is_fetched_and_one_that_cannot_be_is_told_soon(run, image, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "snapshot_download", lambda name, allow_patterns: {"me/mine": str(run / "best")}[name])
+        patch.setattr(
+            checkpoint, "snapshot_download", lambda name, allow_patterns: {"me/mine": str(run / "best")}[name]
+        )
         assert call("me/mine", image, *ALL) == 0
     address = "http://127.0.0.1:9"  # where nothing listens
     for name, value in {
@@ -473,7 +541,9 @@ def test_a_hub_id_is_fetched_and_one_that_cannot_be_is_told_soon(run, image, tmp
         "HF_HUB_OFFLINE": False,
     }.items():
         monkeypatch.setattr(constants, name, value)
-    assert "runs/typo: no such folder here, and not loaded from the hub either: " in fails(capsys, "runs/typo", image, "--hfov", 80)
+    assert "runs/typo: no such folder here, and not loaded from the hub either: " in fails(
+        capsys, "runs/typo", image, "--hfov", 80
+    )
 
 
 def test_as_a_command(run, image, tmp_path):
@@ -494,7 +564,12 @@ def test_a_video_comes_back_with_its_boxes(run, image, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     write_clip(tmp_path / "in/clip.mov", 11)
     assert call(run, tmp_path / "in", image, *DRAWN, "--out", tmp_path / "out", "--batch", 4) == 0
-    assert tree(tmp_path / "out") == ["pictures/clip.mp4", "pictures/frame.png", "predictions.jsonl", "results/frame.txt"]
+    assert tree(tmp_path / "out") == [
+        "pictures/clip.mp4",
+        "pictures/frame.png",
+        "predictions.jsonl",
+        "results/frame.txt",
+    ]
     ids = [json.loads(line)["id"] for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
     assert ids == ["frame", *(f"clip.mov/{number:06d}" for number in range(11))]
     detector = load_detector(str(run))
@@ -552,4 +627,6 @@ def test_a_turned_video_is_seen_upright(tmp_path):
 def test_a_video_without_its_package_is_told_before_anything_is_loaded(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "clip.mp4").write_bytes(b"")
-    assert "videos are read by PyAV, which is not installed: pip install av" in fails(capsys, run, tmp_path / "clip.mp4", "--hfov", 80)
+    assert "videos are read by PyAV, which is not installed: pip install av" in fails(
+        capsys, run, tmp_path / "clip.mp4", "--hfov", 80
+    )

@@ -100,13 +100,21 @@ def import_quietly(modules):
 
 def test_reading_data_and_computing_metrics_need_neither_timm_nor_accelerate():
     assert (
-        import_quietly("geometry, frames, data, formats.kitti, formats.jsonl, formats.world, metrics.kitti, draw, targets, evaluate") == []
+        import_quietly(
+            "geometry, frames, data, formats.kitti, formats.jsonl, world.street, metrics.kitti, draw, targets, evaluate"
+        )
+        == []
     )
 
 
 def test_the_detector_needs_no_formats():
     code = "import sys; from model import Detector; print(*[m for m in sys.modules if m.split('.')[0] in ('formats', 'metrics', 'data')])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split() == []
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        == []
+    )
 
 
 def test_importing_everything_changes_nothing():
@@ -123,11 +131,17 @@ def test_modules_are_documented():
 
 
 def text_files():
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     paths = [ROOT / line for line in listed.stdout.splitlines()]
-    return [p for p in paths if p.is_file() and p.suffix in (".py", ".md", ".toml", ".txt", ".sh", ".json", "") and p.stat().st_size < 2e6]
+    return [
+        p
+        for p in paths
+        if p.is_file() and p.suffix in (".py", ".md", ".toml", ".txt", ".sh", ".json", "") and p.stat().st_size < 2e6
+    ]
 
 
 def test_no_file_knows_one_machine():
@@ -168,7 +182,10 @@ def test_the_readme_is_short(readme):
 
 def test_files_that_the_readme_names_exist(readme):
     named = set(
-        re.findall(r"(?<![\w/.-])((?:configs/|tests/|docs/|formats/|metrics/|tools/)?[\w]+\.(?:py|sh|txt|png|jpg))(?![\w/])", readme)
+        re.findall(
+            r"(?<![\w/.-])((?:configs/|tests/|docs/|formats/|metrics/|tools/)?[\w]+\.(?:py|sh|txt|png|jpg))(?![\w/])",
+            readme,
+        )
     )
     named |= set(re.findall(r"\]\(([^)#:]+)\)", readme))
     folders = ("configs/", "tests/", "docs/", "formats/", "metrics/", "tools/")
@@ -193,7 +210,9 @@ def test_keys_that_the_readme_uses_exist(readme):
 def test_the_documents_name_every_loss(readme):
     from losses import LossConfig
 
-    assert not [name for name in LossConfig.__dataclass_fields__ if name not in readme + (ROOT / "RESULTS.md").read_text()]
+    assert not [
+        name for name in LossConfig.__dataclass_fields__ if name not in readme + (ROOT / "RESULTS.md").read_text()
+    ]
 
 
 def test_the_config_that_the_readme_shows_is_one(readme):

@@ -15,11 +15,12 @@ import evaluate
 import train
 from config import Config
 from data import DataConfig, Detection3D, Source, collate
-from formats import nuscenes, nuscenes_world
-from frames import whole_view
+from formats import nuscenes
 from metrics.nuscenes import RANGE, nuscenes_metrics
 from model import Detector, ModelConfig, to_labels
+from scene.frames import whole_view
 from targets import assign, encode
+from world import cameras as nuscenes_world
 
 CLASSES = tuple(nuscenes.ATTRIBUTES)
 MODEL = ModelConfig(
@@ -52,7 +53,9 @@ def detect_truth(frames):
     """Labels of each frame as `Detector.select` finds them in the outputs that `encode` makes of its objects, one location each."""
     torch.manual_seed(0)
     model = Detector(MODEL).eval()
-    dataset = Detection3D(frames, CLASSES, MODEL.size, DataConfig(), False, velocity=True, attributes=MODEL.attribute_names)
+    dataset = Detection3D(
+        frames, CLASSES, MODEL.size, DataConfig(), False, velocity=True, attributes=MODEL.attribute_names
+    )
     found = {}
     for frame in frames:
         view = whole_view(1600, 900, MODEL.size)
@@ -67,7 +70,9 @@ def detect_truth(frames):
             slot = slots[targets.centerness[0, slots].argmax()]
             logits[0, targets.location[0, slot], targets.label[0, slot]] = 20.0
             raw[0, targets.location[0, slot]] = encoded[0, slot]
-        found[frame.id] = to_labels(model.select(logits, raw, batch["K"])[0], view, CLASSES, attributes=MODEL.attribute_names)
+        found[frame.id] = to_labels(
+            model.select(logits, raw, batch["K"])[0], view, CLASSES, attributes=MODEL.attribute_names
+        )
     return found
 
 
@@ -86,7 +91,9 @@ def test_ground_truth_through_the_whole_path_has_no_error(truth, frames, found, 
     """Encode, decode, merge, write, read, evaluate: AP 1 of every class that is there, and no error, velocity and attribute included."""
     nuscenes.write_results(tmp_path / "results.json", nuscenes.merge_cameras(frames, found))
     results, _ = nuscenes.read_results(tmp_path / "results.json", truth.tokens)
-    truth = dataclasses.replace(truth, boxes=plain(truth.boxes, truth), racks=truth.racks[:0], rack_sample=truth.rack_sample[:0])
+    truth = dataclasses.replace(
+        truth, boxes=plain(truth.boxes, truth), racks=truth.racks[:0], rack_sample=truth.rack_sample[:0]
+    )
     metrics = nuscenes_metrics(truth, plain(results, truth))
     for name in CLASSES:
         if name == "construction_vehicle":  # of which there is none
@@ -126,7 +133,10 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
             Detection3D(frames[:7], CLASSES, MODEL.size, config, False),
             dataclasses.replace(config, val=(dataclasses.replace(config.val[0], limit=7),)),
         ),
-        "data.overlap and train.eval_repeat belong to KITTI's metrics": (dataset, dataclasses.replace(config, overlap={"car": (0.5,) * 3})),
+        "data.overlap and train.eval_repeat belong to KITTI's metrics": (
+            dataset,
+            dataclasses.replace(config, overlap={"car": (0.5,) * 3}),
+        ),
     }
     for sentence, (data, wrong) in refusals.items():
         with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -138,7 +148,12 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
     part = evaluate.compute_sample_metrics(Detection3D(frames[:6], CLASSES, MODEL.size, few, False), found, few)
     assert part["label_aps"] != metrics["label_aps"]
     evaluate.write_evaluation(tmp_path / "run", dataset, metrics, found)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"results_nusc.json", "predictions.jsonl", "metrics.json", "worst.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "results_nusc.json",
+        "predictions.jsonl",
+        "metrics.json",
+        "worst.png",
+    }
     again = nuscenes_metrics(truth, nuscenes.read_results(tmp_path / "run/results_nusc.json", truth.tokens)[0])
     assert again["nd_score"] == pytest.approx(metrics["NDS"], abs=1e-6)
     assert evaluate.format_metrics(metrics).endswith(f"NDS {metrics['NDS']:.4f}")
@@ -171,7 +186,9 @@ def test_a_run_follows_nds(tmp_path, monkeypatch, capsys):
     assert f"NDS: {metrics['NDS']:.4f}, best: {metrics['NDS']:.4f}" in said
     assert (tmp_path / "run/predictions.png").stat().st_size > 1000
     AcceleratorState._reset_state(reset_partial_state=True)
-    outputs = run_processes(2, str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "two"))  # cameras of a sample apart
+    outputs = run_processes(
+        2, str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "two")
+    )  # cameras of a sample apart
     assert [f"mAP {metrics['mAP']:.4f}   NDS {metrics['NDS']:.4f}" in text for text in outputs] == [True, False]
     evaluate.main([str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "one")])
     one, two = (json.loads((tmp_path / name / "results_nusc.json").read_text())["results"] for name in ("one", "two"))

@@ -8,15 +8,28 @@ import pytest
 import torch
 from conftest import KITTI_SIZES
 from PIL import Image
-from scenes import BEHIND, CAR, FAR, MODEL, PERSON, SIZE, TRUNCATED, K, all_losses, make_batch, make_sample, random_outputs
+from scenes import (
+    BEHIND,
+    CAR,
+    FAR,
+    MODEL,
+    PERSON,
+    SIZE,
+    TRUNCATED,
+    K,
+    all_losses,
+    make_batch,
+    make_sample,
+    random_outputs,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import DataConfig, Detection3D, collate
 from formats.index import Frames
-from frames import Frame, make_labels, whole_view
-from geometry import wrap_angle
 from losses import keep_best
 from model import Detector, ModelConfig
+from scene.frames import Frame, make_labels, whole_view
+from scene.geometry import wrap_angle
 from targets import assign, encode, level_of, measure_priors, settle, target_points
 
 
@@ -63,7 +76,10 @@ def test_cells_outside_the_image_are_left_out(model):
 
 
 def test_the_nearest_centre_wins_a_cell(model):
-    left, right = at_pixel(99.5, 51.5, 20), at_pixel(115.5, 51.5, 20, depth=10)  # two cells apart: the column between is shared
+    left, right = (
+        at_pixel(99.5, 51.5, 20),
+        at_pixel(115.5, 51.5, 20, depth=10),
+    )  # two cells apart: the column between is shared
     found = cells(assign(make_batch([left, right]), MODEL), model)
     assert len(found[0]) + len(found[1]) == 15
     assert not set(found[0]) & set(found[1])
@@ -73,7 +89,8 @@ def test_the_nearest_centre_wins_a_cell(model):
 
 
 @pytest.mark.parametrize(
-    "objects", [[CAR, PERSON, FAR], [at_pixel(99.5, 51.5, 20), at_pixel(115.5, 51.5, 20, 10), at_pixel(107.5, 60, 20, 15)]]
+    "objects",
+    [[CAR, PERSON, FAR], [at_pixel(99.5, 51.5, 20), at_pixel(115.5, 51.5, 20, 10), at_pixel(107.5, 60, 20, 15)]],
 )
 def test_the_order_of_objects_does_not_matter(model, objects):
     forward, backward = (cells(assign(make_batch(o), MODEL), model) for o in (objects, objects[::-1]))
@@ -89,7 +106,10 @@ def test_equal_objects_are_settled_by_their_order_and_lose_no_cell(model):
 def test_settle_against_a_plain_loop():
     rng = np.random.default_rng(0)
     location = torch.from_numpy(rng.integers(0, 30, (2, 12, 9)))
-    proposed, distance = torch.from_numpy(rng.random((2, 12, 9)) < 0.8), torch.from_numpy(rng.integers(0, 4, (2, 12, 9)) / 2.0)
+    proposed, distance = (
+        torch.from_numpy(rng.random((2, 12, 9)) < 0.8),
+        torch.from_numpy(rng.integers(0, 4, (2, 12, 9)) / 2.0),
+    )
     depth = torch.from_numpy(rng.integers(1, 4, (2, 12)) * 10.0)
     place, positive = settle(location, proposed, distance, depth, 30)
     for image in range(2):
@@ -99,7 +119,9 @@ def test_settle_against_a_plain_loop():
             if proposed[image, o, c]:
                 rank = (distance[image, o, c].item() + 1e-4 * depth[image, o].item(), slot)
                 winners[location[image, o, c].item()] = min(winners.get(location[image, o, c].item(), (9, 9)), rank)
-        assert {(place[image, s].item(), s) for s in positive[image].nonzero()[:, 0].tolist()} == {(p, s) for p, (_, s) in winners.items()}
+        assert {(place[image, s].item(), s) for s in positive[image].nonzero()[:, 0].tolist()} == {
+            (p, s) for p, (_, s) in winners.items()
+        }
 
 
 def test_a_truncated_centre_goes_to_the_border_on_the_line_from_the_box(model):
@@ -234,9 +256,10 @@ class NoHostSync(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         name = function.name()
-        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")) or (
-            name.startswith(("aten::greater_equal", "aten::less_equal", "aten::not_equal"))
-        ), name
+        assert not any(
+            word in name
+            for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+        ) or (name.startswith(("aten::greater_equal", "aten::less_equal", "aten::not_equal"))), name
         if name.startswith(("aten::index.Tensor", "aten::index_put")):
             assert not any(i is not None and i.dtype == torch.bool for i in arguments[1]), f"{name} with a mask"
         return function(*arguments, **(options or {}))
@@ -251,10 +274,17 @@ def test_an_object_keeps_its_best_cells(model):
     """As many as the overlaps of its nine boxes sum up to, the best by score and overlap; one that is hopeless keeps one."""
     batch = make_batch([at_pixel(100, 50, 20), at_pixel(200, 40, 40)])
     targets = assign(batch, MODEL)
-    logits, share = torch.zeros(1, len(model.location_stride), len(MODEL.classes)), torch.zeros(1, targets.object.shape[1])
-    share[0, :9] = torch.tensor([0.9, 0.5, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])  # 2.8 in all; the other object's overlap nowhere
+    logits, share = (
+        torch.zeros(1, len(model.location_stride), len(MODEL.classes)),
+        torch.zeros(1, targets.object.shape[1]),
+    )
+    share[0, :9] = torch.tensor(
+        [0.9, 0.5, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    )  # 2.8 in all; the other object's overlap nowhere
     side = targets.box[..., 2:3] - targets.box[..., :1]
-    box = torch.cat([targets.box[..., :2], targets.box[..., 2:3] - side * (1 - share[..., None]), targets.box[..., 3:]], -1)
+    box = torch.cat(
+        [targets.box[..., :2], targets.box[..., 2:3] - side * (1 - share[..., None]), targets.box[..., 3:]], -1
+    )
     kept = keep_best(targets, said_of(targets, box=box), logits, 16)
     assert kept.positive[0, :9].nonzero()[:, 0].tolist() == [0, 1, 2]
     assert kept.positive[0, 9:18].sum() == 1
@@ -263,7 +293,9 @@ def test_an_object_keeps_its_best_cells(model):
     logits[0, targets.location[0, [0, 1]], targets.label[0, 0]] = -20.0
     kept = keep_best(targets, said_of(targets, box=box), logits, 16)
     assert kept.positive[0, :9].nonzero()[:, 0].tolist() == [2, 3, 4]
-    assert keep_best(targets, said_of(targets), logits, 16).positive.equal(targets.positive)  # who overlaps wholly keeps all
+    assert keep_best(targets, said_of(targets), logits, 16).positive.equal(
+        targets.positive
+    )  # who overlaps wholly keeps all
 
 
 def test_what_is_not_finite_keeps_its_cell(model):
@@ -307,7 +339,9 @@ def test_every_real_label_gets_a_positive_location(kitti_frames, size):
             samples.append({**sample, **dict.fromkeys(("image", "index", "skipped"), torch.zeros(1))})
         batch = collate(samples)
         targets = assign(batch, config)
-        has = torch.zeros(batch["valid"].shape, dtype=torch.long).scatter_add(1, targets.object, targets.positive.long())
+        has = torch.zeros(batch["valid"].shape, dtype=torch.long).scatter_add(
+            1, targets.object, targets.positive.long()
+        )
         count += int(batch["valid"].sum())
         covered += int((has[batch["valid"]] > 0).sum())
     labelled = sum(np.isin(f.labels.name.astype(str), config.classes).sum() for f in every)
@@ -324,13 +358,17 @@ def test_priors_are_the_means_of_the_labels(tmp_path):
                              [o[1] for o in scene] or np.zeros((0, 3)), [o[3] for o in scene])  # fmt: skip
         sample_frames.append(Frame(str(i), tmp_path / "a.png", K, labels, np.zeros(3)))
     config = dataclasses.replace(MODEL, size_prior=(), depth_mean=(), depth_std=())
-    twice = Detection3D(Frames(Frames.of(sample_frames).parts * 2), config.classes, SIZE, DataConfig(), True)  # repeats do not count twice
+    twice = Detection3D(
+        Frames(Frames.of(sample_frames).parts * 2), config.classes, SIZE, DataConfig(), True
+    )  # repeats do not count twice
     measured = measure_priors(twice, config)
     np.testing.assert_allclose(measured.size_prior[0], [4.2, 1.55, 1.85], atol=1e-3)
     np.testing.assert_allclose(measured.size_prior[1], [0.7, 1.8, 0.6], atol=1e-3)
     everything = np.mean([CAR[2], PERSON[2], FAR[2]], axis=0)
     np.testing.assert_allclose(measured.size_prior[2], everything, atol=1e-3)  # no cyclist: as all objects
-    assert measured.depth_mean[0] == pytest.approx(np.mean([16, 12, 40]) * 700 / 185, rel=1e-3)  # fewer than four: as all objects
+    assert measured.depth_mean[0] == pytest.approx(
+        np.mean([16, 12, 40]) * 700 / 185, rel=1e-3
+    )  # fewer than four: as all objects
     assert measure_priors(twice, MODEL) == MODEL  # what is set stays
     with pytest.raises(ValueError, match="none of the 1 training frames holds an object of Car, Pedestrian, Cyclist"):
         measure_priors(Detection3D(sample_frames[2:], config.classes, SIZE, DataConfig(), True), config)

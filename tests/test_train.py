@@ -28,16 +28,16 @@ from conftest import ROOT, launch, tiny
 from safetensors.torch import load_file
 from timm.optim import muon
 
-import guard
 import train
-from checkpoint import amend_checkpoint
 from config import Config, TrainConfig, read_config
 from data import DataConfig, Source, StepBatches, UserError, loading, make_loader, read_source, seed_of
+from engine import guard
+from engine.checkpoint import amend_checkpoint, read_meta
+from engine.guard import Window, crosses, place_in_epoch
+from engine.optimizer import Muon, count_blocks, is_matrix, lr_at, make_optimizer, orthogonalise
 from formats.kitti import read_split
-from guard import Window, crosses, place_in_epoch
 from losses import LossConfig
-from model import Detector, ModelConfig, checkpoint_backbone, read_meta
-from optimizer import Muon, count_blocks, is_matrix, lr_at, make_optimizer, orthogonalise
+from model import Detector, ModelConfig, checkpoint_backbone
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - Epoch \[(\d+)\]\[(\d+)/(\d+)\]  lr: \d\.\d{5}, eta: \d+:\d\d:\d\d, "
@@ -61,7 +61,11 @@ def hashes(folder):
         if (folder / name).exists():
             found[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
-    values = [(i, name, value.tolist() if torch.is_tensor(value) else value) for i in state for name, value in sorted(state[i].items())]
+    values = [
+        (i, name, value.tolist() if torch.is_tensor(value) else value)
+        for i in state
+        for name, value in sorted(state[i].items())
+    ]
     return {**found, "optimizer": hashlib.sha256(repr(values).encode()).hexdigest()}
 
 
@@ -108,7 +112,16 @@ def test_a_run_leaves_what_it_should(tiny_run):
     text = finished.stdout
     assert "1 process(es) on cpu" in text
     assert "6 steps of 2 images, 4 an epoch" in text
-    for words in ("Car", "Pedestrian", "Cyclist", "easy", "moderate", "hard", str(out / "predictions.png"), f"evaluate.py {out}"):
+    for words in (
+        "Car",
+        "Pedestrian",
+        "Cyclist",
+        "easy",
+        "moderate",
+        "hard",
+        str(out / "predictions.png"),
+        f"evaluate.py {out}",
+    ):
         assert words in text
     assert "Traceback" not in finished.stderr
 
@@ -119,7 +132,10 @@ def test_log_lines_have_the_agreed_form(tiny_run):
     assert len(lines) == 6
     matches = [LINE.match(line) for line in lines]
     assert all(matches), lines
-    assert [m.groups()[:3] for m in matches] == [("1", str(i), "4") for i in (1, 2, 3, 4)] + [("2", "1", "4"), ("2", "2", "4")]
+    assert [m.groups()[:3] for m in matches] == [("1", str(i), "4") for i in (1, 2, 3, 4)] + [
+        ("2", "1", "4"),
+        ("2", "2", "4"),
+    ]
     assert all(line in finished.stdout for line in lines)
 
 
@@ -133,7 +149,9 @@ def test_log_records_have_the_agreed_keys(tiny_run):
     rows = records(out)
     assert len(rows) == 6
     for i, row in enumerate(rows):
-        assert set(row) == {"mode", "epoch", "iter", "step", "lr", "memory", "data_time", "time", "loss", "grad_norm"} | on
+        assert (
+            set(row) == {"mode", "epoch", "iter", "step", "lr", "memory", "data_time", "time", "loss", "grad_norm"} | on
+        )
         assert (row["epoch"], row["iter"], row["step"]) == (i // 4 + 1, i % 4 + 1, i + 1)
         assert row["lr"] == pytest.approx(lr_at(i, 6, config.train))
         assert 0 <= row["data_time"] <= row["time"]
@@ -150,7 +168,9 @@ def test_best_loads_and_priors_are_filled_in(tiny_run):
     assert "AP_R40, per cent" in detector.card
     assert len(detector.config.depth_mean) == len(detector.config.strides)
     last = load_file(out / "checkpoints/step_00000006/model.safetensors")
-    assert all(torch.equal(value, last[name]) for name, value in detector.state_dict().items())  # one evaluation, at the end
+    assert all(
+        torch.equal(value, last[name]) for name, value in detector.state_dict().items()
+    )  # one evaluation, at the end
     raw = load_file(out / "checkpoints/step_00000006/model_1.safetensors")
     assert not torch.equal(raw["box_predictor.weight"], last["box_predictor.weight"])  # the published ones are averages
 
@@ -182,7 +202,9 @@ def test_a_resumed_run_asks_the_hub_for_nothing(tiny_run, tmp_path, here, monkey
     monkeypatch.setattr(timm, "create_model", hub)
     for fetched in (True, False):
         asked.clear()
-        code, _, err = here(*tiny(tiny_run[0], tmp_path / "out", "train.steps=2", "model.backbone=resnet10t", "model.pretrained=true"))
+        code, _, err = here(
+            *tiny(tiny_run[0], tmp_path / "out", "train.steps=2", "model.backbone=resnet10t", "model.pretrained=true")
+        )
         assert code == 0, err
         assert any(asked) == fetched
     assert read_config(tmp_path / "out/config.json").model.pretrained
@@ -203,18 +225,24 @@ def test_two_processes_train_like_one(tiny_run, tmp_path, here):
     for a, b in zip(ours, theirs, strict=True):
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
-    first, second = (load_file(tmp_path / name / "checkpoints/step_00000004/model_1.safetensors") for name in ("one", "two"))
+    first, second = (
+        load_file(tmp_path / name / "checkpoints/step_00000004/model_1.safetensors") for name in ("one", "two")
+    )
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-2, atol=1e-4)
 
 
 def test_accumulation_sees_the_same_images_in_fewer_steps(tiny_run, tmp_path, here):
     world = tiny_run[0]
-    code, out, err = here(*tiny(world, tmp_path / "a", "train.accumulate=2", "train.steps=3", "model.norm=frozen", "train.warmup=0"))
+    code, out, err = here(
+        *tiny(world, tmp_path / "a", "train.accumulate=2", "train.steps=3", "model.norm=frozen", "train.warmup=0")
+    )
     assert code == 0, err
     assert "3 steps of 4 images, 2 an epoch" in out
     assert [r["step"] for r in records(tmp_path / "a")] == [1, 2, 3]
-    code, _, err = here(*tiny(world, tmp_path / "a", "train.steps=3", "model.norm=frozen", "train.warmup=0", "train.batch_size=1"))
+    code, _, err = here(
+        *tiny(world, tmp_path / "a", "train.steps=3", "model.norm=frozen", "train.warmup=0", "train.batch_size=1")
+    )
     assert code == 2
     assert re.search(r"its global batch was 4 and is now 1: not the same run", err)
 
@@ -226,7 +254,13 @@ def test_accumulated_parts_are_one_batch(tiny_run, tmp_path, here):
         (root / f"training/label_2/{id}.txt").write_text("")
     found = {}
     for name, batch, parts, processes in (("one", 4, 1, 1), ("parts", 1, 4, 1), ("both", 1, 2, 2)):
-        more = ("model.norm=frozen", "train.steps=2", "model.pretrained=false", f"train.batch_size={batch}", f"train.accumulate={parts}")
+        more = (
+            "model.norm=frozen",
+            "train.steps=2",
+            "model.pretrained=false",
+            f"train.batch_size={batch}",
+            f"train.accumulate={parts}",
+        )
         arguments = (ROOT / "configs/kitti.py", *tiny(root, tmp_path / name, *more, kitti=True))
         if processes == 1:
             code, _, err = here(*arguments)
@@ -235,7 +269,11 @@ def test_accumulated_parts_are_one_batch(tiny_run, tmp_path, here):
             assert launch(*arguments, processes=processes).returncode == 0
         found[name] = losses_of(tmp_path / name)
     order = [StepBatches(8, 1, 0, 1, 0, 0, 8).at(micro)[0][1] for micro in range(8)]
-    assert {len(np.intersect1d(order[i : i + 4], range(0, 8, 3))) for i in (0, 4)} <= {1, 2, 3}  # some parts are empty, some are not
+    assert {len(np.intersect1d(order[i : i + 4], range(0, 8, 3))) for i in (0, 4)} <= {
+        1,
+        2,
+        3,
+    }  # some parts are empty, some are not
     for name in ("parts", "both"):
         for ours, theirs in zip(found["one"], found[name], strict=True):
             assert theirs == pytest.approx(ours, rel=2e-4), name
@@ -249,7 +287,10 @@ def test_every_key_is_read(tiny_run, tmp_path, here, monkeypatch):
 
     def watch(self, name):
         caller = sys._getframe(1).f_code
-        if Path(caller.co_filename).name not in ("config.py", "dataclasses.py", "copy.py") and caller.co_name != "__post_init__":
+        if (
+            Path(caller.co_filename).name not in ("config.py", "dataclasses.py", "copy.py")
+            and caller.co_name != "__post_init__"
+        ):
             read.add((type(self), name))
         return normal(self, name)
 
@@ -276,7 +317,8 @@ def test_weights_can_be_loaded_from_another_run(tiny_run, tmp_path, here):
     code, out, err = here(*tiny(world, tmp_path / "a", *quick, f"load_from={whole}", "model.predict_yaw=true"))
     assert code == 0, err
     found = re.search(
-        r"load_from .*model\.safetensors: (\d+) of \1 tensors; classes kept (.*); outputs kept centerness, .*; new yaw\n", out
+        r"load_from .*model\.safetensors: (\d+) of \1 tensors; classes kept (.*); outputs kept centerness, .*; new yaw\n",
+        out,
     )
     assert found[2] == "Car, Pedestrian, Cyclist"
     code, _, err = here(*tiny(world, tmp_path / "b", *quick, f"load_from={tmp_path / 'nowhere'}"))
@@ -294,7 +336,9 @@ def copy_as_kitti(world, folder):
 def break_label(change):
     def spoil(root, id):
         path = root / f"training/label_2/{id}.txt"
-        lines = path.read_text().splitlines() or ["Car 0.10 1 1.50 100 120 180 160 1.50 1.80 4.20 -3.00 1.70 20.00 1.35"]
+        lines = path.read_text().splitlines() or [
+            "Car 0.10 1 1.50 100 120 180 160 1.50 1.80 4.20 -3.00 1.70 20.00 1.35"
+        ]
         fields = lines[0].split()
         lines[0] = " ".join(change(fields))
         path.write_text("\n".join(lines) + "\n")
@@ -352,7 +396,8 @@ def test_a_mistake_in_a_real_process(tmp_path):
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 2
     assert re.fullmatch(
-        rf"error: {re.escape(str(tmp_path))}: expected a KITTI folder with .* \(--traceback shows where\)\n", finished.stderr
+        rf"error: {re.escape(str(tmp_path))}: expected a KITTI folder with .* \(--traceback shows where\)\n",
+        finished.stderr,
     )
 
 
@@ -373,7 +418,9 @@ def test_what_may_change_when_a_run_goes_on(tiny_run, tmp_path, here):
         assert code == 2
         assert not (out / "STOPPED").exists()
         assert re.search(words, err), err
-    code, text, err = here(*tiny(world, out), "model.score_threshold=0.2", "model.nms_iou=0.5", "best=-errors/Car/all/depth_bias")
+    code, text, err = here(
+        *tiny(world, out), "model.score_threshold=0.2", "model.nms_iou=0.5", "best=-errors/Car/all/depth_bias"
+    )
     assert code == 0, err
     assert "the next evaluation begins anew" in text
     [val] = records(out, "val")
@@ -429,7 +476,9 @@ def test_trackers_get_the_config_every_metric_and_the_picture(tiny_run, tmp_path
     for name, method in (("config", "store_init_configuration"), ("log", "log"), ("picture", "log_images")):
         if hasattr(kind, method):
             normal = getattr(kind, method)
-            spy = lambda self, values, *a, normal=normal, name=name, **k: told[name].append(values) or normal(self, values, *a, **k)  # noqa: E731
+            spy = lambda self, values, *a, normal=normal, name=name, **k: (
+                told[name].append(values) or normal(self, values, *a, **k)
+            )  # noqa: E731
             monkeypatch.setattr(kind, method, spy)
     code, _, err = here(*tiny(tiny_run[0], tmp_path / "my run"), f"log_with={tracker}")
     assert code == 0, err
@@ -481,16 +530,31 @@ def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, he
     before = hashes(whole / "checkpoints/step_00000006")
     (tmp_path / "step_00000002").mkdir()
     for overrides, words in (
-        (["model.channels=64"], r"step_00000006: this is not the run's config \(model\.channels: 32 -> 64\); allow_changes=true goes on"),
-        (["model.channels=64", "allow_changes=true"], r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch"),
+        (
+            ["model.channels=64"],
+            r"step_00000006: this is not the run's config \(model\.channels: 32 -> 64\); allow_changes=true goes on",
+        ),
+        (
+            ["model.channels=64", "allow_changes=true"],
+            r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch",
+        ),
         (["resume=none"], r"holds checkpoints and resume=none; choose another out=, or delete it"),
-        ([f"resume={tmp_path / 'step_00000001'}", f"out={tmp_path / 'new'}"], r"step_00000001: no such folder; near it are step_00000002"),
-        ([f"resume={tmp_path / 'step_00000002'}", f"out={tmp_path / 'new'}"], r"step_00000002: cannot resume .*: meta\.json is missing"),
+        (
+            [f"resume={tmp_path / 'step_00000001'}", f"out={tmp_path / 'new'}"],
+            r"step_00000001: no such folder; near it are step_00000002",
+        ),
+        (
+            [f"resume={tmp_path / 'step_00000002'}", f"out={tmp_path / 'new'}"],
+            r"step_00000002: cannot resume .*: meta\.json is missing",
+        ),
         (
             [f"resume={whole}", f"out={tmp_path / 'new'}"],
             r"is a run, expected one of its checkpoints, of which .*step_00000006 is the newest",
         ),
-        (["train.ema=0", "allow_changes=true"], r"it was written with averaged weights, and train\.ema now says otherwise"),
+        (
+            ["train.ema=0", "allow_changes=true"],
+            r"it was written with averaged weights, and train\.ema now says otherwise",
+        ),
     ):
         code, _, err = here(*tiny(world, whole), *overrides)
         assert code == 2, err
@@ -546,7 +610,10 @@ def test_help_lists_every_key(here):
 
 def test_two_config_files_are_too_many(here):
     code, _, err = here("a.py", "b.py")
-    assert (code, err) == (2, "error: expected one config file, got a.py, b.py (overrides are key=value) (--traceback shows where)\n")
+    assert (code, err) == (
+        2,
+        "error: expected one config file, got a.py, b.py (overrides are key=value) (--traceback shows where)\n",
+    )
     code, _, err = here("configs/none.py")
     assert code == 2
     assert re.search(r"configs/none\.py: no such config file; there are .*synthetic\.py", err)
@@ -572,7 +639,9 @@ class Mixed(torch.nn.Module):
         super().__init__()
         shapes = ((8, 4, 3), (8, 4, 3), (64, 4, 1), (6, 12, 3))
         self.kernels = torch.nn.ModuleList(torch.nn.Conv2d(i, o, k) for o, i, k in shapes)
-        self.rest = torch.nn.ModuleList([torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8), torch.nn.Linear(5, 7)])
+        self.rest = torch.nn.ModuleList(
+            [torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8), torch.nn.Linear(5, 7)]
+        )
 
 
 def learn_noise(optimizer, model, steps, seed=0):
@@ -585,13 +654,17 @@ def learn_noise(optimizer, model, steps, seed=0):
 
 def test_muon_is_timms_in_single_precision(monkeypatch):
     """timm iterates in bf16, one matrix after the other, unless it is patched as here."""
-    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32))
+    monkeypatch.setattr(
+        muon, "zeropower_via_newtonschulz", functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    )
     torch.manual_seed(0)
     model = Mixed()
     other = copy.deepcopy(model)
     options = TrainConfig(optimizer="muon", lr=0.01, weight_decay=0.1)
     learn_noise(make_optimizer(model, options), model, 3)
-    learn_noise(timm.optim.create_optimizer_v2(other, opt="muon", lr=0.01, weight_decay=0.1, betas=(0.9, 0.999)), other, 3)
+    learn_noise(
+        timm.optim.create_optimizer_v2(other, opt="muon", lr=0.01, weight_decay=0.1, betas=(0.9, 0.999)), other, 3
+    )
     for (name, ours), theirs in zip(model.named_parameters(), other.named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs[1], rtol=0, atol=1e-6, msg=name)
 
@@ -619,7 +692,9 @@ def test_muon_steps_behind_fp16s_scaler():
 def test_moments_of_shapes_of_their_own_go_on(tiny_run, tmp_path, here):
     """A factored optimizer's are no reason to refuse a checkpoint: its kernels are not fused."""
     for steps in (1, 2):
-        arguments = tiny(tiny_run[0], tmp_path, "train.optimizer=adafactor", f"train.steps={steps}", "allow_changes=true")
+        arguments = tiny(
+            tiny_run[0], tmp_path, "train.optimizer=adafactor", f"train.steps={steps}", "allow_changes=true"
+        )
         code, _, err = here(*arguments)
         assert code == 0, err
     assert "resumed from" in (tmp_path / "train.log").read_text()
@@ -630,7 +705,9 @@ def test_best_weights_carry_the_fitted_sigma(tiny_run, tmp_path, here, monkeypat
     monkeypatch.setattr(
         train,
         "calibrate",
-        lambda model, metrics: dataclasses.replace(model, sigma_scale=(2.0, metrics["errors"]["Car"]["all"]["objects"], 1.0)),
+        lambda model, metrics: dataclasses.replace(
+            model, sigma_scale=(2.0, metrics["errors"]["Car"]["all"]["objects"], 1.0)
+        ),
     )
     assert "factors of sigma" not in (tiny_run[1] / "train.log").read_text()  # too few objects to fit one
     objects = json.loads((tiny_run[1] / "best/metrics.json").read_text())["errors"]["Car"]["all"]["objects"]
@@ -656,7 +733,9 @@ def test_muon_updates_are_orthogonal_and_its_state_survives_saving():
     torch.manual_seed(0)
     for rows, columns in ((16, 80), (80, 16), (32, 32)):
         matrices = torch.randn(3, rows, columns) * torch.logspace(0, -3, columns)
-        other, update = orthogonalise([torch.randn(2, rows, 2 * rows), matrices], Muon.ITERATIONS, 1e-7, 128)  # of one side, or of two
+        other, update = orthogonalise(
+            [torch.randn(2, rows, 2 * rows), matrices], Muon.ITERATIONS, 1e-7, 128
+        )  # of one side, or of two
         torch.testing.assert_close(update, orthogonalise([matrices], Muon.ITERATIONS, 1e-7, 128)[0])
         assert other.shape == (2, rows, 2 * rows)
         assert torch.linalg.svdvals(update).clamp(min=0.1).max() < 1.3

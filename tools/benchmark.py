@@ -55,19 +55,22 @@ from data import (
     usable_cores,
     user_errors,
 )
+from engine.guard import Guard, Signals, Window, start_accelerator
+from engine.optimizer import Average, find_optimizer, make_optimizer, set_lr
 from evaluate import compute_metrics
 from formats import jsonl
 from formats.index import Frames
-from frames import Frame, load_image, make_labels, whole_view
-from geometry import clip_boxes, project_boxes
-from guard import Guard, Signals, Window, start_accelerator
 from losses import compute_losses, count_positives, weighted_sum
 from model import Detector, ModelConfig, checkpoint_backbone
-from optimizer import Average, find_optimizer, make_optimizer, set_lr
+from scene.frames import Frame, load_image, make_labels, whole_view
+from scene.geometry import clip_boxes, project_boxes
 from targets import assign, measure_priors
 
 OBJECTS = (8, 30, 100)  # per image
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes; read by glibc when a process starts
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}  # bytes; read by glibc when a process starts
 MODULES = {
     "backbone": "backbone",
     "fpn": "fpn",
@@ -77,8 +80,17 @@ MODULES = {
     "box_predictor": "predictors",
 }  # of a Detector, in rows of a table; the rest is "other"
 CAR = (3.9, 1.53, 1.63)  # mean l, h, w of KITTI's, m
-VARIANTS = tuple(itertools.product(("no", "bf16"), (False, True), (False, True)))  # precision, compiled, weights in channels_last
-WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "is_nonzero")  # the host waits for their results on a GPU
+VARIANTS = tuple(
+    itertools.product(("no", "bf16"), (False, True), (False, True))
+)  # precision, compiled, weights in channels_last
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "masked_select",
+    "unique",
+    "is_nonzero",
+)  # the host waits for their results on a GPU
 
 
 def scene(rng, objects, width, height, classes):
@@ -100,7 +112,9 @@ def make_batch(config, images, objects, device):
         frame = Frame("", Path(), *scene(rng, objects, width, height, config.model.classes))
         sample = data.sample_from(frame, whole_view(width, height, (height, width)))
         pixels, zero = torch.from_numpy(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)), torch.tensor(0)
-        colour = {"colour": torch.eye(3, 4), "covered": torch.tensor([0, 0, width, height])} if config.data.colour else {}
+        colour = (
+            {"colour": torch.eye(3, 4), "covered": torch.tensor([0, 0, width, height])} if config.data.colour else {}
+        )
         samples.append({**sample, "image": pixels, "index": zero, "skipped": zero, **colour})
     return send_to_device(collate(samples), device)
 
@@ -128,7 +142,9 @@ class Step:
 
     def compile(self):
         self.net.compile(fullgraph=True)
-        self.find_targets, self.find_losses = (torch.compile(function, fullgraph=True) for function in (assign, compute_losses))
+        self.find_targets, self.find_losses = (
+            torch.compile(function, fullgraph=True) for function in (assign, compute_losses)
+        )
 
     def forward(self):
         set_lr(self.optimizer, 1e-6)  # the pictures are noise
@@ -137,7 +153,9 @@ class Step:
     def targets_losses(self):
         targets = self.find_targets(self.batch, self.config.model)
         positives = self.guard.mean(count_positives(targets))
-        losses = self.find_losses(self.net, self.logits, self.raw, targets, self.batch, self.config.loss, positives, best=True)
+        losses = self.find_losses(
+            self.net, self.logits, self.raw, targets, self.batch, self.config.loss, positives, best=True
+        )
         self.loss = self.guard.watch(losses, weighted_sum(losses, self.config.loss), self.logits, self.raw)
 
     def backward(self):
@@ -209,7 +227,9 @@ def measure_steps(step, rounds):
     seconds = interleave({**parts, "whole_step": step, "backbone": backbone}, rounds, device)
     net.eval()
     with torch.no_grad(), step.accelerator.autocast():
-        predict = interleave({"predict": lambda: net.detect(batch["image"], batch["K"]), "bare": lambda: net.backbone(x)}, rounds, device)
+        predict = interleave(
+            {"predict": lambda: net.detect(batch["image"], batch["K"]), "bare": lambda: net.backbone(x)}, rounds, device
+        )
     net.train()
     learned = seconds["forward"] + seconds["targets_losses"] + seconds["backward"]
     ratios = {"train_step": learned / seconds["backbone"], "whole_step": seconds["whole_step"] / seconds["backbone"]}
@@ -240,7 +260,9 @@ def measure_head(config, device, images, rounds):
 
         def run(weights=loss, batch=batch, logits=logits, raw=raw):
             targets = assign(batch, net.config)
-            losses = compute_losses(net, logits, raw, targets, batch, weights, count_positives(targets).clamp(min=1), best=True)
+            losses = compute_losses(
+                net, logits, raw, targets, batch, weights, count_positives(targets).clamp(min=1), best=True
+            )
             torch.autograd.grad(weighted_sum(losses, weights), (logits, raw))
 
         found["targets_losses_ms"][str(objects)] = 1e3 * interleave({"run": run}, 3 * rounds, device)["run"].min()
@@ -252,7 +274,10 @@ def measure_head(config, device, images, rounds):
     for name in ("threshold", "900_candidates"):
         run = {"run": lambda scores=scores: net.select(scores, raw[:1], batch["K"][:1])}
         found["decode_nms_ms"][name] = 1e3 * interleave(run, 3 * rounds, device)["run"].min()
-        scores, net.config = torch.zeros_like(scores), dataclasses.replace(net.config, candidates=900, score_threshold=0.0)
+        scores, net.config = (
+            torch.zeros_like(scores),
+            dataclasses.replace(net.config, candidates=900, score_threshold=0.0),
+        )
     torch.set_num_threads(threads)
     return found
 
@@ -265,7 +290,10 @@ def measure_memory(config, images):
     spawn = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, GIVE_BACK), ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
         backbone, step = pool.map(peak, [config] * 2, [images] * 2, ("backbone", "step"))
-    return {"peak_memory_mib": {"backbone": backbone, "step": step}, "peak_memory_over_backbone": step and step / backbone}
+    return {
+        "peak_memory_mib": {"backbone": backbone, "step": step},
+        "peak_memory_over_backbone": step and step / backbone,
+    }
 
 
 def peak(config, images, what):
@@ -305,7 +333,9 @@ def kept_for_backward(step):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in apart:
-            kept.setdefault(storage.data_ptr(), (running[-1], storage))  # held, so that its address is not given to another
+            kept.setdefault(
+                storage.data_ptr(), (running[-1], storage)
+            )  # held, so that its address is not given to another
         return tensor.detach()  # not the tensor itself, which its own graph would then hold for ever
 
     def enter(row):
@@ -342,7 +372,9 @@ def measure_parts(step):
         table[row_of(name)] += {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in held.items()}
     for name, buffer in step.net.named_buffers():
         table[row_of(name)]["buffers"] += buffer.nbytes
-    for name, tensor in [*step.average.module.named_parameters(), *step.average.module.named_buffers()] if step.average else ():
+    for name, tensor in (
+        [*step.average.module.named_parameters(), *step.average.module.named_buffers()] if step.average else ()
+    ):
         table[row_of(name)]["average"] += tensor.nbytes
     for row, size in kept.items():
         table[row]["activations"] += size
@@ -352,7 +384,10 @@ def measure_parts(step):
     rows = [row for row in (*dict.fromkeys(MODULES.values()), "other", "losses", "all") if row in table]
     table = {row: {kind: table[row][kind] / 2**20 for kind in kinds} for row in rows}
     always = sum(table["all"][kind] for kind in kinds[:4])
-    held = {"before_backward_mib": always + table["all"]["activations"], "after_backward_mib": always + table["all"]["gradients"]}
+    held = {
+        "before_backward_mib": always + table["all"]["activations"],
+        "after_backward_mib": always + table["all"]["gradients"],
+    }
     if step.accelerator.device.type == "cuda":
         held["allocator_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return {"table": table, **held}
@@ -443,7 +478,11 @@ def find_sync(step, steps):
         if "synchroniz" not in str(error):
             raise
         root = Path(__file__).parents[1]
-        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent in (root, root / "tools")]
+        ours = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).parent in (root, root / "tools")
+        ]
         return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -460,7 +499,12 @@ def measure_gpu(path, overrides, images, peak_tflops):
         find_optimizer(config.train.optimizer)
         if not torch.cuda.is_available():
             raise ValueError("--gpu: torch sees no CUDA GPU here")
-    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "images": images, "optimizer": config.train.optimizer}
+    found = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "images": images,
+        "optimizer": config.train.optimizer,
+    }
     return found | {"table": measure_variants(config, images, 50, "cuda", peak_tflops)}
 
 
@@ -468,15 +512,23 @@ def measure_loader(data, rounds):
     """Samples a second of one loader process against bare decoding and resizing of the same images."""
     chosen, size, rounds, cpu = range(min(40, len(data))), data.size[::-1], min(rounds, 5), torch.device("cpu")
     tasks = {
-        "bare": lambda: [load_image(data.frames[index].image).resize(size, Image.Resampling.BILINEAR) for index in chosen],
+        "bare": lambda: [
+            load_image(data.frames[index].image).resize(size, Image.Resampling.BILINEAR) for index in chosen
+        ],
         "loader": lambda: [data[(0, index)] for index in chosen],
     }
     bare, loader = (len(chosen) / values.min() for values in interleave(tasks, rounds, cpu).values())
     with tempfile.TemporaryDirectory() as folder:
         data.cache = FrameCache(folder)
-        cached = len(chosen) / interleave({"cached": tasks["loader"]}, rounds, cpu)["cached"].min()  # the first round fills it
+        cached = (
+            len(chosen) / interleave({"cached": tasks["loader"]}, rounds, cpu)["cached"].min()
+        )  # the first round fills it
         mib = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20 / len(chosen)
-    found = {"loader_images_per_s_per_worker": loader, "bare_decode_resize_images_per_s": bare, "loader_over_bare_decode": loader / bare}
+    found = {
+        "loader_images_per_s_per_worker": loader,
+        "bare_decode_resize_images_per_s": bare,
+        "loader_over_bare_decode": loader / bare,
+    }
     return found | {"cached_loader_over_loader": cached / loader, "cache_mib_per_frame": mib}
 
 
@@ -501,7 +553,9 @@ def measure_evaluation(frames=3769):
     for i in range(frames):
         _, truth[i] = scene(rng, 4, 1242, 375, ("Car",))
         seen = truth[i][np.arange(4).repeat(2)]
-        results[i] = dataclasses.replace(seen, center=seen.center * rng.normal(1, 0.03, (8, 1)), score=rng.uniform(size=8))
+        results[i] = dataclasses.replace(
+            seen, center=seen.center * rng.normal(1, 0.03, (8, 1)), score=rng.uniform(size=8)
+        )
     began = time.perf_counter()
     compute_metrics(truth, results)
     return {f"evaluation_{frames}_frames_s": time.perf_counter() - began}
@@ -551,7 +605,9 @@ def start_reading(path, ready, steps=100, batch=8, workers=2):
     measure_priors(data, model)
     measured = time.perf_counter()
     data.summary()
-    with loading(make_loader(data, StepBatches(len(data), batch, 0, 1, 0, 0, steps + 1), workers, torch.device("cpu"))) as batches:
+    with loading(
+        make_loader(data, StepBatches(len(data), batch, 0, 1, 0, 0, steps + 1), workers, torch.device("cpu"))
+    ) as batches:
         next(batches)
         first = time.perf_counter()
         ready.wait()  # so that both processes load together
@@ -562,10 +618,22 @@ def start_reading(path, ready, steps=100, batch=8, workers=2):
         ready.wait()
         memory = [own_memory(), *(own_memory(worker.pid) for worker in batches._workers)]
         ready.wait()
-    found = {"open_s": opened - began, "priors_s": measured - opened, "start_to_first_batch_s": first - began, "samples_per_s": rate}
+    found = {
+        "open_s": opened - began,
+        "priors_s": measured - opened,
+        "start_to_first_batch_s": first - began,
+        "samples_per_s": rate,
+    }
     if before is not None:
-        found |= {"process_private_mib": memory[0][0], "process_private_before_mib": before, "process_pss_mib": memory[0][1]}
-        found |= {"worker_private_mib": max(own for own, _ in memory[1:]), "workers_pss_mib": sum(share for _, share in memory[1:])}
+        found |= {
+            "process_private_mib": memory[0][0],
+            "process_private_before_mib": before,
+            "process_pss_mib": memory[0][1],
+        }
+        found |= {
+            "worker_private_mib": max(own for own, _ in memory[1:]),
+            "workers_pss_mib": sum(share for _, share in memory[1:]),
+        }
     return found
 
 
@@ -606,7 +674,10 @@ def flatten(found, prefix=""):
 
 def print_table(rows):
     """Print {row: {column: number}}; a row that has only an "error" is that."""
-    width, columns = max(map(len, rows)) + 2, list(dict.fromkeys(column for row in rows.values() for column in row if column != "error"))
+    width, columns = (
+        max(map(len, rows)) + 2,
+        list(dict.fromkeys(column for row in rows.values() for column in row if column != "error")),
+    )
     print(" " * width + "".join(f"{column:>17}" for column in columns))
     for name, row in rows.items():
         print(f"{name:<{width}}" + (row.get("error") or "".join(f"{show(row[column]):>17}" for column in columns)))
@@ -650,7 +721,12 @@ def measure(path, overrides, images, rounds, memory=False):
     return found | measure_waiting(step, data, rounds) | measure_loader(data, rounds)
 
 
-IN_VAIN = {"gpu": ("rounds",), "memory": ("rounds", "peak_tflops"), "data": ("batch", "rounds", "peak_tflops"), "config": ("peak_tflops",)}
+IN_VAIN = {
+    "gpu": ("rounds",),
+    "memory": ("rounds", "peak_tflops"),
+    "data": ("batch", "rounds", "peak_tflops"),
+    "config": ("peak_tflops",),
+}
 
 
 def main(arguments=None):
@@ -659,7 +735,9 @@ def main(arguments=None):
     parser.add_argument("config", nargs="?", help="a Python run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--data", type=int, metavar="N", help="measure the reading of N invented frames instead of a config")
+    only.add_argument(
+        "--data", type=int, metavar="N", help="measure the reading of N invented frames instead of a config"
+    )
     only.add_argument("--memory", action="store_true", help="tell only what a step holds, by module")
     only.add_argument("--gpu", action="store_true", help="compare precisions, compilation and channels_last on a GPU")
     parser.add_argument("--peak-tflops", type=float, metavar="N", help="with --gpu: what the GPU could do, for mfu")
@@ -670,15 +748,26 @@ def main(arguments=None):
     try:
         if (options.data is None) == (options.config is None):
             raise UserError("expected a config or --data N, and not both")
-        mode = next((name for name in ("gpu", "memory") if getattr(options, name)), "data" if options.config is None else "config")
+        mode = next(
+            (name for name in ("gpu", "memory") if getattr(options, name)),
+            "data" if options.config is None else "config",
+        )
         if given := [name for name in IN_VAIN[mode] if getattr(options, name) is not None]:
-            raise UserError(f"--{given[0].replace('_', '-')} does nothing with {'a config alone' if mode == 'config' else '--' + mode}")
+            raise UserError(
+                f"--{given[0].replace('_', '-')} does nothing with {'a config alone' if mode == 'config' else '--' + mode}"
+            )
         check_writable(options.json)
         if options.gpu and options.config:
             found = measure_gpu(options.config, options.overrides, options.batch, options.peak_tflops)
         elif options.config:
             images = 2 if options.batch is None else options.batch
-            found = measure(options.config, options.overrides, images, 7 if options.rounds is None else options.rounds, options.memory)
+            found = measure(
+                options.config,
+                options.overrides,
+                images,
+                7 if options.rounds is None else options.rounds,
+                options.memory,
+            )
         else:
             found = measure_data(options.data)
     except UserError as error:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from config import load_config
 from data import Detection3D, UserError, build_dataset, read_source, usable_cores
-from draw import draw_frame, draw_sheet
 from formats import diagnosis, jsonl
 from formats.index import Frames
-from frames import join, load_image, whole_view
-from geometry import clip_boxes
+from scene.draw import draw_frame, draw_sheet
+from scene.frames import join, load_image, whole_view
+from scene.geometry import clip_boxes
 
 GIVEN = (255, 214, 64)  # colour of the 2D boxes in pictures
 MOST_TOLD = 30  # sentences on single frames of a source
@@ -64,7 +64,9 @@ def check(config, workers, draw=0, out=None):
             canvas = describe_canvas(sizes, config.model.size, max(config.model.strides))
             lines += [f"{name}: {dataset.summary()}", *describe_classes(dataset, sizes), *canvas, *notes]
             if draw:
-                lines += [f"{name}: drawn in {path}" for path in draw_source(dataset, draw, out, f"{title}{number + 1}")]
+                lines += [
+                    f"{name}: drawn in {path}" for path in draw_source(dataset, draw, out, f"{title}{number + 1}")
+                ]
             readable = True
             for frame in dataset.frames:
                 found.update(frame.labels.name[frame.labels.is_3d].tolist())
@@ -95,7 +97,9 @@ def read(source, config, title):
         dataset = Detection3D(frames, config.model.classes, config.model.size, plain, training=title == "train")
     except (ValueError, OSError) as error:
         return None, [*wrong, str(error)]
-    return (dataset if frames else None), wrong or [f"{name_source(source, config.data)}: it holds no frame"] * (not frames)
+    return (dataset if frames else None), wrong or [f"{name_source(source, config.data)}: it holds no frame"] * (
+        not frames
+    )
 
 
 def name_source(source, config):
@@ -140,12 +144,21 @@ def describe_classes(dataset, sizes):
     rows = [COLUMNS]
     for name, count in Counter(labels.name.tolist()).most_common():
         own = labels.name == name
-        use = "trained" if name in dataset.classes else "ignored" if name in ("DontCare", *dataset.config.neighbours) else "background"
+        use = (
+            "trained"
+            if name in dataset.classes
+            else "ignored"
+            if name in ("DontCare", *dataset.config.neighbours)
+            else "background"
+        )
         rows.append((name, use, str(count), *describe_boxes(labels[own & labels.is_3d]), spread(height[own], 0)))
     width = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     pad = [str.ljust, str.ljust, *[str.rjust] * (len(COLUMNS) - 2)]
     lines = ["    " + "  ".join(pad[i](text, width[i]) for i, text in enumerate(row)).rstrip() for row in rows]
-    return [*lines, "    (sizes are medians, three numbers 5 / 50 / 95 %; truncated and occluded: per cent of those of which it is known)"]
+    return [
+        *lines,
+        "    (sizes are medians, three numbers 5 / 50 / 95 %; truncated and occluded: per cent of those of which it is known)",
+    ]
 
 
 def describe_boxes(labels):
@@ -203,7 +216,9 @@ def better_canvas(kinds, count, canvas, stride):
     """
     cells = canvas[0] * canvas[1] // stride**2
     tried = stride * np.array([(h, w) for h in range(1, cells + 1) for w in range(1, cells // h + 1)])  # (t, 2)
-    scale = lambda sides: np.log(np.minimum(sides[:, :1] / kinds[:, 1], sides[:, 1:] / kinds[:, 0])) @ count / count.sum()  # noqa: E731
+    scale = lambda sides: (
+        np.log(np.minimum(sides[:, :1] / kinds[:, 1], sides[:, 1:] / kinds[:, 0])) @ count / count.sum()
+    )  # noqa: E731
     gain = scale(tried) - scale(np.array([canvas]))
     pixels = tried.prod(1)
     best = np.where(gain >= gain.max() - 0.005, pixels, np.inf).argmin()
@@ -238,7 +253,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="a Python run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--draw", type=int, default=0, metavar="N", help="draw N frames of each source with their boxes")
+    parser.add_argument(
+        "--draw", type=int, default=0, metavar="N", help="draw N frames of each source with their boxes"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the pictures (default: check_data)")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="threads (default: one per core)")
     options = parser.parse_intermixed_args(arguments)
@@ -253,7 +270,15 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     problems, lines = check(config, options.workers, options.draw, out)
-    print("\n".join([*lines, *problems, f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problem found"]))
+    print(
+        "\n".join(
+            [
+                *lines,
+                *problems,
+                f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "no problem found",
+            ]
+        )
+    )
     return 1 if problems else 0
 
 

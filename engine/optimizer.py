@@ -19,9 +19,15 @@ def make_optimizer(model, options):
         return Muon(make_groups(model, options), lr=options.lr, betas=(0.9, options.beta2))
     chosen = {"betas": (0.9, options.beta2)} if info.num_betas == 2 else {}
     if issubclass(info.opt_class, torch.optim.Adam):
-        chosen["fused"] = True  # can leave out a step without asking the host; SGD's would keep garbage from a first step left out
-    learning = model if options.backbone_lr == 1 else make_groups(model, options)  # timm groups a model as we do, and knows its names
-    return create_optimizer_v2(learning, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, **chosen)
+        chosen["fused"] = (
+            True  # can leave out a step without asking the host; SGD's would keep garbage from a first step left out
+        )
+    learning = (
+        model if options.backbone_lr == 1 else make_groups(model, options)
+    )  # timm groups a model as we do, and knows its names
+    return create_optimizer_v2(
+        learning, opt=options.optimizer, lr=options.lr, weight_decay=options.weight_decay, **chosen
+    )
 
 
 def find_optimizer(name):
@@ -29,7 +35,9 @@ def find_optimizer(name):
     names = list_optimizers()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3)
-        raise ValueError(f"train.optimizer {name!r} is unknown to timm{'; near it: ' + ', '.join(near) if near else ''}")
+        raise ValueError(
+            f"train.optimizer {name!r} is unknown to timm{'; near it: ' + ', '.join(near) if near else ''}"
+        )
     info = get_optimizer_info(name)
     if isinstance(info.opt_class, str):
         raise ValueError(f"train.optimizer {name!r} needs {info.opt_class.rpartition('.')[0]}, which is not installed")
@@ -87,7 +95,10 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # found_inf is looked at, by this name of torch's own optimizers
 
     def __init__(self, params, lr, betas=(0.9, 0.999), momentum=0.9, eps=1e-7, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "momentum": momentum, "eps": eps, "weight_decay": weight_decay, "fused": True})
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "momentum": momentum, "eps": eps, "weight_decay": weight_decay, "fused": True},
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -105,7 +116,9 @@ class Muon(torch.optim.Optimizer):
                     self.state[p].update(begin(p))
             if matrices:
                 self.step_matrices(group, list(matrices.values()))
-            averages, squares, steps = ([self.state[p][name] for p in rest] for name in ("exp_avg", "exp_avg_sq", "step"))
+            averages, squares, steps = (
+                [self.state[p][name] for p in rest] for name in ("exp_avg", "exp_avg_sq", "step")
+            )
             (beta1, beta2), options = group["betas"], {name: group[name] for name in ("lr", "eps", "weight_decay")}
             adamw([*rest], [p.grad for p in rest], averages, squares, [], steps, fused=True, found_inf=getattr(self, "found_inf", None),
                   amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **options)  # fmt: skip
@@ -115,11 +128,16 @@ class Muon(torch.optim.Optimizer):
         found, momenta = getattr(self, "found_inf", None), []
         broken = None if found is None else found != 0
         for params in alike:
-            momentum, gradient = torch.stack([self.state[p]["momentum"] for p in params]), torch.stack([p.grad for p in params])
+            momentum, gradient = (
+                torch.stack([self.state[p]["momentum"] for p in params]),
+                torch.stack([p.grad for p in params]),
+            )
             if found is not None:
                 gradient = torch.where(broken, momentum, gradient)  # then nothing moves
             momenta.append(momentum.lerp_(gradient, 1 - group["momentum"]))
-        updates = orthogonalise([momentum.flatten(2) for momentum in momenta], self.ITERATIONS, group["eps"], self.BLOCK)
+        updates = orthogonalise(
+            [momentum.flatten(2) for momentum in momenta], self.ITERATIONS, group["eps"], self.BLOCK
+        )
         updates = [update.view_as(momentum) for update, momentum in zip(updates, momenta, strict=True)]
         sizes = [group["lr"] * 0.2 * max(params[0].flatten(1).shape) ** 0.5 for params in alike for _ in params]
 

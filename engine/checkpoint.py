@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import json
 import logging
 import os
@@ -27,13 +28,24 @@ from safetensors.torch import load_file, save_file
 
 from config import build, changed_keys, override, read_config, to_dict
 from data import UserError
-from model import META, Detector, ModelConfig, read_meta, verify_files, write_meta
+from model import Detector, ModelConfig
 
 MODEL, RAW, OPTIMIZER = "model.safetensors", "model_1.safetensors", "optimizer.bin"  # as Accelerate names them
 CONFIG, METRICS = "config.json", "metrics.json"
+META = "meta.json"  # of a folder of weights: what is told of it, and the SHA-256 of its files and of itself
 PRIORS = ("size_prior", "depth_mean", "depth_std")  # keys of the model that are measured where they are empty
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
-FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+FOREIGN = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 log = logging.getLogger("deep3d")
 
 
@@ -54,7 +66,9 @@ class Progress:
 
     def __post_init__(self):
         if min(self.processes, self.global_batch, self.asked_batch) < 1 or min(self.step, self.frames) < 0:
-            raise ValueError(f"step {self.step}, {self.processes} processes, global batch {self.global_batch}: not a run's progress")
+            raise ValueError(
+                f"step {self.step}, {self.processes} processes, global batch {self.global_batch}: not a run's progress"
+            )
 
 
 # ---- writing
@@ -186,6 +200,53 @@ def _publish(aside, final):
 # ---- reading
 
 
+def read_meta(folder):
+    """meta.json of a folder as a dict with "sha256", {file: digest}. Raises FileNotFoundError, or ValueError when it is damaged."""
+    path = Path(folder) / META
+    try:
+        if path.stat().st_size > 1_000_000 or not path.is_file():  # a pipe would hang, a device fill the memory
+            raise ValueError
+        meta = json.loads(path.read_bytes())
+        recorded = meta.pop("meta_sha256", None)
+        if recorded != _meta_digest(meta) or any(Path(name).name != name for name in {**meta["sha256"]}):
+            raise ValueError
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path} is damaged") from None
+    return meta
+
+
+def write_meta(folder, meta, names, file=META):
+    """Write what is told of a folder, and the digests of its files of those names."""
+    meta = {**meta, "sha256": {name: _digest(Path(folder) / name) for name in names}}
+    (Path(folder) / file).write_text(json.dumps({**meta, "meta_sha256": _meta_digest(meta)}, indent=1))
+
+
+def verify_files(folder):
+    """meta.json of a folder of weights whose files all have the content that was written.
+
+    Raises FileNotFoundError or ValueError naming the file that is missing or damaged.
+    """
+    meta = read_meta(folder)
+    for name, digest in meta["sha256"].items():
+        path = Path(folder) / name
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing")
+        if not path.is_file() or _digest(path) != digest:
+            raise ValueError(f"{path} is damaged")
+    return meta
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _meta_digest(meta):
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def list_checkpoints(root):
     """Checkpoint folders under root, damaged ones too, newest first."""
     return sorted(Path(root).glob("step_*"), reverse=True)
@@ -200,11 +261,18 @@ def verify_checkpoint(folder):
     try:
         meta = verify_files(folder)
         listed = meta.pop("sha256").keys()
-        for name in {MODEL, OPTIMIZER, *(path.name for path in folder.iterdir())} - {*listed, META, METRICS, ".tmp_meta"}:
+        for name in {MODEL, OPTIMIZER, *(path.name for path in folder.iterdir())} - {
+            *listed,
+            META,
+            METRICS,
+            ".tmp_meta",
+        }:
             raise ValueError(f"{name} is not among the files of {META}")
         return build(meta, Progress, META), to_dict(read_config(folder / CONFIG))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: cannot resume from this checkpoint: {str(error).removeprefix(f'{folder}{os.sep}')}") from None
+        raise ValueError(
+            f"{folder}: cannot resume from this checkpoint: {str(error).removeprefix(f'{folder}{os.sep}')}"
+        ) from None
 
 
 def load_checkpoint(accelerator, folder, optimizer, averaged):
@@ -216,17 +284,28 @@ def load_checkpoint(accelerator, folder, optimizer, averaged):
     before = (Path(folder) / RAW).exists()
     try:
         if before != averaged:
-            raise ValueError(f"it was written {'with' if before else 'without'} averaged weights, and train.ema now says otherwise")
+            raise ValueError(
+                f"it was written {'with' if before else 'without'} averaged weights, and train.ema now says otherwise"
+            )
         accelerator.load_state(str(folder))
         accelerator.step = 0  # a random_states file of a stranger could set it
         fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
-        for p, state in optimizer.state.items() if fused else ():  # such kernels would write beyond moments of another shape
-            if wrong := [name for name, value in state.items() if torch.is_tensor(value) and value.shape not in (p.shape, ())]:
+        for p, state in (
+            optimizer.state.items() if fused else ()
+        ):  # such kernels would write beyond moments of another shape
+            if wrong := [
+                name for name, value in state.items() if torch.is_tensor(value) and value.shape not in (p.shape, ())
+            ]:
                 raise ValueError(f"{OPTIMIZER}: {wrong[0]} has another shape than its weights")
-            if any(name in state and state[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer")):
+            if any(
+                name in state and state[name].shape != p.shape
+                for name in ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer")
+            ):
                 raise ValueError(f"{OPTIMIZER}: its moments have another shape than their weights")
     except FOREIGN as error:
-        raise ValueError(f"{folder}: cannot resume from this checkpoint: {textwrap.shorten(str(error), 400)}") from error
+        raise ValueError(
+            f"{folder}: cannot resume from this checkpoint: {textwrap.shorten(str(error), 400)}"
+        ) from error
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
 
@@ -266,7 +345,9 @@ def find_weights(path):
             return candidate
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such run, checkpoint or file{near(path)}")
-    raise FileNotFoundError(f"{path}: no weights there: looked for {MODEL}, best/{MODEL} and checkpoints/step_*/{MODEL}")
+    raise FileNotFoundError(
+        f"{path}: no weights there: looked for {MODEL}, best/{MODEL} and checkpoints/step_*/{MODEL}"
+    )
 
 
 def find_checkpoint(run):
@@ -290,7 +371,9 @@ def load_run(folder, overrides=()):
     try:
         model.load_state_dict(load_file(folder / MODEL))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / MODEL}: damaged, or of another architecture than {CONFIG}: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{folder / MODEL}: damaged, or of another architecture than {CONFIG}: {str(error).splitlines()[0]}"
+        ) from None
     return config, model
 
 
@@ -309,7 +392,10 @@ def load_weights(model, path):
     fitting = {name: value for name, value in weights.items() if name in ours and ours[name].shape == value.shape}
     told = ["; class outputs in the order they lie in: no config.json names them"] if theirs is None else []
     if theirs:
-        for module, title, name_rows in (("class_predictor", "classes", name_classes), ("box_predictor", "outputs", name_outputs)):
+        for module, title, name_rows in (
+            ("class_predictor", "classes", name_classes),
+            ("box_predictor", "outputs", name_outputs),
+        ):
             here, there = name_rows(model.config), name_rows(theirs)
             merged, kept = match_rows(module, ours, weights, here, there)
             fitting = {name: value for name, value in fitting.items() if name.rpartition(".")[0] != module} | merged
@@ -317,7 +403,10 @@ def load_weights(model, path):
     if not fitting:
         raise ValueError(f"{file}: none of its {len(weights)} tensors fits this architecture")
     model.load_state_dict(fitting, strict=False)
-    return [f"load_from {file}: {len(fitting)} of {len(ours)} tensors{''.join(told)}", *tell_modules(ours, weights, fitting)]
+    return [
+        f"load_from {file}: {len(fitting)} of {len(ours)} tensors{''.join(told)}",
+        *tell_modules(ours, weights, fitting),
+    ]
 
 
 def read_source(file):
@@ -340,7 +429,9 @@ def name_classes(config):
 
 def name_outputs(config):
     """(name, channel) of every output of the box predictor. Those of attributes are the same only where all attributes are."""
-    names = {field: field for field in config.fields} | {"attribute": f"attribute ({', '.join(config.attribute_names)})"}
+    names = {field: field for field in config.fields} | {
+        "attribute": f"attribute ({', '.join(config.attribute_names)})"
+    }
     return [(names[field], channel) for field, channels in config.fields.items() for channel in range(channels)]
 
 
@@ -363,8 +454,14 @@ def match_rows(module, ours, theirs, here, there):
 
 def tell_rows(kept, here, there):
     """'kept Car; new Van; dropped Tram' of the names of rows, each told once."""
-    lists = {"kept": kept, "new": [row for row in here if row not in kept], "dropped": [row for row in there if row not in here]}
-    return "; ".join(f"{word} {', '.join(dict.fromkeys(name for name, _ in rows))}" for word, rows in lists.items() if rows)
+    lists = {
+        "kept": kept,
+        "new": [row for row in here if row not in kept],
+        "dropped": [row for row in there if row not in here],
+    }
+    return "; ".join(
+        f"{word} {', '.join(dict.fromkeys(name for name, _ in rows))}" for word, rows in lists.items() if rows
+    )
 
 
 def tell_modules(ours, theirs, loaded):
@@ -379,7 +476,9 @@ def tell_modules(ours, theirs, loaded):
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
             lines.append(f"  {module}: {len(own) - len(left)} of {len(own)} tensors ({reasons})")
     unknown = collections.Counter(name.partition(".")[0] for name in theirs if name not in ours)
-    return lines + [f"  not used: {', '.join(f'{count} of {module}' for module, count in unknown.items())}"] * bool(unknown)
+    return lines + [f"  not used: {', '.join(f'{count} of {module}' for module, count in unknown.items())}"] * bool(
+        unknown
+    )
 
 
 ARCHITECTURE = ("backbone", "strides", "level_sizes", "channels", "tower_convs", "size", "virtual_focal", "projected_center", "norm",
@@ -396,9 +495,15 @@ def take_architecture(config):
     begun = config.resume != "none" and list_checkpoints(Path(config.out) / "checkpoints")
     theirs = read_source(Path(config.out) / MODEL if begun else find_weights(config.load_from))
     if theirs is None:
-        raise ValueError(f"{config.load_from}: load_model=true expects a {CONFIG} with a section 'model' beside the weights")
-    taken = {name: getattr(theirs, name) for name in ARCHITECTURE if getattr(theirs, name) != getattr(config.model, name)}
-    log.info(f"load_model: {', '.join(f'model.{name}={value}' for name, value in taken.items()) or 'the same architecture'}")
+        raise ValueError(
+            f"{config.load_from}: load_model=true expects a {CONFIG} with a section 'model' beside the weights"
+        )
+    taken = {
+        name: getattr(theirs, name) for name in ARCHITECTURE if getattr(theirs, name) != getattr(config.model, name)
+    }
+    log.info(
+        f"load_model: {', '.join(f'model.{name}={value}' for name, value in taken.items()) or 'the same architecture'}"
+    )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **taken))
 
 
@@ -413,7 +518,9 @@ def inherit_priors(asked, measured, theirs):
     taken = {}
     if not asked.size_prior:
         known = dict(zip(theirs.classes, theirs.size_prior, strict=False))  # empty where they were never measured
-        taken["size_prior"] = tuple(known.get(name, prior) for name, prior in zip(measured.classes, measured.size_prior, strict=True))
+        taken["size_prior"] = tuple(
+            known.get(name, prior) for name, prior in zip(measured.classes, measured.size_prior, strict=True)
+        )
     if all(getattr(theirs, name) == getattr(measured, name) for name in ("strides", "level_sizes", "virtual_focal")):
         names = [name for name in ("depth_mean", "depth_std") if getattr(theirs, name) and not getattr(asked, name)]
         taken |= {name: getattr(theirs, name) for name in names}
@@ -447,14 +554,18 @@ def choose_checkpoint(config, now):
     folders = list_checkpoints(root)
     if config.resume == "none" and folders:
         raise ValueError(f"{config.out} holds checkpoints and resume=none; choose another out=, or delete it")
-    if config.resume not in ("auto", "none") and not folders:  # a start from elsewhere; once begun, the run goes on from its own
+    if (
+        config.resume not in ("auto", "none") and not folders
+    ):  # a start from elsewhere; once begun, the run goes on from its own
         folders = [find_named(config.resume)]
     for folder in folders:
         try:
             then, before = verify_checkpoint(folder)
         except ValueError as error:
             if folder == folders[-1]:
-                raise ValueError(f"{error}; nothing older is left{f' (delete {root} to start anew)' * root.exists()}") from None
+                raise ValueError(
+                    f"{error}; nothing older is left{f' (delete {root} to start anew)' * root.exists()}"
+                ) from None
             log.warning(f"{error}; passing it over")
             continue
         refuse_changes(config, before, then, now, folder)
@@ -486,7 +597,9 @@ def with_best(then, before, config, now):
     counting = lambda told: (told["data"]["overlap"], told["train"]["eval_repeat"])  # noqa: E731
     same = then.val_digest == now.val_digest and counting(before) == counting(to_dict(config))
     if then.best_metric and (then.best_metric != config.best or not same):
-        log.warning(f"best was {then.best_metric} of another metric, on other frames or counted otherwise: the next evaluation begins anew")
+        log.warning(
+            f"best was {then.best_metric} of another metric, on other frames or counted otherwise: the next evaluation begins anew"
+        )
         return dataclasses.replace(then, best_metric="", best=0.0)
     return then
 
@@ -520,7 +633,9 @@ def refuse_changes(config, before, then, now, folder):
     for line in changes:
         log.warning(f"changed since the checkpoint: {line}")
     if changes and not config.allow_changes:
-        raise ValueError(f"{folder}: this is not the run's config ({'; '.join(changes)}); allow_changes=true goes on all the same")
+        raise ValueError(
+            f"{folder}: this is not the run's config ({'; '.join(changes)}); allow_changes=true goes on all the same"
+        )
     if before["train"]["optimizer"] != config.train.optimizer:
         raise ValueError(
             f"{folder}: moments of {before['train']['optimizer']} do not fit {config.train.optimizer}; load_from= takes weights alone"

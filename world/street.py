@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from formats.kitti import write_calib, write_labels
 from formats.pool import lock, processes
-from frames import make_labels
-from geometry import NEAR, box_corners, clip_boxes, project_boxes, wrap_angle
+from scene.frames import make_labels
+from scene.geometry import NEAR, box_corners, clip_boxes, project_boxes, wrap_angle
 
 try:
     import fcntl
@@ -30,13 +30,20 @@ except ImportError:  # Windows
     fcntl = None
 
 WORLD_VERSION = 1  # part of the folder's name: raise it whenever a picture or a label changes
-FIRST_INDEX = {"train": 0, "val": 500_000}  # of the ids of a split: held-out frames do not depend on how many are trained on
-MAX_DEPTH = 60.0  # m, objects farther away become DontCare, as do those below MIN_HEIGHT px or MIN_VISIBLE of their pixels
+FIRST_INDEX = {
+    "train": 0,
+    "val": 500_000,
+}  # of the ids of a split: held-out frames do not depend on how many are trained on
+MAX_DEPTH = (
+    60.0  # m, objects farther away become DontCare, as do those below MIN_HEIGHT px or MIN_VISIBLE of their pixels
+)
 MIN_HEIGHT, MIN_VISIBLE = 10.0, 0.1
 VISIBLE_LEVELS = (0.8, 0.5, 0.25)  # least visible share of occlusion 0, 1 and 2; less is 3
 FOCAL_LENGTHS = (0.578, 0.734)  # of the image width: 370 and 470 px at 640
 CROSSING_WIDTH = 7.5  # m, of side streets
-CAMERA_SHIFT = np.array([0.06, -0.0003, 0.0027])  # m from camera 0 to this camera, about KITTI's: gives P2 its fourth column
+CAMERA_SHIFT = np.array(
+    [0.06, -0.0003, 0.0027]
+)  # m from camera 0 to this camera, about KITTI's: gives P2 its fourth column
 
 SIZES = {  # mean l, h, w in metres; see draw_objects for the spread
     "sedan": (4.45, 1.45, 1.76), "hatchback": (3.75, 1.5, 1.66), "suv": (4.4, 1.7, 1.82), "van": (4.9, 2.1, 1.92),
@@ -49,7 +56,9 @@ CLASSES = {
     "sedan": "Car", "hatchback": "Car", "suv": "Car", "van": "Van", "truck": "Truck", "pedestrian": "Pedestrian", "cyclist": "Cyclist",
 }  # fmt: skip
 PAINT, GLASS, RUBBER, METAL, DARK, LAMP, TAIL, PLATE, SKIN, HAIR, SHIRT, TROUSERS, LEAF, WOOD = range(14)
-TEXTURE = np.float32([0.05, 0.06, 0.1, 0.1, 0.1, 0.03, 0.03, 0.1, 0.04, 0.15, 0.14, 0.12, 0.45, 0.2])  # noise amplitude by material
+TEXTURE = np.float32(
+    [0.05, 0.06, 0.1, 0.1, 0.1, 0.03, 0.03, 0.1, 0.04, 0.15, 0.14, 0.12, 0.45, 0.2]
+)  # noise amplitude by material
 GLOSS = np.float32([0.18, 0.5, 0, 0.2, 0.05] + [0] * 9)  # share of mirrored light by material
 
 
@@ -70,7 +79,9 @@ def prism(profile, half, material, z=0.0):
 def bar(start, end, thick, half, material, z=0.0):
     """A tube between two (x, y) points; thick: (dx, dy) of half its cross section."""
     (x1, y1), (x2, y2), (dx, dy) = start, end, thick
-    return prism([(x1 - dx, y1 - dy), (x2 - dx, y2 - dy), (x2 + dx, y2 + dy), (x1 + dx, y1 + dy)], (half, half), material, z)
+    return prism(
+        [(x1 - dx, y1 - dy), (x2 - dx, y2 - dy), (x2 + dx, y2 + dy), (x1 + dx, y1 + dy)], (half, half), material, z
+    )
 
 
 def disc(x, y, rx, ry, sides=10):
@@ -102,7 +113,15 @@ OUTER, INNER, WHOLE, PAIR = ((0.02, 0.25), (0.75, 0.98)), ((0.37, 0.63),), ((0.0
 
 def car_parts(rear, roof_rear, roof_front, screen, belt, ratio):
     """x of the cabin's rear foot, of both ends of the roof and of the windscreen's foot; y of the bonnet's rear edge; height / length."""
-    outline = [(-0.5, 0.3), (-0.5, belt + 0.1), (-0.47, belt), (0.2, belt), (0.44, belt + 0.09), (0.5, belt + 0.2), (0.5, 0.3)]
+    outline = [
+        (-0.5, 0.3),
+        (-0.5, belt + 0.1),
+        (-0.47, belt),
+        (0.2, belt),
+        (0.44, belt + 0.09),
+        (0.5, belt + 0.2),
+        (0.5, 0.3),
+    ]
     _, _, back, _, _, _, tip, front, *_ = body = prism([*outline, (0.46, 0.38), (-0.46, 0.38)], (0.46, 0.5), PAINT)
     foot = belt + 0.04
     cabin = prism([(rear, foot), (roof_rear, -0.5), (roof_front, -0.5), (screen, foot)], (0.37, 0.46), PAINT)
@@ -110,16 +129,26 @@ def car_parts(rear, roof_rear, roof_front, screen, belt, ratio):
     for side in cabin[:2]:
         parts += patches(side, (0.12, 0.86), PAIR, GLASS)
     parts += patches(cabin[2], (0.15, 0.88), WHOLE, GLASS) + patches(cabin[4], (0.1, 0.95), WHOLE, GLASS)
-    parts += patches(back, (0.5, 0.95), OUTER, TAIL) + patches(back, (0.3, 0.6), INNER, PLATE) + patches(back, (0.0, 0.2), WHOLE, DARK)
+    parts += (
+        patches(back, (0.5, 0.95), OUTER, TAIL)
+        + patches(back, (0.3, 0.6), INNER, PLATE)
+        + patches(back, (0.0, 0.2), WHOLE, DARK)
+    )
     parts += patches(tip, (0.05, 0.95), OUTER, LAMP) + patches(front, (0.1, 0.75), ((0.14, 0.86),), DARK)
     return parts + patches(front, (0.55, 0.9), INNER, PLATE)
 
 
 def van_parts():
-    box = prism([(-0.5, 0.42), (-0.5, -0.44), (-0.46, -0.5), (0.16, -0.5), (0.36, -0.06), (0.36, 0.42)], (0.44, 0.5), PAINT)
+    box = prism(
+        [(-0.5, 0.42), (-0.5, -0.44), (-0.46, -0.5), (0.16, -0.5), (0.36, -0.06), (0.36, 0.42)], (0.44, 0.5), PAINT
+    )
     nose = prism([(0.3, -0.06), (0.36, -0.08), (0.47, 0.03), (0.5, 0.12), (0.5, 0.42), (0.3, 0.42)], (0.46, 0.5), PAINT)
     parts = box + nose + wheels(0.31, 0.16, 0.43) + patches(box[5], (0.08, 0.95), WHOLE, GLASS)
-    window = prism([(0.0, -0.1), (0.0, -0.42), (0.15, -0.42), (0.29, -0.1)], np.interp((-0.42, -0.1), (-0.5, 0.42), (0.44, 0.5)), GLASS)
+    window = prism(
+        [(0.0, -0.1), (0.0, -0.42), (0.15, -0.42), (0.29, -0.1)],
+        np.interp((-0.42, -0.1), (-0.5, 0.42), (0.44, 0.5)),
+        GLASS,
+    )
     parts += [(ring, inside, GLASS, 1) for ring, inside, _, _ in window[:2]]
     parts += patches(box[2], (0.55, 0.92), PAIR, GLASS) + patches(box[2], (0.15, 0.5), ((0.01, 0.1), (0.9, 0.99)), TAIL)
     parts += patches(box[2], (0.2, 0.32), INNER, PLATE) + patches(nose[4], (0.1, 0.95), OUTER, LAMP)
@@ -132,7 +161,13 @@ def truck_parts():
     chassis = prism([(-0.48, 0.4), (-0.48, 0.28), (0.3, 0.28), (0.3, 0.4)], (0.36, 0.36), DARK)
     width = np.interp((-0.34, -0.02), (-0.4, 0.4), (0.44, 0.46))
     window = prism([(0.33, -0.02), (0.33, -0.34), (0.44, -0.34), (0.47, -0.02)], width, GLASS)
-    parts = cab + cargo + chassis + wheels(0.36, 0.15, 0.39, 0.08) + [(ring, inside, GLASS, 1) for ring, inside, _, _ in window[:2]]
+    parts = (
+        cab
+        + cargo
+        + chassis
+        + wheels(0.36, 0.15, 0.39, 0.08)
+        + [(ring, inside, GLASS, 1) for ring, inside, _, _ in window[:2]]
+    )
     parts += patches(cab[4], (0.1, 0.95), WHOLE, GLASS) + patches(cab[5], (0.55, 0.75), OUTER, LAMP)
     parts += patches(cab[5], (0.1, 0.5), PAIR, DARK)
     parts += patches(cargo[2], (0.0, 0.08), OUTER, TAIL) + patches(cargo[2], (0.05, 0.97), ((0.49, 0.51),), DARK)
@@ -147,7 +182,9 @@ def head_parts(x, y, rx, ry, half):
 
 
 def pedestrian_parts():
-    parts = prism([(-0.2, 0.05), (-0.22, -0.28), (-0.14, -0.35), (0.12, -0.35), (0.2, -0.28), (0.18, 0.05)], (0.3, 0.25), SHIRT)
+    parts = prism(
+        [(-0.2, 0.05), (-0.22, -0.28), (-0.14, -0.35), (0.12, -0.35), (0.2, -0.28), (0.18, 0.05)], (0.3, 0.25), SHIRT
+    )
     for step in (1, -1):  # a leg and the opposite arm swing to the front
         z, foot = 0.15 * step, 0.31 if step > 0 else -0.38
         parts += bar((0.02 * step, 0.0), (0.32 * step, 0.47), (0.11, 0), 0.12, TROUSERS, z)
@@ -159,9 +196,15 @@ def pedestrian_parts():
 
 
 def bus_parts():
-    body = prism([(-0.5, 0.4), (-0.5, -0.46), (-0.48, -0.5), (0.48, -0.5), (0.5, -0.44), (0.5, 0.4)], (0.48, 0.5), PAINT)
+    body = prism(
+        [(-0.5, 0.4), (-0.5, -0.46), (-0.48, -0.5), (0.48, -0.5), (0.5, -0.44), (0.5, 0.4)], (0.48, 0.5), PAINT
+    )
     panes = tuple((0.05 + 0.13 * i, 0.16 + 0.13 * i) for i in range(7))
-    window = prism([(-0.47, 0.05), (-0.47, -0.34), (0.47, -0.34), (0.47, 0.05)], np.interp((-0.34, 0.05), (-0.5, 0.4), (0.48, 0.5)), PAINT)
+    window = prism(
+        [(-0.47, 0.05), (-0.47, -0.34), (0.47, -0.34), (0.47, 0.05)],
+        np.interp((-0.34, 0.05), (-0.5, 0.4), (0.48, 0.5)),
+        PAINT,
+    )
     parts = body + wheels(0.32, 0.13, 0.3, 0.06)
     for side in window[:2]:
         parts += patches(side, (0.02, 0.98), panes, GLASS)
@@ -178,7 +221,9 @@ def trailer_parts():
 
 def cone_parts():
     outline = [(-0.34, 0.42), (-0.06, -0.5), (0.06, -0.5), (0.34, 0.42)]
-    parts = prism([(-0.5, 0.5), (-0.5, 0.42), (0.5, 0.42), (0.5, 0.5)], (0.5, 0.5), DARK) + prism(outline, (0.06, 0.34), TAIL)
+    parts = prism([(-0.5, 0.5), (-0.5, 0.42), (0.5, 0.42), (0.5, 0.5)], (0.5, 0.5), DARK) + prism(
+        outline, (0.06, 0.34), TAIL
+    )
     ring = prism([(-0.24, 0.1), (-0.15, -0.2), (0.15, -0.2), (0.24, 0.1)], (0.15, 0.24), LAMP)
     return parts + [(face, inside, LAMP, 1) for face, inside, _, _ in ring]
 
@@ -198,8 +243,14 @@ def bicycle_parts():
             parts += prism([outer[i - 1], outer[i], inner[i], inner[i - 1]], (0.045, 0.045), RUBBER)
     for start, end in ((hub, pedals), (pedals, saddle), (saddle, steer), (pedals, steer), (hub, saddle)):
         parts += bar(start, end, (0.008, 0.014), 0.03, PAINT)
-    parts += bar((0.2, -0.06), (0.307, 0.3), (0.014, 0), 0.04, PAINT) + bar((0.2, -0.07), (0.24, -0.07), (0, 0.015), 0.5, DARK)
-    return parts + bar((-0.2, -0.01), (-0.06, -0.01), (0, 0.015), 0.12, DARK) + bar((-0.5, 0.22), (-0.47, 0.22), (0, 0.02), 0.06, TAIL)
+    parts += bar((0.2, -0.06), (0.307, 0.3), (0.014, 0), 0.04, PAINT) + bar(
+        (0.2, -0.07), (0.24, -0.07), (0, 0.015), 0.5, DARK
+    )
+    return (
+        parts
+        + bar((-0.2, -0.01), (-0.06, -0.01), (0, 0.015), 0.12, DARK)
+        + bar((-0.5, 0.22), (-0.47, 0.22), (0, 0.02), 0.06, TAIL)
+    )
 
 
 def stretched(parts, top):
@@ -209,26 +260,42 @@ def stretched(parts, top):
 
 
 def motorcycle_parts():
-    parts = bar((0.2, -0.06), (0.307, 0.3), (0.02, 0), 0.1, METAL) + bar((0.2, -0.07), (0.24, -0.07), (0, 0.015), 0.5, DARK)
+    parts = bar((0.2, -0.06), (0.307, 0.3), (0.02, 0), 0.1, METAL) + bar(
+        (0.2, -0.07), (0.24, -0.07), (0, 0.015), 0.5, DARK
+    )
     for x in (-0.307, 0.307):
         parts += prism(disc(x, 0.303, 0.193, 0.197), (0.09, 0.09), RUBBER)
-    parts += prism([(-0.3, 0.2), (-0.42, -0.02), (-0.1, 0.0), (0.2, -0.08), (0.22, 0.1), (0.1, 0.4), (-0.15, 0.4)], (0.14, 0.18), PAINT)
-    return parts + bar((0.21, -0.04), (0.25, 0.02), (0.02, 0), 0.12, LAMP) + bar((-0.45, 0.0), (-0.41, 0.0), (0, 0.03), 0.1, TAIL)
+    parts += prism(
+        [(-0.3, 0.2), (-0.42, -0.02), (-0.1, 0.0), (0.2, -0.08), (0.22, 0.1), (0.1, 0.4), (-0.15, 0.4)],
+        (0.14, 0.18),
+        PAINT,
+    )
+    return (
+        parts
+        + bar((0.21, -0.04), (0.25, 0.02), (0.02, 0), 0.12, LAMP)
+        + bar((-0.45, 0.0), (-0.41, 0.0), (0, 0.03), 0.1, TAIL)
+    )
 
 
 def rider_parts():
     parts = []
     for knee, foot, z in (((0.09, 0.11), (0.0, 0.36), 0.2), ((0.05, 0.03), (-0.08, 0.27), -0.2)):
-        parts += bar((-0.12, -0.03), knee, (0.02, 0.035), 0.12, TROUSERS, z) + bar(knee, foot, (0.035, 0), 0.1, TROUSERS, z)
+        parts += bar((-0.12, -0.03), knee, (0.02, 0.035), 0.12, TROUSERS, z) + bar(
+            knee, foot, (0.035, 0), 0.1, TROUSERS, z
+        )
         parts += bar((foot[0] - 0.03, foot[1]), (foot[0] + 0.09, foot[1]), (0, 0.018), 0.09, DARK, z)
         parts += bar((0.07, -0.3), (0.2, -0.09), (0.025, 0.02), 0.08, SHIRT, 1.6 * z)
-    parts += prism([(-0.2, 0.02), (-0.19, -0.1), (-0.01, -0.35), (0.1, -0.33), (0.1, -0.24), (-0.05, 0.03)], (0.38, 0.28), SHIRT)
+    parts += prism(
+        [(-0.2, 0.02), (-0.19, -0.1), (-0.01, -0.35), (0.1, -0.33), (0.1, -0.24), (-0.05, 0.03)], (0.38, 0.28), SHIRT
+    )
     return parts + head_parts(0.12, -0.425, 0.068, 0.075, 0.17)
 
 
 def tree_parts():
     crown = [(-0.3, 0.08), (-0.5, -0.1), (-0.42, -0.36), (-0.1, -0.5), (0.2, -0.48), (0.5, -0.2), (0.36, 0.04)]
-    parts = prism(crown, (0.3, 0.36), LEAF) + prism([(-0.34, 0), (-0.2, -0.42), (0.24, -0.42), (0.3, 0)], (0.4, 0.5), LEAF)
+    parts = prism(crown, (0.3, 0.36), LEAF) + prism(
+        [(-0.34, 0), (-0.2, -0.42), (0.24, -0.42), (0.3, 0)], (0.4, 0.5), LEAF
+    )
     return parts + prism([(-0.05, 0.5), (-0.04, 0), (0.04, 0), (0.05, 0.5)], (0.05, 0.05), WOOD)
 
 
@@ -273,7 +340,9 @@ def rasterise(rings, bias, K, size):
     rings, normal, offset = rings[..., seen], normal[:, seen], offset[seen]
     edges = np.cross(rings, np.roll(rings, -1, 1), axis=0)  # (3, V, P): planes through the camera and one edge each
     inverse = np.linalg.inv(K)
-    plane = np.einsum("ij,ip->jp", inverse, normal / offset)  # inverse depth of (u, v, 1); not by BLAS, which may round by thread count
+    plane = np.einsum(
+        "ij,ip->jp", inverse, normal / offset
+    )  # inverse depth of (u, v, 1); not by BLAS, which may round by thread count
     edge_u, edge_v, edge_1 = np.einsum("ij,ivp->jvp", inverse, edges)  # inside where their sum is <= 0
     _, y, z = rings
     rows = K[1, 1] * y / np.maximum(z, NEAR) + K[1, 2]
@@ -331,7 +400,9 @@ def noise_tile(octave):
 
 def texture(octave, s, t):
     """Noise at texel coordinates s, t of any shape."""
-    return noise_tile(octave).take(((np.asarray(s).astype(np.int32) & 255) << 8) | (np.asarray(t).astype(np.int32) & 255))
+    return noise_tile(octave).take(
+        ((np.asarray(s).astype(np.int32) & 255) << 8) | (np.asarray(t).astype(np.int32) & 255)
+    )
 
 
 # A scene and its picture
@@ -369,15 +440,28 @@ def draw_view(rng, size):
     pavement = half_road + rng.uniform(1.8, 4.0)
     crossing = rng.uniform(8, 35) if rng.random() < 0.4 else 1e6
     azimuth, elevation = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(28, 65))
-    sun = np.array([np.cos(azimuth) * np.cos(elevation), -np.sin(elevation), np.sin(azimuth) * np.cos(elevation)], np.float32)
+    sun = np.array(
+        [np.cos(azimuth) * np.cos(elevation), -np.sin(elevation), np.sin(azimuth) * np.cos(elevation)], np.float32
+    )
     sunlight = rng.uniform(0.3, 0.8) if rng.random() < 0.6 else 0.0
     exposure, tint = rng.uniform(0.7, 1.25), rng.uniform(0.93, 1.07, (3, 1, 1)).astype(np.float32)
     offset = lane * (rng.integers(lanes) + 0.5) + rng.normal(0, 0.25)
-    scalars = rng.uniform(1.3, 1.9), heading, offset, half_road, lane, pavement, pavement + rng.uniform(0.5, 7), crossing
+    scalars = (
+        rng.uniform(1.3, 1.9),
+        heading,
+        offset,
+        half_road,
+        lane,
+        pavement,
+        pavement + rng.uniform(0.5, 7),
+        crossing,
+    )
     scalars = (*scalars, exposure * sunlight, rng.uniform(70, 300))
     ambient = np.float32(exposure * (0.8 - 0.4 * sunlight)) * tint
     haze = np.float32(min(exposure, 1.1) * rng.uniform(0.75, 0.95)) * tint
-    return View(K, size, normal, *map(float, scalars), sun, ambient, haze)  # plain floats keep single precision arrays single
+    return View(
+        K, size, normal, *map(float, scalars), sun, ambient, haze
+    )  # plain floats keep single precision arrays single
 
 
 def footprint(center, size, yaw):
@@ -416,11 +500,25 @@ def draw_candidates(rng, view):
     for side, ahead in ways:
         if view.half_road - lanes * view.lane > 2 and rng.random() < 0.8:
             turn = rng.choice([0, 0, 0, np.pi / 2])
-            line(vehicles[:4], [0.35, 0.32, 0.23, 0.1], side * (view.half_road - 1.1 + 1.2 * (turn > 0)), 0.12, 6, ahead + turn)
+            line(
+                vehicles[:4],
+                [0.35, 0.32, 0.23, 0.1],
+                side * (view.half_road - 1.1 + 1.2 * (turn > 0)),
+                0.12,
+                6,
+                ahead + turn,
+            )
         line(["cyclist", "pedestrian"], [0.85, 0.15], side * (lanes * view.lane - 0.5), 0.4, 30, ahead, 0.15)
         walk = side * (view.half_road + view.pavement) / 2
         line(["pedestrian", "cyclist", "bin"], [0.82, 0.12, 0.06], walk, 0.5, 12, rng.choice([0, np.pi]), 0.7)
-        line(["pole", "tree"], [0.7, 0.3], side * (view.half_road + 0.4 if rng.random() < 0.4 else view.wall - 0.3), 0.1, 14, 0)
+        line(
+            ["pole", "tree"],
+            [0.7, 0.3],
+            side * (view.half_road + 0.4 if rng.random() < 0.4 else view.wall - 0.3),
+            0.1,
+            14,
+            0,
+        )
     for _ in range(rng.poisson(2.5 * crowd)):
         kind = rng.choice(["pedestrian", "cyclist", *vehicles[:4]], p=[0.45, 0.25, 0.1, 0.08, 0.08, 0.04])
         found.append((kind, 4 + rng.gamma(2, 8), rng.uniform(-1, 1) * view.half_road, rng.uniform(-np.pi, np.pi)))
@@ -437,10 +535,18 @@ def draw_colours(rng, n):
     vivid = rng.uniform(0.05, 0.7, (n, 3)) * grey(0.3, 1)
     colours = np.zeros((n, 14, 3))
     colours[:, PAINT] = np.where(rng.random((n, 1)) < 0.6, grey(0.04, 0.85), vivid)
-    colours[:, GLASS], colours[:, RUBBER], colours[:, METAL], colours[:, DARK] = (0.1, 0.13, 0.16), 0.05, grey(0.25, 0.6), 0.07
+    colours[:, GLASS], colours[:, RUBBER], colours[:, METAL], colours[:, DARK] = (
+        (0.1, 0.13, 0.16),
+        0.05,
+        grey(0.25, 0.6),
+        0.07,
+    )
     colours[:, LAMP], colours[:, TAIL], colours[:, PLATE] = (0.95, 0.95, 0.88), (0.62, 0.04, 0.03), grey(0.55, 0.85)
     colours[:, SKIN], colours[:, HAIR] = grey(0.3, 0.8) * (1, 0.75, 0.6), grey(0.04, 0.35) * (1, 0.85, 0.7)
-    colours[:, SHIRT], colours[:, TROUSERS] = rng.uniform(0.05, 0.85, (n, 3)), rng.uniform(0.05, 0.3, (n, 3)) + grey(0, 0.2)
+    colours[:, SHIRT], colours[:, TROUSERS] = (
+        rng.uniform(0.05, 0.85, (n, 3)),
+        rng.uniform(0.05, 0.3, (n, 3)) + grey(0, 0.2),
+    )
     colours[:, LEAF], colours[:, WOOD] = rng.uniform((0.12, 0.2, 0.05), (0.25, 0.36, 0.12), (n, 3)), (0.25, 0.19, 0.14)
     return colours
 
@@ -451,7 +557,9 @@ def draw_objects(rng, view):
     candidates = [candidates[i] for i in (0, *rng.permutation(len(candidates) - 1) + 1)]
     kind, s, t, direction = (np.array(column) for column in zip(*candidates, strict=True))
     n, sin, cos = len(kind), np.sin(view.heading), np.cos(view.heading)
-    factor = np.clip(rng.normal(1, 0.05, (n, 1)) * rng.normal(1, 0.04, (n, 3)), 0.86, 1.14)  # of the whole object, and of each side
+    factor = np.clip(
+        rng.normal(1, 0.05, (n, 1)) * rng.normal(1, 0.04, (n, 3)), 0.86, 1.14
+    )  # of the whole object, and of each side
     child = (kind == "pedestrian") & (rng.random(n) < 0.12)
     size = np.array([SIZES[k] for k in kind]) * factor * np.where(child, rng.uniform(0.65, 0.85, n), 1)[:, None]
     x, z = s * sin + (t - view.offset) * cos, s * cos - (t - view.offset) * sin
@@ -494,8 +602,12 @@ def paint_sky(rng, view, u, down):
     flat = 25 / (elevation + 0.12)
     clouds = texture(5, 2.4 * flat + rng.integers(256), u * flat) * float(rng.uniform(0, 0.12))
     image = view.haze + np.minimum(elevation * 2.5, 1) * (zenith - view.haze) + clouds
-    hills = 0.015 + float(rng.uniform(0, 0.05)) * (1 + texture(5, u * 120 + rng.integers(256), 0) + 0.2 * texture(1, u * 300, 0))
-    np.copyto(image, 0.55 * view.haze + view.ambient * np.float32([[[0.14]], [[0.16]], [[0.11]]]), where=elevation < hills)
+    hills = 0.015 + float(rng.uniform(0, 0.05)) * (
+        1 + texture(5, u * 120 + rng.integers(256), 0) + 0.2 * texture(1, u * 300, 0)
+    )
+    np.copyto(
+        image, 0.55 * view.haze + view.ambient * np.float32([[[0.14]], [[0.16]], [[0.11]]]), where=elevation < hills
+    )
     return image
 
 
@@ -504,13 +616,22 @@ def paint_ground(rng, view, objects, top, z, u, across, along):
     s, t = z * along + view.start, z * across + view.offset
     beside = np.abs(t)
     crossing = (s > view.crossing) & (s < view.crossing + CROSSING_WIDTH)
-    band = ((beside > view.half_road).astype(np.int8) + (beside > view.half_road + 0.2) + (beside > view.pavement)) * ~crossing
-    asphalt, paving = rng.uniform(0.16, 0.42) * rng.uniform(0.95, 1.05, 3), rng.uniform(0.35, 0.6) * rng.uniform(0.92, 1.05, 3)
-    verge = rng.uniform((0.15, 0.24, 0.06), (0.4, 0.42, 0.22)) if rng.random() < 0.7 else rng.uniform(0.3, 0.5) * np.ones(3)
+    band = (
+        (beside > view.half_road).astype(np.int8) + (beside > view.half_road + 0.2) + (beside > view.pavement)
+    ) * ~crossing
+    asphalt, paving = (
+        rng.uniform(0.16, 0.42) * rng.uniform(0.95, 1.05, 3),
+        rng.uniform(0.35, 0.6) * rng.uniform(0.92, 1.05, 3),
+    )
+    verge = (
+        rng.uniform((0.15, 0.24, 0.06), (0.4, 0.42, 0.22)) if rng.random() < 0.7 else rng.uniform(0.3, 0.5) * np.ones(3)
+    )
     palette = np.array([asphalt, paving * 1.15, paving, verge], np.float32)
     strength = np.array([rng.uniform(0.05, 0.2), 0.08, 0.15, 0.4], np.float32)
     far = 1 / z
-    grain = texture(0, s * 30, t * 30) * np.minimum(7 * far, 1) + 0.7 * texture(3, s * 5, t * 9) * np.minimum(25 * far, 1)
+    grain = texture(0, s * 30, t * 30) * np.minimum(7 * far, 1) + 0.7 * texture(3, s * 5, t * 9) * np.minimum(
+        25 * far, 1
+    )
     grain += 0.6 * texture(4, s * 3 + 91, t * 16)
     lanes, pixel = int(view.half_road // view.lane), z * float(1 / view.K[0, 0])  # metres a pixel
     line = np.clip(np.round(t / view.lane), -lanes, lanes)
@@ -534,7 +655,11 @@ def cast_shadows(view, objects, top, z, u):
     x, depth = corners[..., 0], np.maximum(corners[..., 1], 0.5)
     columns = view.K[0, 0] * x / depth + view.K[0, 2]
     rows = view.K[1, 1] * (view.height - view.normal[0] * x - view.normal[2] * depth) / depth + view.K[1, 2] - top
-    limits = np.stack([rows.min(1) - 1, rows.max(1) + 2, columns.min(1), columns.max(1) + 2], 1).clip(0, view.size[0]).astype(int)
+    limits = (
+        np.stack([rows.min(1) - 1, rows.max(1) + 2, columns.min(1), columns.max(1) + 2], 1)
+        .clip(0, view.size[0])
+        .astype(int)
+    )
     slope, cosines, sines = slope.tolist(), np.cos(objects.yaw).tolist(), np.sin(objects.yaw).tolist()
     rows = zip(limits.tolist(), objects.size.tolist(), objects.center.tolist(), cosines, sines, strict=True)
     for (row1, row2, column1, column2), (length, tall, wide), center, cos, sin in rows:
@@ -547,7 +672,10 @@ def cast_shadows(view, objects, top, z, u):
         diffuse[region] *= 1 - np.clip(0.62 - 1.6 * gap, 0, 0.62)
         if view.sunlight > 0:
             enter, leave = 0, 0.9 * tall
-            for at, half, step in ((x, 0.42 * length, slope[0] * cos - slope[1] * sin), (y, 0.42 * wide, slope[0] * sin + slope[1] * cos)):
+            for at, half, step in (
+                (x, 0.42 * length, slope[0] * cos - slope[1] * sin),
+                (y, 0.42 * wide, slope[0] * sin + slope[1] * cos),
+            ):
                 middle, reach = at * (-1 / (step or 1e-3)), abs(half / (step or 1e-3))
                 enter, leave = np.maximum(enter, middle - reach), np.minimum(leave, middle + reach)
             sunlit[region] *= 1 - np.clip((leave - enter) / 0.12, 0, 1)
@@ -651,12 +779,25 @@ def label_objects(view, objects, share, pixels):
     area, full_area = (np.prod(b[:, 2:] - b[:, :2], 1) for b in (box, full))
     name = np.array([CLASSES.get(kind, "") for kind in objects.kind], dtype="U16")
     keep = (name != "") & (pixels > 0) & (area > 0)
-    care = (box[:, 3] - box[:, 1] >= MIN_HEIGHT) & (share >= MIN_VISIBLE) & (pixels >= 20) & (objects.center[:, 2] <= MAX_DEPTH)
+    care = (
+        (box[:, 3] - box[:, 1] >= MIN_HEIGHT)
+        & (share >= MIN_VISIBLE)
+        & (pixels >= 20)
+        & (objects.center[:, 2] <= MAX_DEPTH)
+    )
     rows = np.concatenate([np.flatnonzero(keep & care), np.flatnonzero(keep & ~care)])
     name, box, share, truncation = name[rows], box[rows], share[rows], 1 - area[rows] / full_area[rows]
     center, occlusion = objects.center[rows] - CAMERA_SHIFT, (share[:, None] < VISIBLE_LEVELS).sum(1)
     labels = make_labels(name, box, objects.size[rows], center, objects.yaw[rows], truncation, occlusion)
-    fill = {"name": "DontCare", "truncation": -1.0, "occlusion": -1, "alpha": -10.0, "size": -1.0, "center": -1000.0, "yaw": -10.0}
+    fill = {
+        "name": "DontCare",
+        "truncation": -1.0,
+        "occlusion": -1,
+        "alpha": -10.0,
+        "size": -1.0,
+        "center": -1000.0,
+        "yaw": -10.0,
+    }
     for column, value in fill.items():
         getattr(labels, column)[(keep & care).sum() :] = value
     return labels
@@ -704,7 +845,9 @@ def build_world(root, split, frames, seed=0, size=(640, 192), workers=1):
     root: cache folder; split: 'train' or 'val'; size: (width, height); workers: processes. See `build_folder`.
     """
     if split not in FIRST_INDEX or frames < 1:
-        raise ValueError(f"the built-in world has {' and '.join(FIRST_INDEX)}, of at least one frame, got {split!r} of {frames}")
+        raise ValueError(
+            f"the built-in world has {' and '.join(FIRST_INDEX)}, of at least one frame, got {split!r} of {frames}"
+        )
 
     def fill(folder):
         for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
@@ -733,7 +876,9 @@ def build_folder(folder, fill):
     unfinished.mkdir(parents=True)
     try:
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # some file systems have no locks, and then nothing is removed there either
+            with contextlib.suppress(
+                OSError
+            ):  # some file systems have no locks, and then nothing is removed there either
                 held.enter_context(lock(unfinished / ".lock"))
             fill(unfinished)
             os.rename(unfinished, folder)

@@ -22,7 +22,12 @@ NEAR = 0.1  # metres: edges that cross this plane are cut there before projectio
 MIN_DEPTH = 0.5  # metres, of virtual depth in the head's direct estimate: nothing nearer is estimated or has a usable projected centre
 SPEED = 5.0  # m/s of a velocity output of 1: usual speeds are outputs of order 1
 DIRECTION_BORDER = math.pi / 4  # alpha where the two heading bins meet: away from the common 0, +-pi/2 and pi
-LIMITS = {"box": (5.0,) * 4, "depth": (10.0, 5.0), "height": (4.0, 5.0), "size": (2.0,) * 3}  # of the head's outputs, kept smoothly
+LIMITS = {
+    "box": (5.0,) * 4,
+    "depth": (10.0, 5.0),
+    "height": (4.0, 5.0),
+    "size": (2.0,) * 3,
+}  # of the head's outputs, kept smoothly
 
 # Corner order: four at the bottom (+y), then four at the top; x forward, z left of a box at yaw 0 seen from above.
 CORNER_SIGNS = np.array([[+1, +1, +1], [+1, +1, -1], [-1, +1, -1], [-1, +1, +1],
@@ -136,7 +141,9 @@ def visible_boxes(corners, K, width, height):
     """
     sides = np.array([[1, 0, 0], [-1, 0, width - 1], [0, 1, 0], [0, -1, height - 1]], float)
     homogeneous = corners @ np.asarray(K, float).T
-    outside = np.concatenate([homogeneous @ sides.T < 0, homogeneous[..., 2:] < NEAR], -1).all(1).any(-1)  # wholly beyond one border
+    outside = (
+        np.concatenate([homogeneous @ sides.T < 0, homogeneous[..., 2:] < NEAR], -1).all(1).any(-1)
+    )  # wholly beyond one border
     box, rows = np.full((len(corners), 4), np.nan), np.flatnonzero(~outside)
     if not len(rows):
         return box
@@ -179,7 +186,9 @@ def clip_boxes(boxes, width, height):
 
 def flip_boxes(boxes, width):
     """2D boxes (..., 4) mirrored left to right in an image of that width. Numpy or torch."""
-    return _library(boxes).stack([width - 1 - boxes[..., 2], boxes[..., 1], width - 1 - boxes[..., 0], boxes[..., 3]], -1)
+    return _library(boxes).stack(
+        [width - 1 - boxes[..., 2], boxes[..., 1], width - 1 - boxes[..., 0], boxes[..., 3]], -1
+    )
 
 
 def box_iou(a, b):
@@ -218,7 +227,9 @@ def bev_intersection(a, b):
     """
     a, b = np.asarray(a, np.float64).reshape(-1, 5), np.asarray(b, np.float64).reshape(-1, 5)
     area = np.zeros(len(a))
-    near = np.hypot(a[:, 0] - b[:, 0], a[:, 1] - b[:, 1]) < (np.hypot(a[:, 2], a[:, 3]) + np.hypot(b[:, 2], b[:, 3])) / 2
+    near = (
+        np.hypot(a[:, 0] - b[:, 0], a[:, 1] - b[:, 1]) < (np.hypot(a[:, 2], a[:, 3]) + np.hypot(b[:, 2], b[:, 3])) / 2
+    )
     rows = np.flatnonzero(near)
     for start in range(0, len(rows), PAIRS_AT_ONCE):
         part = rows[start : start + PAIRS_AT_ONCE]
@@ -234,13 +245,17 @@ def _clipped_area(a, b):
     turn = a[:, 4] - b[:, 4]
     sine, cosine = np.sin(turn)[:, None], np.cos(turn)[:, None]
     local_x, local_z = a[:, 2:3] * CORNER_SIGNS[:4, 0], a[:, 3:4] * CORNER_SIGNS[:4, 2]
-    polygon = np.stack([x[:, None] + cosine * local_x + sine * local_z, z[:, None] + cosine * local_z - sine * local_x], -1)
+    polygon = np.stack(
+        [x[:, None] + cosine * local_x + sine * local_z, z[:, None] + cosine * local_z - sine * local_x], -1
+    )
     for axis, half in ((0, b[:, 2:3] / 2), (1, b[:, 3:4] / 2)):
         polygon = _clip_polygons(polygon, half - polygon[..., axis])
         polygon = _clip_polygons(polygon, half + polygon[..., axis])
     following = np.roll(polygon, -1, 1)
     area = np.abs((polygon[..., 0] * following[..., 1] - polygon[..., 1] * following[..., 0]).sum(1)) / 2
-    return np.minimum(area, np.minimum(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3]))  # rounding must not make it larger than either
+    return np.minimum(
+        area, np.minimum(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
+    )  # rounding must not make it larger than either
 
 
 def _clip_polygons(polygon, inside):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from geometry import box_corners, clip_boxes, flip_boxes, project, ray_angle, wrap_angle
+from scene.geometry import box_corners, clip_boxes, flip_boxes, project, ray_angle, wrap_angle
 
 PAD_COLOUR = (124, 116, 104)  # ImageNet's mean, so that padding is near zero after normalisation
 PLAUSIBLE = {  # lowest and highest number that a reader takes for a labelled box; beyond them is damage or another unit
@@ -31,6 +31,20 @@ PLAUSIBLE = {  # lowest and highest number that a reader takes for a labelled bo
 }
 LARGEST = 1e8  # of any other number in a file: larger ones would overflow later
 HEAD = 4096  # bytes of an image file in which its size is looked for
+
+
+class UserError(ValueError):
+    """Something that the user wrote, gave or has no room for, in one sentence; commands show it without a traceback."""
+
+    @property
+    def sentence(self):
+        """What is shown: the last line, because an error of a loader worker arrives with its traceback above it."""
+        return (str(self).strip().splitlines() or [repr(self)])[-1].removeprefix("scene.frames.UserError: ")
+
+
+def usable_cores():
+    """Number of cores that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +76,12 @@ class Labels:
         """Rows by index, index array, mask or slice, always as Labels. Raises IndexError beyond the last."""
         if isinstance(rows, int | np.integer):
             rows = [range(len(self))[rows]]
-        return Labels(*(None if (column := getattr(self, field.name)) is None else column[rows] for field in dataclasses.fields(self)))
+        return Labels(
+            *(
+                None if (column := getattr(self, field.name)) is None else column[rows]
+                for field in dataclasses.fields(self)
+            )
+        )
 
     @property
     def is_3d(self):
@@ -71,7 +90,9 @@ class Labels:
 
     def moved(self, offset):
         """The same boxes with centres shifted by offset (3,) m; alpha stays, and so do rows without a 3D box."""
-        return dataclasses.replace(self, center=np.where(self.is_3d[:, None], self.center + np.asarray(offset, float), self.center))
+        return dataclasses.replace(
+            self, center=np.where(self.is_3d[:, None], self.center + np.asarray(offset, float), self.center)
+        )
 
     def corners(self):
         """(n, 8, 3) m, bottom four first."""
@@ -126,7 +147,10 @@ def join(parts):
         known = next((column for column in own if column is not None), None)
         if known is not None:
             blank = "" if known.dtype == object else np.nan
-            filled = [np.full((len(p), *known.shape[1:]), blank, known.dtype) if c is None else c for c, p in zip(own, parts, strict=True)]
+            filled = [
+                np.full((len(p), *known.shape[1:]), blank, known.dtype) if c is None else c
+                for c, p in zip(own, parts, strict=True)
+            ]
             columns[field.name] = np.concatenate(filled)
     return Labels(**columns)
 
@@ -139,9 +163,13 @@ class Frame:
     image: Path
     K: np.ndarray  # (3, 3) px
     labels: Labels  # in the image's own camera frame and pixels; all classes; DontCare rows are ignore regions
-    offset: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))  # m: camera frame = source frame + offset
+    offset: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros(3)
+    )  # m: camera frame = source frame + offset
     group: str = ""  # frames of one moment, seen by several cameras, share it
     pose: np.ndarray | None = None  # (4, 4) camera -> global frame, m
+    size: tuple[int, int] | None = None  # (width, height) of the image, px, where its source tells
+    dropped: int = 0  # objects that the reader left out because the image does not show them
 
 
 @contextlib.contextmanager
@@ -205,7 +233,10 @@ def list_tar(tar, *state):
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 if member.isreg():
-                    places[posixpath.normpath(member.name).encode()] = member.offset_data, member.size  # of equal names the last one counts
+                    places[posixpath.normpath(member.name).encode()] = (
+                        member.offset_data,
+                        member.size,
+                    )  # of equal names the last one counts
                 archive.members.clear()  # half a kilobyte each
             end = archive.offset
     except tarfile.TarError as error:
@@ -245,7 +276,9 @@ def upright(image):
         return image
     size, whole = image.size, ImageOps.exif_transpose(image)
     if image.format == "TIFF" and whole.size != size:  # Pillow has swapped a TIFF's sides before
-        raise ValueError("it is a TIFF on its side that Pillow cannot turn, expected one that is compressed or stored upright")
+        raise ValueError(
+            "it is a TIFF on its side that Pillow cannot turn, expected one that is compressed or stored upright"
+        )
     return whole
 
 
@@ -260,7 +293,9 @@ def image_size(path, place=None):
                 head = file.read(HEAD)
         else:
             head = read_member(path, place, HEAD)
-        if (size := _png_size(head) or _jpeg_size(head)) and 0 < size[0] * size[1] < 1e8:  # Pillow warns of larger ones, or refuses
+        if (size := _png_size(head) or _jpeg_size(head)) and 0 < size[0] * size[
+            1
+        ] < 1e8:  # Pillow warns of larger ones, or refuses
             return size
     with opened(path, place) as image:
         swapped = image.format != "TIFF" and turned(image) in range(5, 9)  # Pillow swaps a TIFF's sides itself
@@ -269,7 +304,11 @@ def image_size(path, place=None):
 
 def _png_size(head):
     """(width, height) from the first bytes of a plain PNG, else None."""
-    if head[:8] != b"\x89PNG\r\n\x1a\n" or head[8:16] != b"\0\0\0\rIHDR" or zlib.crc32(head[12:29]) != int.from_bytes(head[29:33], "big"):
+    if (
+        head[:8] != b"\x89PNG\r\n\x1a\n"
+        or head[8:16] != b"\0\0\0\rIHDR"
+        or zlib.crc32(head[12:29]) != int.from_bytes(head[29:33], "big")
+    ):
         return None
     at = 33
     while (kind := head[at + 4 : at + 8]) != b"IDAT":
@@ -372,7 +411,12 @@ class View:
     def shown(self):
         """Canvas rectangle that the image covers, before the flip: x1, y1, x2, y2 with x2, y2 exclusive."""
         height, width = self.canvas
-        return max(self.left, 0), max(self.top, 0), min(self.left + self.width, width), min(self.top + self.height, height)
+        return (
+            max(self.left, 0),
+            max(self.top, 0),
+            min(self.left + self.width, width),
+            min(self.top + self.height, height),
+        )
 
     @property
     def covered(self):
@@ -404,7 +448,15 @@ def random_view(rng, width, height, canvas, scale, flip):
     wide, high = max(1, round(base.width * factor)), max(1, round(base.height * factor))
     low, top = min(0, canvas[1] - wide), min(0, canvas[0] - high)
     left = int(rng.integers(low, max(0, canvas[1] - wide) + 1))
-    return View((width, height), canvas, wide, high, left, int(rng.integers(top, max(0, canvas[0] - high) + 1)), bool(rng.random() < flip))
+    return View(
+        (width, height),
+        canvas,
+        wide,
+        high,
+        left,
+        int(rng.integers(top, max(0, canvas[0] - high) + 1)),
+        bool(rng.random() < flip),
+    )
 
 
 def place_image(pixels, view):
@@ -418,7 +470,9 @@ def place_image(pixels, view):
     if view.flip:  # by torch, which mirrors 30 times as fast as numpy
         image = image.flip(3)
         left = width - left - view.width
-    scaled = F.interpolate(image, (view.height, view.width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    scaled = (
+        F.interpolate(image, (view.height, view.width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    )
     canvas = np.empty((height, width, 3), np.uint8)
     canvas[y1:y2, x1:x2] = scaled[y1 - view.top : y2 - view.top, x1 - left : x2 - left]
     for outside in (canvas[:y1], canvas[y2:], canvas[y1:y2, :x1], canvas[y1:y2, x2:]):

@@ -53,10 +53,14 @@ def start_accelerator(precision="no", accumulate=1, timeout=10.0, **options):
     """
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if told not in ("no", precision) and os.environ.get("RANK", "0") == "0":
-        log.warning(f"accelerate launch asks for mixed precision {told}; train.mixed_precision={precision} is what counts")
+        log.warning(
+            f"accelerate launch asks for mixed precision {told}; train.mixed_precision={precision} is what counts"
+        )
     accelerator = Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(accumulate, sync_with_dataloader=False),  # a number yields to environment
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            accumulate, sync_with_dataloader=False
+        ),  # a number yields to environment
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=timeout))],
         **options,
     )
@@ -67,8 +71,12 @@ def start_accelerator(precision="no", accumulate=1, timeout=10.0, **options):
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N)"
         )
     if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("train.mixed_precision=fp16 needs a GPU: Accelerate would silently compute in fp32; bf16 works on a CPU")
-    if accelerator.device.type == "cpu" and ("OMP_NUM_THREADS" not in os.environ or (launched() and os.environ["OMP_NUM_THREADS"] == "1")):
+        raise ValueError(
+            "train.mixed_precision=fp16 needs a GPU: Accelerate would silently compute in fp32; bf16 works on a CPU"
+        )
+    if accelerator.device.type == "cpu" and (
+        "OMP_NUM_THREADS" not in os.environ or (launched() and os.environ["OMP_NUM_THREADS"] == "1")
+    ):
         torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return accelerator
 
@@ -93,7 +101,14 @@ class Signals:
     NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 
     def __init__(self, out, main):
-        self.out, self.main, self.saving, self.interrupted, self.before, self._received = Path(out), main, False, 0.0, {}, ""
+        self.out, self.main, self.saving, self.interrupted, self.before, self._received = (
+            Path(out),
+            main,
+            False,
+            0.0,
+            {},
+            "",
+        )
         self.launcher = os.getppid() if launched() else None
 
     @property
@@ -113,7 +128,9 @@ class Signals:
             signal.signal(number, handler)
         if kind is not Stopped:
             return False
-        log.info(f"stopped by {self.received or 'a signal to another process'}{', saved' * self.saving}; the same command goes on")
+        log.info(
+            f"stopped by {self.received or 'a signal to another process'}{', saved' * self.saving}; the same command goes on"
+        )
         if self.main:
             (self.out / "STOPPED").write_text("")
         return True
@@ -137,7 +154,13 @@ class Guard:
     LAG = 2  # steps after which a GPU's numbers are read, so that nobody waits for them
 
     def __init__(self, accelerator, net, optimizer, window, signals, max_bad_steps):
-        self.accelerator, self.net, self.optimizer, self.window, self.signals = accelerator, net, optimizer, window, signals
+        self.accelerator, self.net, self.optimizer, self.window, self.signals = (
+            accelerator,
+            net,
+            optimizer,
+            window,
+            signals,
+        )
         self.max_bad_steps, self.lag = max_bad_steps, self.LAG if accelerator.device.type == "cuda" else 0
         self.statistics, self.bad_steps = Statistics(net), torch.zeros((), device=accelerator.device)  # in a row
         self.parts, self.pending = [], collections.deque()
@@ -154,8 +177,12 @@ class Guard:
         losses {name: scalar} and their weighted sum go into the log, and so does whether the gradient of an output was finite.
         """
         seen = []
-        for output in (output for output in outputs if output.requires_grad):  # all that a half of the head says may be frozen
-            output.register_hook(lambda gradient: seen.append(torch.where(torch.isfinite(gradient).all(), 0.0, math.nan)))
+        for output in (
+            output for output in outputs if output.requires_grad
+        ):  # all that a half of the head says may be frozen
+            output.register_hook(
+                lambda gradient: seen.append(torch.where(torch.isfinite(gradient).all(), 0.0, math.nan))
+            )
         self.parts.append(({**{name: value.detach() for name, value in losses.items()}, "loss": loss.detach()}, seen))
         return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
@@ -163,7 +190,9 @@ class Guard:
         """Step the optimizer, unless the gradient's norm (equal on all processes) is not finite; BatchNorm's statistics stay then too."""
         broken = ~torch.isfinite(norm)
         rows = [{**values, "gradient": sum(seen)} for values, seen in self.parts]
-        if self.accelerator.scaler:  # fp16's scaler leaves such a step out itself, and must see it to lower its scale, at first often
+        if (
+            self.accelerator.scaler
+        ):  # fp16's scaler leaves such a step out itself, and must see it to lower its scale, at first often
             self.optimizer.step()
         else:
             step_unless(broken, self.optimizer.optimizer)
@@ -184,7 +213,9 @@ class Guard:
         if event:
             event.synchronize()
         asked, bad_steps = numbers.tolist()
-        return asked > 0, bad_steps >= (max(self.max_bad_steps, OVERFLOWS) if self.accelerator.scaler else self.max_bad_steps)
+        return asked > 0, bad_steps >= (
+            max(self.max_bad_steps, OVERFLOWS) if self.accelerator.scaler else self.max_bad_steps
+        )
 
 
 class Statistics:
@@ -251,7 +282,10 @@ def write_replay(out, config, model, entry):
     """
     out = Path(out)
     try:
-        save_file({name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}, out / REPLAY_WEIGHTS)
+        save_file(
+            {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()},
+            out / REPLAY_WEIGHTS,
+        )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out / REPLAY_WEIGHTS}: cannot write the weights of a broken step: {error}") from error
     entry = {**entry, "losses": {name: repr(value) for name, value in entry["losses"].items()}}  # JSON has no NaN
@@ -291,7 +325,9 @@ def lock_folder(out, main=True):
 
 def start_log(out, main):
     """Log lines to the console and out/train.log on the main process, nothing elsewhere."""
-    handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(out / "train.log")] if main else [logging.NullHandler()]
+    handlers = (
+        [logging.StreamHandler(sys.stdout), logging.FileHandler(out / "train.log")] if main else [logging.NullHandler()]
+    )
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
     log.handlers, log.propagate = handlers, False
@@ -324,7 +360,9 @@ class Window:
         """A step has ended."""
         now = time.perf_counter()
         self.time, self.before = self.time + now - self.before, now
-        self.began, self.count = (now, 0) if self.began is None else (self.began, self.count + 1)  # the first step starts everything
+        self.began, self.count = (
+            (now, 0) if self.began is None else (self.began, self.count + 1)
+        )  # the first step starts everything
 
     def rest(self):
         """What happened since the last tick was no step."""
@@ -336,7 +374,11 @@ class Window:
 
     def add(self, step, parts, norm):
         """One step: {name: device scalar} of its micro-steps, the weighted sum under 'loss', and the gradient norm."""
-        means = parts[0] if len(parts) == 1 else {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        means = (
+            parts[0]
+            if len(parts) == 1
+            else {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        )
         self.rows.append({**means, "grad_norm": norm})
         self.steps.append(step)
 
@@ -400,7 +442,9 @@ def start_trackers(accelerator, out, config):
 def find_tracker(name):
     """The `log_with` of an Accelerator. Raises ValueError when that package is not installed."""
     if name and name not in [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]:
-        raise ValueError(f"log_with={name}: not installed; pip install {name}, or leave log_with empty (log.jsonl is written anyway)")
+        raise ValueError(
+            f"log_with={name}: not installed; pip install {name}, or leave log_with empty (log.jsonl is written anyway)"
+        )
     return name or None
 
 
@@ -420,7 +464,9 @@ def write_log(accelerator, out, record, line, numbers=()):
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
     values = {**dict(numbers), **record}
-    accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=record["step"])
+    accelerator.log(
+        {key: value for key, value in values.items() if isinstance(value, int | float)}, step=record["step"]
+    )
 
 
 def crosses(done, period):
@@ -450,7 +496,9 @@ def report_broken(broken, order, ids, accumulate, world):
     """Name the steps that were skipped. Returns the reports as `guard.fail` wants them."""
     reports = []
     for step, process, values in broken:
-        ranks = range(world) if process is None else [process]  # a gradient can break behind the head, where nobody looks
+        ranks = (
+            range(world) if process is None else [process]
+        )  # a gradient can break behind the head, where nobody looks
         batches = [order.at(step * accumulate + part, rank) for rank in ranks for part in range(accumulate)]
         frames = [ids[index] for samples in batches for _, index in samples]
         reports.append({"step": step, "process": process, "losses": values, "frames": frames, "batches": batches})

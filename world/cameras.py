@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from formats.nuscenes import ATTRIBUTES, scenes_of
-from formats.world import (
+from scene.geometry import wrap_angle
+from world.street import (
     SIZES,
     Objects,
     View,
@@ -33,7 +34,6 @@ from formats.world import (
     render_all,
     render_objects,
 )
-from geometry import wrap_angle
 
 VERSION = 1  # part of the folder's name: raise it whenever a picture or a table changes
 SPLITS = ("mini_train", "mini_val")
@@ -55,7 +55,12 @@ CATEGORIES = {  # of the kinds of SIZES that are annotated
     "bicycle": "vehicle.bicycle", "motorcyclist": "vehicle.motorcycle", "cone": "movable_object.trafficcone",
     "barrier": "movable_object.barrier",
 }  # fmt: skip
-LEVELS = {"1": "v0-40", "2": "v40-60", "3": "v60-80", "4": "v80-100"}  # token: share seen by all cameras together, in percent
+LEVELS = {
+    "1": "v0-40",
+    "2": "v40-60",
+    "3": "v60-80",
+    "4": "v80-100",
+}  # token: share seen by all cameras together, in percent
 log = logging.getLogger("deep3d")
 
 
@@ -85,7 +90,9 @@ class Scene(NamedTuple):
 
     def places(self, seconds):
         """(n, 3) centres of the objects at a time."""
-        x, z = (self.start + seconds * self.pace[:, None] * np.stack([np.sin(self.direction), np.cos(self.direction)], 1)).T
+        x, z = (
+            self.start + seconds * self.pace[:, None] * np.stack([np.sin(self.direction), np.cos(self.direction)], 1)
+        ).T
         return np.stack([x, -self.size[:, 1] / 2, z], 1)
 
     def to_global(self, point):
@@ -106,7 +113,9 @@ def draw_tracks(rng, view, speed, duration):
         while z < end - min(back, 0):
             kind = rng.choice(kinds, p=share)
             length = max(SIZES[kind][0], SIZES[kind][2])
-            found.append((kind, x + rng.normal(0, spread), z + length / 2, direction + rng.normal(0, turn), pace, attribute))
+            found.append(
+                (kind, x + rng.normal(0, spread), z + length / 2, direction + rng.normal(0, turn), pace, attribute)
+            )
             z += length + 0.8 + rng.exponential(gap / crowd)
 
     vehicles = ["sedan", "hatchback", "suv", "van", "truck", "bus", "trailer", "motorcyclist"]
@@ -114,7 +123,17 @@ def draw_tracks(rng, view, speed, duration):
         for i in range(lanes):
             pace = float(rng.choice([0.0, speed, rng.uniform(3, 11)], p=[0.25, 0.25, 0.5]))
             state = "moving" if pace else "stopped"
-            line(vehicles, [0.28, 0.2, 0.17, 0.08, 0.09, 0.07, 0.04, 0.07], side * (i + 0.5) * view.lane, 0.2, 14, ahead, pace, state, 0.0)
+            line(
+                vehicles,
+                [0.28, 0.2, 0.17, 0.08, 0.09, 0.07, 0.04, 0.07],
+                side * (i + 0.5) * view.lane,
+                0.2,
+                14,
+                ahead,
+                pace,
+                state,
+                0.0,
+            )
         if view.half_road - lanes * view.lane > 2:
             line(vehicles[:4], [0.35, 0.32, 0.23, 0.1], side * (view.half_road - 1.1), 0.1, 9, ahead, 0.0, "parked")
         line(["cyclist"], [1.0], side * (lanes * view.lane - 0.4), 0.2, 35, ahead, float(rng.uniform(2.5, 6)), "", 0.0)
@@ -123,7 +142,17 @@ def draw_tracks(rng, view, speed, duration):
             line(["pedestrian"], [1.0], walk, 0.3 * width, 18, way, float(rng.uniform(0.8, 1.8)), "moving", 0.02)
         line(["pedestrian", "bicycle"], [0.6, 0.4], walk + 0.5 * side * width, 0.1, 22, ahead, 0.0, "standing", 1.0)
         line(["pole", "tree"], [0.7, 0.3], side * (view.wall - 0.3), 0.1, 16, 0)
-        line(["cone", "barrier"], [0.5, 0.5], side * (view.half_road + 0.45), 0.1, 16, ahead + np.pi / 2 * (rng.random() < 0.7), 0, "", 0.1)
+        line(
+            ["cone", "barrier"],
+            [0.5, 0.5],
+            side * (view.half_road + 0.45),
+            0.1,
+            16,
+            ahead + np.pi / 2 * (rng.random() < 0.7),
+            0,
+            "",
+            0.1,
+        )
     return found
 
 
@@ -288,7 +317,10 @@ def fixed_tables():
 def add_scene(tables, scene, name, counts):
     """Add the rows of a scene to tables; counts: what `write_sample` gave for each sample."""
     times = [stamp(scene, "LIDAR_TOP", number) for number in range(len(counts))]
-    samples = [{"token": token_of(name, number), "timestamp": time, "scene_token": token_of(name)} for number, time in enumerate(times)]
+    samples = [
+        {"token": token_of(name, number), "timestamp": time, "scene_token": token_of(name)}
+        for number, time in enumerate(times)
+    ]
     tables["sample"] += linked(samples)
     tables["scene"].append({"token": token_of(name), "log_token": token_of("log"), "nbr_samples": len(samples), "name": name,
                             "first_sample_token": samples[0]["token"], "last_sample_token": samples[-1]["token"],
@@ -310,7 +342,10 @@ def add_scene(tables, scene, name, counts):
     cars = np.stack([scene.car(PERIOD * number) for number in range(len(counts))])
     near = np.hypot(places[..., 0] - cars[:, None, 0], places[..., 2] - cars[:, None, 1]) < REACH
     for i in np.flatnonzero([kind in CATEGORIES for kind in scene.kind]):
-        rows = [annotation(scene, name, i, number, places[number, i], counts[number][:, i]) for number in np.flatnonzero(near[:, i])]
+        rows = [
+            annotation(scene, name, i, number, places[number, i], counts[number][:, i])
+            for number in np.flatnonzero(near[:, i])
+        ]
         if rows:
             tables["sample_annotation"] += linked(rows)
             tables["instance"].append({"token": token_of(name, "object", int(i)), "category_token": token_of(CATEGORIES[scene.kind[i]]),
@@ -339,7 +374,9 @@ def fill_folder(seed, split, samples, workers, folder):
     Image.new("L", (8, 8)).save(folder / "maps" / "world.png")  # the official reader opens a map
     names = scenes_of(split)
     scenes = [draw_scene(seed, name) for name in names]  # once, for the processes too where they are forked
-    counts = render_all([(folder, seed, name, i) for name in names for i in range(samples)], workers, f"rendering {split}", write_sample)
+    counts = render_all(
+        [(folder, seed, name, i) for name in names for i in range(samples)], workers, f"rendering {split}", write_sample
+    )
     tables = fixed_tables()
     for number, name in enumerate(names):
         add_scene(tables, scenes[number], name, counts[number * samples : (number + 1) * samples])

@@ -1,6 +1,6 @@
 """Compare runs on their held-out frames: AP at two overlaps, errors of depth, and what AP would be if one thing were known.
 
-python -m tools.yardstick RUN [RUN ...] [key=value ...] [--oracles] [--json OUT]
+python -m lab.yardstick RUN [RUN ...] [key=value ...] [--oracles] [--json OUT]
 
 Runs whose configs differ only in the seed become one row, mean and spread (standard deviation over seeds). A difference between rows is
 worth a word only beyond twice that spread. RESULTS.md is made of these tables.
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from checkpoint import find_checkpoint, load_run
 from config import to_dict
 from data import UserError, build_dataset, check_writable, user_errors
+from engine.checkpoint import find_checkpoint, load_run
+from engine.guard import start_accelerator
 from evaluate import compute_metrics, predict_dataset, stay_at_home
-from geometry import box3d_iou, project, unproject, yaw_to_alpha
-from guard import start_accelerator
 from metrics.kitti import MATCH_OVERLAP, kitti_ap
+from scene.geometry import box3d_iou, project, unproject, yaw_to_alpha
 
 COLUMNS = ("2D", "AOS", "BEV loose", "3D loose", "BEV strict", "3D strict", "depth error m", "depth error %", "depth bias m",
            "turned %", "in 1 sigma %", "score rank")  # fmt: skip  # rank: Spearman's, of score and 3D overlap of what meets an object
@@ -73,7 +73,10 @@ def tell(found, truth, K, known):
 
 def overlap_3d(found, truth):
     """3D IoU (n,) of each detection with the truth that it matches, 0 where there is none."""
-    rows, boxes = match(found, truth), [np.concatenate([labels.center, labels.size, labels.yaw[:, None]], 1) for labels in (found, truth)]
+    rows, boxes = (
+        match(found, truth),
+        [np.concatenate([labels.center, labels.size, labels.yaw[:, None]], 1) for labels in (found, truth)],
+    )
     overlap, told = np.zeros(len(found)), rows >= 0
     overlap[told] = box3d_iou(boxes[0][told], boxes[1][rows[told]])
     return overlap
@@ -89,7 +92,9 @@ def rank_correlation(a, b):
 def predict_run(run, overrides=()):
     """A run's `Config`, its `Detection3D` of held-out frames, and what its best checkpoint finds there (`predict_dataset`)."""
     with user_errors():
-        config, model = load_run(find_checkpoint(run), ["model.sigma_scale=", *overrides])  # as learned: factors are fitted to these frames
+        config, model = load_run(
+            find_checkpoint(run), ["model.sigma_scale=", *overrides]
+        )  # as learned: factors are fitted to these frames
         config = stay_at_home(config, overrides)
         dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
         accelerator = start_accelerator(config.train.mixed_precision)
@@ -112,11 +117,15 @@ def measure(dataset, predictions, repeat=1):
         values += [whole[key] for key in ("depth_error", "depth_percent", "depth_bias")]
         values += [whole[key] and 100 * whole[key] for key in ("heading_flipped", "within_1_sigma")]
         own = {id: met[id] & (labels.name == name) for id, labels in predictions.items()}
-        values.append(rank_correlation(*(np.concatenate([part[id][own[id]] for id in own]) for part in (scores, overlap))))
+        values.append(
+            rank_correlation(*(np.concatenate([part[id][own[id]] for id in own]) for part in (scores, overlap)))
+        )
         found[name] = dict(zip(COLUMNS, values, strict=True))
         found[name]["depth error m by band"] = {band: e["depth_error"] for band, e in errors.items() if band != "all"}
     columns = {column: [found[name][column] for name in dataset.classes] for column in COLUMNS}
-    return found | {MEAN: {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}}
+    return found | {
+        MEAN: {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}
+    }
 
 
 def measure_oracles(dataset, predictions, repeat=1):
@@ -124,7 +133,9 @@ def measure_oracles(dataset, predictions, repeat=1):
     truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
     found = {name: {known: [] for known in KNOWN} for name in dataset.classes}
     for known in KNOWN:
-        own = [tell(predictions[frame.id].moved(frame.offset), frame.labels, frame.K, known) for frame in dataset.frames]
+        own = [
+            tell(predictions[frame.id].moved(frame.offset), frame.labels, frame.K, known) for frame in dataset.frames
+        ]
         told = {frame.id: labels.moved(-frame.offset) for frame, labels in zip(dataset.frames, own, strict=True)}
         for overlap in ("loose", "strict"):
             metrics = kitti_ap(truth, told, dataset.classes, overlap, repeat)
@@ -163,13 +174,19 @@ def show(runs, oracles):
         rows = []
         for title, seeds in group(runs):
             cells = [
-                cell([values[name][column] for values in seeds], 2 if column in ("depth error m", "depth bias m", "score rank") else 1)
+                cell(
+                    [values[name][column] for values in seeds],
+                    2 if column in ("depth error m", "depth bias m", "score rank") else 1,
+                )
                 for column in COLUMNS
             ]
             rows.append((title, [str(len(seeds)), *cells]))
         print(f"\n{name}\n\n{table('run', ['seeds', *COLUMNS], rows)}")
     for title, seeds in group(oracles):
-        rows = [(known, [" / ".join(cell([s[name][known][i] for s in seeds]) for i in (0, 1)) for name in seeds[0]]) for known in KNOWN]
+        rows = [
+            (known, [" / ".join(cell([s[name][known][i] for s in seeds]) for i in (0, 1)) for name in seeds[0]])
+            for known in KNOWN
+        ]
         print(f"\n3D AP of {title} if this were known (loose / strict)\n\n{table('known', seeds[0], rows)}")
 
 
@@ -197,7 +214,9 @@ def main(arguments=None):
         return 2
     show(runs, oracles)
     if options.json:
-        values = {title: [(name, value) for name, _, value in rows] for title, rows in (("runs", runs), ("oracles", oracles))}
+        values = {
+            title: [(name, value) for name, _, value in rows] for title, rows in (("runs", runs), ("oracles", oracles))
+        }
         Path(options.json).write_text(json.dumps(values, indent=1))
     return 0
 
