@@ -28,7 +28,7 @@ KITTI_SIZES = {camera[0]: size for camera, size in KITTI_CAMERAS.items()}  # by 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny tensors gain nothing from more, and a process forked by a test would wait for ever for threads that it has not."""
+    """Tiny tensors gain nothing from more, and a forked process would wait for ever for threads that it has not."""
     torch.set_num_threads(1)
 
 
@@ -67,16 +67,15 @@ WORLD = {"train": 8, "val": 4}  # frames of the tiny world
 
 
 def tiny(world, out, *more, kitti=False):
-    """Overrides of a run of seconds on the tiny world, or a KITTI folder: augmentation, averaged weights and warm-up included."""
-    sources = (
-        {}
-        if kitti
-        else {name: [{"kind": "synthetic", "split": [name], "world_frames": count}] for name, count in WORLD.items()}
-    )
+    """Overrides of a run of seconds on the tiny world, or a KITTI folder: with augmentation, average and warm-up."""
+    sources = []
+    for split, count in () if kitti else WORLD.items():
+        source = {"kind": "synthetic", "split": [split], "world_frames": count}
+        sources.append(f"data.{split}={json.dumps([source])}")
     return [
-        f"data.root={world}", f"out={out}", *(f"data.{name}={json.dumps(source)}" for name, source in sources.items()), "data.workers=0",
-        "data.scale=0.9,1.2", "data.colour=0.2", "model.backbone=test_resnet", "model.size=96,320", "model.channels=32",
-        "train.batch_size=2", "train.steps=6", "train.warmup=3", "train.ema=0.9", "train.save_every=2", "train.keep=3",
+        f"data.root={world}", f"out={out}", *sources, "data.workers=0", "data.scale=0.9,1.2", "data.colour=0.2",
+        "model.backbone=test_resnet", "model.size=96,320", "model.channels=32", "train.batch_size=2", "train.steps=6",
+        "train.warmup=3", "train.ema=0.9", "train.save_every=2", "train.keep=3",
         "train.log_every=1", "train.eval_every=0", "train.all_cells=1", *more,
     ]  # fmt: skip
 
@@ -84,8 +83,8 @@ def tiny(world, out, *more, kitti=False):
 def command_line(*arguments, processes=1, script="train.py"):
     """(command, environment) of `accelerate launch train.py` as a user would; on the CPU whatever the machine has."""
     several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1", "--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--num_machines", "1", "--main_process_port", "0", script, *map(str, arguments)]  # fmt: skip
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, *plain, script, *map(str, arguments)]
     return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -103,3 +102,9 @@ def tiny_run(tmp_path_factory):
     finished = launch(*tiny(world, out))
     assert finished.returncode == 0, finished.stderr
     return world, out, finished
+
+
+@pytest.fixture
+def one_thread_of_commands(monkeypatch):
+    """A main() that is called here keeps to it; several threads wait for each other where other tests use the cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")

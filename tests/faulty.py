@@ -1,7 +1,9 @@
-"""train.py with faults put in: `accelerate launch tests/faulty.py FAULT [train.py's arguments]`, FAULT a JSON object or a list of them.
+"""train.py with faults put in: `accelerate launch tests/faulty.py FAULT [train.py's arguments]`, FAULT a JSON object or
+a list of them.
 
-{"what": "loss" | "gradient" | "camera" | "label" | "raise" | "kill" | "hang" | "signal" | "empty" | "kill in save" | "signal in save" |
-"signal in evaluation" | "slow", "steps": [...], "rank": R}: steps are counted from 1, as in the log; no rank means every rank.
+{"what": "loss" | "gradient" | "camera" | "label" | "statistics" | "raise" | "kill" | "hang" | "signal" | "empty" |
+"kill in save" | "signal in save" | "signal in evaluation" | "slow", "steps": [...], "rank": R}: steps are counted from
+1, as in the log; no rank means every rank.
 """
 
 import json
@@ -21,12 +23,8 @@ from engine import checkpoint
 faults = json.loads(sys.argv.pop(1))
 rank, step = int(os.environ.get("RANK", 0)), 0
 faults = [f for f in (faults if isinstance(faults, list) else [faults]) if f.get("rank") in (None, rank)]
-normal_losses, normal_send, normal_publish, normal_lr = (
-    train.compute_losses,
-    train.send_to_device,
-    checkpoint._publish,
-    train.lr_at,
-)
+normal_losses, normal_send, normal_lr = train.compute_losses, train.send_to_device, train.lr_at
+normal_publish, normal_save = checkpoint.publish, train.save_checkpoint
 normal_source = evaluate.to_source
 
 
@@ -72,13 +70,13 @@ def compute_losses(model, logits, raw, *rest):
     return losses
 
 
-def publish(aside, final):
+def publish(aside, final, *rest):
     if struck("kill in save"):
         (aside / "model.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     if struck("signal in save"):
         os.kill(os.getpid(), signal.SIGTERM)
-    normal_publish(aside, final)
+    normal_publish(aside, final, *rest)
 
 
 def to_source(*arguments):
@@ -87,7 +85,13 @@ def to_source(*arguments):
     return normal_source(*arguments)
 
 
+def save_checkpoint(accelerator, config, progress, modules):
+    if struck("statistics"):
+        next(b for name, b in modules[1].named_buffers() if name.endswith("running_mean")).fill_(math.nan)
+    normal_save(accelerator, config, progress, modules)
+
+
 train.lr_at, train.send_to_device, train.compute_losses = lr_at, send_to_device, compute_losses
-checkpoint._publish, evaluate.to_source = publish, to_source
+checkpoint.publish, evaluate.to_source, train.save_checkpoint = publish, to_source, save_checkpoint
 if __name__ == "__main__":
     train.main()

@@ -1,4 +1,5 @@
-"""README's "Change it": a copy of the project with each of those edits made, which must be one place, trains and shows every effect."""
+"""README's "Change it": a copy of the project with each of those edits made, which must be one place, trains and shows
+every effect."""
 
 import json
 import shutil
@@ -10,24 +11,36 @@ from conftest import ROOT, tiny
 from safetensors.torch import load_file
 from test_train import losses_of, records
 
-VALIDATE = (
-    "                    evaluation, progress = validate(config, accelerator, published, val_set, progress, stop)\n"
-)
-DETECTOR = "        net = Detector(dataclasses.replace(config.model, pretrained=pretrained))\n"
-LOSSES = "                        losses = find_losses(net, logits, raw, target, batch, config.loss, positives, step >= options.all_cells)\n"
-ERRORS = '    metrics["errors"] = object_errors(truth, results, classes)\n'
+DETECTOR = "    net = Detector(dataclasses.replace(config.model, pretrained=pretrained))\n"
+STEP = "losses = find_losses(net, logits, raw, target, batch, config.loss, positives, best_cells)\n"
+METRICS = "    return metrics\n"
 RNG = "        rng = np.random.default_rng((self.seed, epoch, index))\n"
+VALIDATE = "result = validate(config, accelerator, average.module, val_set, log, done)\n"
 EDITS = {  # what README calls it: (file, the one place, what stands there then)
-    "Optimizer": ("train.py", "optimizer = make_optimizer(net, options)\n",
-                  "optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01, momentum=0.9)\n"),
-    "Freeze the backbone": ("train.py", DETECTOR, DETECTOR + "        net.backbone.requires_grad_(False)\n"),
-    "A loss": ("train.py", LOSSES, LOSSES + '                        losses["loss_mine"] = 0.1 * raw.float().square().mean()\n'),
-    "An augmentation": ("data.py", RNG, RNG + "        pixels = np.full_like(pixels, rng.integers(256)) if self.training else pixels\n"),
-    "A metric": ("evaluate.py", ERRORS, ERRORS + '    metrics["mine"] = 2.5 + len(results)\n'),
-    "Early stopping": ("train.py", "                if due:\n" + VALIDATE,
-                       "                if due:\n" + VALIDATE + "                    if progress.best < 9:\n" + 24 * " " + "break\n"),
-    "A checkpoint per epoch": ("train.py", "stopped or done % options.save_every == 0\n", "stopped or crosses(done, steps_per_epoch)\n"),
-}  # fmt: skip
+    "Optimizer": (
+        "train.py",
+        "make_optimizer(net, options)",
+        "torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01, momentum=0.9)",
+    ),
+    "Freeze the backbone": ("train.py", DETECTOR, DETECTOR + "    net.backbone.requires_grad_(False)\n"),
+    "A loss": ("train.py", STEP, STEP + 20 * " " + 'losses["loss_mine"] = 0.1 * raw.float().square().mean()\n'),
+    "An augmentation": (
+        "data.py",
+        RNG,
+        RNG + "        pixels = np.full_like(pixels, rng.integers(256)) if self.training else pixels\n",
+    ),
+    "A metric": ("evaluate.py", METRICS, '    metrics["mine"] = 2.5 + len(predictions)\n' + METRICS),
+    "Early stopping": (
+        "train.py",
+        VALIDATE,
+        VALIDATE + 20 * " " + 'if result[0]["mine"] < 9:\n' + 24 * " " + "break\n",
+    ),
+    "A checkpoint per epoch": (
+        "train.py",
+        "or done % options.save_every == 0:",
+        "or done % (len(train_set) // progress.global_batch) == 0:",
+    ),
+}
 
 
 def test_each_place_that_the_readme_names_is_one_place(tiny_run, tmp_path):
@@ -36,7 +49,7 @@ def test_each_place_that_the_readme_names_is_one_place(tiny_run, tmp_path):
     for path in ROOT.iterdir():
         if path.suffix == ".py":
             shutil.copy(path, copy)
-        elif path.name in ("formats", "metrics", "configs"):
+        elif path.name in ("engine", "scene", "formats", "metrics", "world", "configs"):
             shutil.copytree(path, copy / path.name)
     readme = (ROOT / "README.md").read_text()
     for name, (file, place, change) in EDITS.items():

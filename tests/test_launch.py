@@ -33,15 +33,24 @@ for _ in $(seq 200); do sleep 0.05; done
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Starts sbatch.sh with a fake srun, scontrol and accelerate on the PATH. Returns the process; files show what was called."""
+    """Starts sbatch.sh with a fake srun, scontrol and accelerate on the PATH. Returns the process; files show what was
+    called."""
     python = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE), ("python", python)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
     def run(*arguments, **variables):
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "SLURM_JOB_NODELIST": "node-[a-b]",
-                       "SLURM_JOB_ID": "41007", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", **variables}  # fmt: skip
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "FAKE": str(tmp_path),
+            "SLURM_JOB_NODELIST": "node-[a-b]",
+            "SLURM_JOB_ID": "41007",
+            "SLURM_NNODES": "2",
+            "SLURM_GPUS_ON_NODE": "8",
+            **variables,
+        }
         command = ["bash", "sbatch.sh", *map(str, arguments)]
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -59,10 +68,14 @@ def test_slurm_launches_one_launcher_a_node(slurm):
     options = dict(zip(arguments[2:-4:2], arguments[3:-4:2], strict=True))
     assert arguments[:2] == ["launch", "--multi_gpu"]
     assert options == {
-        "--num_machines": "2", "--num_processes": "16", "--machine_rank": "0",
-        "--main_process_ip": "node-a", "--main_process_port": "21007",
-        "--mixed_precision": "no", "--dynamo_backend": "no",
-    }  # fmt: skip
+        "--num_machines": "2",
+        "--num_processes": "16",
+        "--machine_rank": "0",
+        "--main_process_ip": "node-a",
+        "--main_process_port": "21007",
+        "--mixed_precision": "no",
+        "--dynamo_backend": "no",
+    }
     assert arguments[-4:] == ["train.py", "configs/kitti.py", f"out={out}", "data.root=/a folder/kitti"]
     assert (slurm.folder / "variables").read_text() == "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 150\n"
     assert "requeue" not in (slurm.folder / "calls").read_text()

@@ -1,4 +1,5 @@
-"""The training command: what a run leaves behind, exact resume, processes, accumulation, and mistakes in one sentence."""
+"""The training command: what a run leaves behind, exact resume, processes, accumulation, and mistakes in one
+sentence."""
 
 import copy
 import dataclasses
@@ -13,8 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,16 @@ from timm.optim import muon
 
 import train
 from config import Config, TrainConfig, read_config
-from data import DataConfig, Source, StepBatches, UserError, loading, make_loader, read_source, seed_of
-from engine import guard
-from engine.checkpoint import amend_checkpoint, read_meta
-from engine.guard import Window, crosses, place_in_epoch
-from engine.optimizer import Muon, count_blocks, is_matrix, lr_at, make_optimizer, orthogonalise
+from data import DataConfig, Detection3D, Source, StepBatches, build_dataset, seed_of
+from engine import log, trackers
+from engine.checkpoint import read_best
+from engine.log import Log, crosses, place_in_epoch
+from engine.muon import Muon, count_blocks, is_matrix, orthogonalise
+from engine.optimizer import lr_at, make_optimizer
 from formats.kitti import read_split
 from losses import LossConfig
-from model import Detector, ModelConfig, checkpoint_backbone
+from model import Detector, ModelConfig
+from scene.frames import Frame, UserError, make_labels
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - Epoch \[(\d+)\]\[(\d+)/(\d+)\]  lr: \d\.\d{5}, eta: \d+:\d\d:\d\d, "
@@ -195,7 +196,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path, here):
 def test_a_resumed_run_asks_the_hub_for_nothing(tiny_run, tmp_path, here, monkeypatch):
     create, asked = timm.create_model, []
 
-    def hub(*arguments, pretrained, **options):
+    def hub(*arguments, pretrained=False, **options):
         asked.append(pretrained)
         return create(*arguments, pretrained=False, **options)
 
@@ -211,7 +212,8 @@ def test_a_resumed_run_asks_the_hub_for_nothing(tiny_run, tmp_path, here, monkey
 
 
 def test_two_processes_train_like_one(tiny_run, tmp_path, here):
-    """The same global batch with frozen norms gives the same losses to rounding, and the log says that there were two."""
+    """The same global batch with frozen norms gives the same losses to rounding, and the log says that there were
+    two."""
     world = tiny_run[0]
     common = ("model.norm=frozen", "train.steps=4", "train.save_every=100")
     two = launch(*tiny(world, tmp_path / "two", *common), processes=2)
@@ -233,22 +235,20 @@ def test_two_processes_train_like_one(tiny_run, tmp_path, here):
 
 
 def test_accumulation_sees_the_same_images_in_fewer_steps(tiny_run, tmp_path, here):
-    world = tiny_run[0]
-    code, out, err = here(
-        *tiny(world, tmp_path / "a", "train.accumulate=2", "train.steps=3", "model.norm=frozen", "train.warmup=0")
-    )
+    """A run that goes on with another batch is told so."""
+    arguments = tiny(tiny_run[0], tmp_path / "a", "train.steps=3", "model.norm=frozen", "train.warmup=0")
+    code, out, err = here(*arguments, "train.accumulate=2")
     assert code == 0, err
     assert "3 steps of 4 images, 2 an epoch" in out
     assert [r["step"] for r in records(tmp_path / "a")] == [1, 2, 3]
-    code, _, err = here(
-        *tiny(world, tmp_path / "a", "train.steps=3", "model.norm=frozen", "train.warmup=0", "train.batch_size=1")
-    )
-    assert code == 2
-    assert re.search(r"its global batch was 4 and is now 1: not the same run", err)
+    code, out, err = here(*arguments, "train.batch_size=1", "train.steps=4")
+    assert code == 0, err
+    assert re.search(r"changed since the checkpoint: .*train\.batch_size: 2 -> 1; .*images a step: 4 -> 1", out)
 
 
 def test_accumulated_parts_are_one_batch(tiny_run, tmp_path, here):
-    """Losses and gradient of four images at once, in four parts of which two hold no object, and in two parts on each of two processes."""
+    """Losses and gradient of four images at once, in four parts of which two hold no object, and in two parts on each
+    of two processes."""
     root, _ = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
     for id in read_split(root, "train")[::3]:
         (root / f"training/label_2/{id}.txt").write_text("")
@@ -280,7 +280,8 @@ def test_accumulated_parts_are_one_batch(tiny_run, tmp_path, here):
 
 
 def test_every_key_is_read(tiny_run, tmp_path, here, monkeypatch):
-    """By code that is neither config.py nor a check of values, in two runs: attributes are watched, since names alone prove nothing."""
+    """By code that is neither config.py nor a check of values, in two runs: attributes are watched, since names alone
+    prove nothing."""
     sections, read = (Config, TrainConfig, DataConfig, ModelConfig, LossConfig, Source), set()
     fields = {(kind, field.name) for kind in sections for field in dataclasses.fields(kind)}
     normal = object.__getattribute__
@@ -304,9 +305,12 @@ def test_every_key_is_read(tiny_run, tmp_path, here, monkeypatch):
         'model.attributes={"Car": ["vehicle.moving", "vehicle.parked"]}',
     ]
     assert here(*arguments)[0] == 0
-    assert here(*arguments, "train.clip=3")[0] == 2
-    with pytest.raises(FileNotFoundError):
-        read_source(Source(kind="nuscenes", root=str(tmp_path)), DataConfig())
+    nuscenes = Config(data=DataConfig(index="none", train=(Source(kind="nuscenes", root=str(tmp_path)),)))
+    with pytest.raises(UserError, match="nuScenes"):
+        build_dataset(nuscenes, training=True)
+    nowhere = Frame("a", tmp_path / "none.png", np.eye(3), make_labels([], [], [], [], []))
+    with pytest.raises(UserError, match="no such image"):
+        Detection3D([nowhere], Config().model, DataConfig())[0]
     unread = fields - read
     assert not unread, sorted((kind.__name__, name) for kind, name in unread)
 
@@ -317,7 +321,7 @@ def test_weights_can_be_loaded_from_another_run(tiny_run, tmp_path, here):
     code, out, err = here(*tiny(world, tmp_path / "a", *quick, f"load_from={whole}", "model.predict_yaw=true"))
     assert code == 0, err
     found = re.search(
-        r"load_from .*model\.safetensors: (\d+) of \1 tensors; classes kept (.*); outputs kept centerness, .*; new yaw\n",
+        r"load_from .*\.safetensors: (\d+) of \1 tensors; classes kept (.*); outputs kept centerness, .*; new yaw\n",
         out,
     )
     assert found[2] == "Car, Pedestrian, Cyclist"
@@ -346,34 +350,55 @@ def break_label(change):
     return spoil
 
 
+def cut_images(root, id):
+    for path in root.glob("training/image_2/*"):
+        path.write_bytes(path.read_bytes()[:2000])
+
+
+NO_BOX_LOSS = [
+    f"loss.{name}=0" for name in dataclasses.asdict(LossConfig()) if name not in ("loss_cls", "loss_velocity")
+]
 MISTAKES = {  # name: (what is broken, overrides, the sentence)
     "no root": (None, ["data.root=/nowhere"], r"error: /nowhere: expected a KITTI folder with training/image_2"),
-    "no split": (lambda root, id: (root / "ImageSets/train.txt").unlink(), [], r"ImageSets/train\.txt: no such split file; there are val"),
-    "no calib": (lambda root, id: (root / f"training/calib/{id}.txt").unlink(), [], r"calib/\d+\.txt: frame \d+ of split train has no"),
+    "no split": (
+        lambda root, id: (root / "ImageSets/train.txt").unlink(),
+        [],
+        r"ImageSets/train\.txt: no such split file; there are val",
+    ),
+    "no calib": (
+        lambda root, id: (root / f"training/calib/{id}.txt").unlink(),
+        [],
+        r"calib/\d+\.txt: frame \d+ of split train has no",
+    ),
     "14 fields": (break_label(lambda f: f[:14]), [], r"label_2/\d+\.txt:1: expected 15 or 16 fields, got 14"),
-    "NaN size": (break_label(lambda f: [*f[:8], "nan", *f[9:]]), [], r"label_2/\d+\.txt:1: field 9 is nan, expected a finite number"),
-    "bad image": (lambda root, id: [p.write_bytes(p.read_bytes()[:2000]) for p in root.glob("training/image_2/*")], [],
-                  r"image_2/\d+\.png: cannot read the image"),
-    "bad image in a worker": (lambda root, id: [p.write_bytes(p.read_bytes()[:2000]) for p in root.glob("training/image_2/*")],
-                              ["data.workers=1"], r"image_2/\d+\.png: cannot read the image"),
+    "NaN size": (
+        break_label(lambda f: [*f[:8], "nan", *f[9:]]),
+        [],
+        r"label_2/\d+\.txt:1: field 9 is nan, expected a finite number",
+    ),
+    "bad image": (cut_images, [], r"image_2/\d+\.png: cannot read the image"),
+    "bad image in a worker": (cut_images, ["data.workers=1"], r"image_2/\d+\.png: cannot read the image"),
     "unknown key": (None, ["train.learning_rate=1"], r"unknown key 'train\.learning_rate'"),
     "near key": (None, ["model.backbon=resnet18"], r"unknown key 'model\.backbon'; did you mean model\.backbone"),
     "wrong type": (None, ["train.batch_size=many"], r"train\.batch_size=many: expected a whole number"),
-    "unknown backbone": (None, ["model.backbone=resnet81"], r"model\.backbone 'resnet81' is not a timm model; near it: .*resnet"),
-    "no pretrained weights": (None, ["model.backbone=resnet10t", "model.pretrained=true"],
-                              r"model\.backbone 'resnet10t': its pretrained weights are out of reach"),
-    "channels": (None, ["model.channels=130"], r"model\.channels is 130, expected a multiple of 32, or of 4 below 128"),
-    "no tower": (None, ["model.tower_convs=0"], r"model\.tower_convs is 0, expected at least 1"),
-    "strides": (None, ["model.strides=16,8"], r"model\.strides is \(16, 8\), expected px per cell, ascending"),
-    "no such strides": (None, ["model.strides=8,12", "model.level_sizes=64", "model.size=96,384"],
-                        r"model\.backbone .* none at \[12\] of model\.strides"),
-    "seed": (None, ["seed=-1"], r"0 <= seed < 2\^32"),
-    "beta2": (None, ["train.beta2=1"], r"0 <= beta2, ema < 1"),
-    "no box loss": (None, [f"loss.{name}=0" for name in dataclasses.asdict(LossConfig()) if name not in ("loss_cls", "loss_velocity")],
-                    r"every weight but loss_cls's is 0"),
+    "unknown backbone": (
+        None,
+        ["model.backbone=resnet81"],
+        r"model\.backbone 'resnet81' is not a timm model; near it: .*resnet",
+    ),
+    "no such strides": (
+        None,
+        ["model.strides=8,12", "model.level_sizes=64", "model.size=96,384"],
+        r"model\.backbone .* none at \[12\] of model\.strides",
+    ),
+    "no box loss": (None, NO_BOX_LOSS, r"every weight but loss_cls's is 0"),
     "second order": (None, ["train.optimizer=adahessian"], r"train\.optimizer 'adahessian' needs second derivatives"),
-    "unknown optimizer": (None, ["train.optimizer=adamwww"], r"train\.optimizer 'adamwww' is unknown to timm; near it: .*adamw"),
-}  # fmt: skip
+    "unknown optimizer": (
+        None,
+        ["train.optimizer=adamwww"],
+        r"train\.optimizer 'adamwww' is unknown to timm; near it: .*adamw",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -401,70 +426,82 @@ def test_a_mistake_in_a_real_process(tmp_path):
     )
 
 
-def test_what_may_change_when_a_run_goes_on(tiny_run, tmp_path, here):
-    """Keys of decoding and another metric, whose best value begins anew; not classes, labels, the optimizer, or an end before the start."""
+def test_what_changes_when_a_run_goes_on_is_told(tiny_run, tmp_path, here):
+    """In one warning; a metric that is another or counts otherwise begins anew. Neither other shapes nor moments go
+    on."""
     world, whole, _ = tiny_run
     out = tmp_path / "out"
     shutil.copytree(whole / "checkpoints/step_00000004", out / "checkpoints/step_00000004")
-    amend_checkpoint(out / "checkpoints/step_00000004", {}, best_metric="Car/bbox/easy/AP_R40", best=99.0)
     refused = {
-        ("model.classes=Car,Cyclist",): r'model\.classes: \["Car", "Pedestrian", "Cyclist"\] -> \["Car", "Cyclist"\]',
-        ("train.optimizer=sgd", "allow_changes=true"): r"moments of muon do not fit sgd",
-        ("train.steps=3", "allow_changes=true"): r"it has 4 steps, and this run would end after 3",
+        "model.classes=Car,Cyclist": r"step_00000004: cannot resume from this checkpoint: .*size mismatch",
+        "train.optimizer=sgd": r"moments of muon do not fit sgd",
+        "train.steps=3": r"it has 4 steps, and this run would end after 3",
     }
-    for overrides, words in refused.items():
+    for override, words in refused.items():
         (out / "STOPPED").write_text("")  # of an earlier end: a launch script would start this again and again
-        code, _, err = here(*tiny(world, out), *overrides)
+        code, _, err = here(*tiny(world, out), override)
         assert code == 2
         assert not (out / "STOPPED").exists()
         assert re.search(words, err), err
-    code, text, err = here(
-        *tiny(world, out), "model.score_threshold=0.2", "model.nms_iou=0.5", "best=-errors/Car/all/depth_bias"
-    )
+    name = "-errors/Car/all/depth_bias"
+    code, text, err = here(*tiny(world, out), "model.score_threshold=0.2", "train.lr=0.5", f"best={name}")
     assert code == 0, err
-    assert "the next evaluation begins anew" in text
+    changes = (
+        f'best: "mean/3d/moderate/AP_R40" -> "{name}"',
+        "model.score_threshold: 0.05 -> 0.2",
+        "train.lr: 0.008 -> 0.5",
+    )
+    [line] = [line for line in text.splitlines() if "changed since the checkpoint: " in line]
+    assert all(change in line for change in changes), line
     [val] = records(out, "val")
-    meta = read_meta(out / "best")
-    assert (meta["metric"], meta["value"]) == ("-errors/Car/all/depth_bias", val["-errors/Car/all/depth_bias"])
-    more = ("best=-errors/Car/all/depth_bias", "train.eval_repeat=2", "train.steps=7", "allow_changes=true")
-    code, text, _ = here(*tiny(world, out), *more)
-    assert (code, "or counted otherwise: the next evaluation begins anew" in text) == (0, True)
+    meta = read_best(out / "best")
+    assert (meta["metric"], meta["value"], meta["step"]) == (name, val[name], 6)
+    assert here(*tiny(world, out), f"best={name}", "train.eval_repeat=2", "train.steps=7")[0] == 0
+    assert read_best(out / "best")["step"] == 7
+
+
+def test_the_best_weights_stay_until_better_ones_come(tiny_run, tmp_path, here):
+    world, whole, _ = tiny_run
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    meta = json.loads((out / "best/meta.json").read_text())
+    (out / "best/meta.json").write_text(json.dumps({**meta, "value": 1e6}))
+    code, text, err = here(*tiny(world, out), "train.steps=7", "train.schedule=constant")
+    assert code == 0, err
+    assert "best: 1000000" in text
+    assert read_best(out / "best")["step"] == 6
+    code, text, _ = here(*tiny(world, out), "train.steps=7", "train.schedule=constant")
+    assert (code, "it was finished before" in text) == (0, True)
 
 
 def test_a_checkpoint_of_another_run_brings_no_best_value_along(tiny_run, tmp_path, here):
-    """Its best weights are elsewhere: the run that starts from it has its own from its first evaluation on."""
+    """The run that starts from it has best weights of its own from its first evaluation on."""
     last, out = tmp_path / "other/checkpoints/step_00000006", tmp_path / "out"
     shutil.copytree(tiny_run[1] / "checkpoints/step_00000006", last)
-    amend_checkpoint(last, {}, best=99.0)
     code, text, err = here(*tiny(tiny_run[0], out), f"resume={last}")
     assert code == 0, err
     assert (out / "best/model.safetensors").exists()
-    assert "best: 99" not in text
-    assert "finished before" not in text
-    shutil.copytree(tiny_run[1] / "checkpoints", tmp_path / "same/checkpoints")
-    code, text, _ = here(*tiny(tiny_run[0], tmp_path / "same"))
-    assert (code, "this run was finished before" in text) == (0, True)
+    assert f"resumed from {last}" in text
 
 
-def test_labels_that_changed_are_noticed_when_a_run_goes_on(tiny_run, tmp_path, here):
+def test_labels_that_changed_are_told_when_a_run_goes_on(tiny_run, tmp_path, here):
     root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
     arguments = (ROOT / "configs/kitti.py", "model.pretrained=false", *tiny(root, tmp_path / "run", kitti=True))
-    assert here(*arguments, "train.steps=2", "train.schedule=constant")[0] == 0
+    assert here(*arguments, "train.steps=1", "train.schedule=constant")[0] == 0
     split = root / "ImageSets/train.txt"
-    ids, label, calib = split.read_text(), root / f"training/label_2/{id}.txt", root / f"training/calib/{id}.txt"
-    first, others = label.read_text(), calib.read_text()
+    label, calib = root / f"training/label_2/{id}.txt", root / f"training/calib/{id}.txt"
     changes = {
-        split: "\n".join(ids.split()[::-1]),
-        label: re.sub(r"(\d)\n", r"\g<1>1\n", first, count=1),
-        calib: re.sub(r"P2: (\S+)", lambda m: f"P2: {float(m[1]) + 1}", others),
+        split: "\n".join(split.read_text().split()[::-1]),
+        label: re.sub(r"(\d)\n", r"\g<1>1\n", label.read_text(), count=1),
+        calib: re.sub(r"P2: (\S+)", lambda m: f"P2: {float(m[1]) + 1}", calib.read_text()),
     }
-    for path, text in changes.items():
-        before = path.read_text()
-        assert text != before
+    for number, (path, text) in enumerate(changes.items(), 2):
+        assert text != path.read_text()
         path.write_text(text)
-        code, _, err = here(*arguments, "train.steps=4", "train.schedule=constant", "train.lr=0.001")
-        assert (code, "labels, cameras or the order of the frames of data.train" in err) == (2, True), err
-        path.write_text(before)
+        code, out, err = here(*arguments, f"train.steps={number}", "train.schedule=constant")
+        assert (code, "frames of data.train: their number, order, labels or cameras" in out) == (0, True), err
+    code, out, err = here(*arguments, "train.steps=5", "train.schedule=constant")
+    assert (code, "frames of data.train" in out) == (0, False), err
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
@@ -472,13 +509,15 @@ def test_trackers_get_the_config_every_metric_and_the_picture(tiny_run, tmp_path
     pytest.importorskip(tracker)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     told = {"config": [], "log": [], "picture": []}
+
+    def note(self, place, normal, values, *rest, **options):
+        place.append(values)
+        return normal(self, values, *rest, **options)
+
     kind = tracking.LOGGER_TYPE_TO_CLASS[tracker]
     for name, method in (("config", "store_init_configuration"), ("log", "log"), ("picture", "log_images")):
         if hasattr(kind, method):
-            normal = getattr(kind, method)
-            spy = lambda self, values, *a, normal=normal, name=name, **k: (
-                told[name].append(values) or normal(self, values, *a, **k)
-            )  # noqa: E731
+            spy = functools.partialmethod(note, told[name], getattr(kind, method))
             monkeypatch.setattr(kind, method, spy)
     code, _, err = here(*tiny(tiny_run[0], tmp_path / "my run"), f"log_with={tracker}")
     assert code == 0, err
@@ -493,7 +532,7 @@ def test_trackers_get_the_config_every_metric_and_the_picture(tiny_run, tmp_path
 
 
 def test_a_tracker_that_is_not_there_is_said_before_training(tiny_run, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(guard, "get_available_trackers", lambda: [])
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: [])
     code, _, err = here(*tiny(tiny_run[0], tmp_path / "out"), "log_with=wandb")
     assert code == 2
     assert "log_with=wandb: not installed; pip install wandb" in err
@@ -529,31 +568,15 @@ def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, he
     world, whole, _ = tiny_run
     before = hashes(whole / "checkpoints/step_00000006")
     (tmp_path / "step_00000002").mkdir()
+    new = f"out={tmp_path / 'new'}"
     for overrides, words in (
-        (
-            ["model.channels=64"],
-            r"step_00000006: this is not the run's config \(model\.channels: 32 -> 64\); allow_changes=true goes on",
-        ),
-        (
-            ["model.channels=64", "allow_changes=true"],
-            r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch",
-        ),
+        (["model.channels=64"], r"step_0000000\d: cannot resume from this checkpoint: .*size mismatch"),
         (["resume=none"], r"holds checkpoints and resume=none; choose another out=, or delete it"),
+        ([f"resume={tmp_path / 'step_00000001'}", new], r"step_00000001: no such folder; near it are step_00000002"),
+        ([f"resume={tmp_path / 'step_00000002'}", new], r"step_00000002: cannot resume .*: meta\.json is missing"),
         (
-            [f"resume={tmp_path / 'step_00000001'}", f"out={tmp_path / 'new'}"],
-            r"step_00000001: no such folder; near it are step_00000002",
-        ),
-        (
-            [f"resume={tmp_path / 'step_00000002'}", f"out={tmp_path / 'new'}"],
-            r"step_00000002: cannot resume .*: meta\.json is missing",
-        ),
-        (
-            [f"resume={whole}", f"out={tmp_path / 'new'}"],
+            [f"resume={whole}", new],
             r"is a run, expected one of its checkpoints, of which .*step_00000006 is the newest",
-        ),
-        (
-            ["train.ema=0", "allow_changes=true"],
-            r"it was written with averaged weights, and train\.ema now says otherwise",
         ),
     ):
         code, _, err = here(*tiny(world, whole), *overrides)
@@ -564,12 +587,22 @@ def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, he
     assert hashes(whole / "checkpoints/step_00000006") == before
 
 
-def test_skipped_images_are_reported(tiny_run, tmp_path, here):
+def test_a_run_goes_on_with_another_average_or_none(tiny_run, tmp_path, here):
+    out = tmp_path / "out"
+    shutil.copytree(tiny_run[1] / "checkpoints/step_00000004", out / "checkpoints/step_00000004")
+    code, text, err = here(*tiny(tiny_run[0], out), "train.ema=0")
+    assert code == 0, err
+    assert "train.ema: 0.9 -> 0.0" in text
+    first, second = (load_file(out / f"checkpoints/step_00000006/{name}.safetensors") for name in ("model", "model_1"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_replaced_images_are_named(tiny_run, tmp_path, here):
     root, id = copy_as_kitti(tiny_run[0], tmp_path / "kitti")
     (root / f"training/image_2/{id}.png").write_bytes(b"no picture")
     arguments = [*tiny(root, tmp_path / "run", kitti=True), "data.skip_bad=true", "train.steps=4"]
     code, out, err = here(ROOT / "configs/kitti.py", "model.pretrained=false", *arguments)
-    assert (code, f"1 unreadable images were replaced (data.skip_bad): {id}" in out + err) == (0, True), err
+    assert (code, f"{id}.png" in out + err) == (0, True), err
 
 
 def test_a_full_disk_ends_in_one_sentence(tiny_run, tmp_path, here):
@@ -578,7 +611,7 @@ def test_a_full_disk_ends_in_one_sentence(tiny_run, tmp_path, here):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     code, _, err = here(*tiny(tiny_run[0], tmp_path))
     assert code == 2
-    assert re.search(r"\nerror: .*No space left on device; with room there the same command goes on", "\n" + err)
+    assert re.search(r"\nerror: .*No space left on device", "\n" + err)
 
 
 def test_a_mistake_in_code_keeps_its_traceback(tiny_run, tmp_path, here, monkeypatch):
@@ -593,7 +626,7 @@ def test_a_mistake_in_code_keeps_its_traceback(tiny_run, tmp_path, here, monkeyp
     (tmp_path / "mine.py").write_text("config = {}['depth']\n")
     with pytest.raises(UserError) as caught:
         here(tmp_path / "mine.py", "--traceback")
-    assert isinstance(caught.value.__cause__.__cause__, KeyError)
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_traceback_on_request(here, tmp_path):
@@ -670,8 +703,16 @@ def test_muon_is_timms_in_single_precision(monkeypatch):
 
 
 def test_who_gets_muon():
-    shapes = {(4, 8): True, (3, 8): False, (64,): False, (4, 512): True, (4, 516): False, (32, 1, 3, 3): False, (8, 128, 3, 3): False,
-              (9, 128, 3, 3): True}  # fmt: skip
+    shapes = {
+        (4, 8): True,
+        (3, 8): False,
+        (64,): False,
+        (4, 512): True,
+        (4, 516): False,
+        (32, 1, 3, 3): False,
+        (8, 128, 3, 3): False,
+        (9, 128, 3, 3): True,
+    }
     assert {shape: is_matrix(torch.zeros(shape)) for shape in shapes} == shapes
 
 
@@ -692,16 +733,14 @@ def test_muon_steps_behind_fp16s_scaler():
 def test_moments_of_shapes_of_their_own_go_on(tiny_run, tmp_path, here):
     """A factored optimizer's are no reason to refuse a checkpoint: its kernels are not fused."""
     for steps in (1, 2):
-        arguments = tiny(
-            tiny_run[0], tmp_path, "train.optimizer=adafactor", f"train.steps={steps}", "allow_changes=true"
-        )
-        code, _, err = here(*arguments)
+        code, _, err = here(*tiny(tiny_run[0], tmp_path, "train.optimizer=adafactor", f"train.steps={steps}"))
         assert code == 0, err
     assert "resumed from" in (tmp_path / "train.log").read_text()
 
 
 def test_best_weights_carry_the_fitted_sigma(tiny_run, tmp_path, here, monkeypatch):
-    """Unless the config says one; the run's own config.json says none, so that the next evaluation is of the learned sigma again."""
+    """Unless the config says one; the run's own config.json says none, so that the next evaluation is of the learned
+    sigma again."""
     monkeypatch.setattr(
         train,
         "calibrate",
@@ -782,36 +821,37 @@ def test_epochs_are_images_seen_over_frames():
     assert not any(crosses(step, 0) for step in range(9))
 
 
-def test_the_clock_includes_every_wait(monkeypatch):
-    """Of a step, but not an evaluation; the end is foreseen from all steps but the first, evaluations among them."""
+def make_log(tmp_path, steps=6, **changes):
+    """A `Log` of a run of batches of two of eight frames."""
+    config = Config(out=str(tmp_path), train=TrainConfig(batch_size=2, steps=steps), data=DataConfig(**changes))
+    return Log(Accelerator(cpu=True), config, StepBatches(8, 2, 0, 1, 0, 0, steps))
+
+
+def test_the_clock_includes_every_wait(monkeypatch, tmp_path):
+    """Of a step, but not an evaluation; the end is foreseen from all steps but the first ones, evaluations among
+    them."""
     now = [0.0]
-    monkeypatch.setattr(guard.time, "perf_counter", lambda: now[0])
-    window = Window()
-    for seconds in (50.0, 1.0, 1.0, 1.0):
-        now[0] += seconds
-        window.tick()
-    assert window.time == 53
-    now[0] += 7  # an evaluation
-    window.rest()
-    now[0] += 1
-    window.tick()
-    assert window.time == 54
-    assert window.seconds_left(10) == pytest.approx(10 * 11 / 4)
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    run, lines = make_log(tmp_path, steps=20), []
+    run.record = lambda record, line, numbers=(): lines.append((record, line))
+    window = (["loss", "grad_norm"], np.ones((1, 2, 2)))
 
+    def slow():
+        while True:
+            now[0] += 0.25
+            yield "batch"
 
-def test_a_loader_worker_that_hangs_is_noticed():
-    class Hung(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, key):
-            time.sleep(60)
-
-    loader = make_loader(Hung(), StepBatches(4, 2, 0, 1, 0, 0, 2), 1, torch.device("cpu"), timeout=0.02)
-    assert loader.timeout == pytest.approx(1.2)
-    if os.environ.get("DEEP3D_SLOW"):  # torch waits ten seconds for its worker's end
-        with loading(loader) as batches, pytest.raises(RuntimeError, match="timed out"):
+    batches = run.timed(slow())
+    for done in (2, 4):
+        for _ in range(2):
             next(batches)
+            now[0] += 1.75
+        run.write(done, 0.1, window)
+        with run.apart():
+            now[0] += 7
+    assert [(record["time"], record["data_time"]) for record, _ in lines] == [(2.0, 0.25)] * 2
+    assert "eta: 0:00:36" in lines[0][1]  # 18 steps of 2 s
+    assert "eta: 0:01:28" in lines[1][1]  # 16 steps, of which two took 11 s
 
 
 def test_a_warm_up_of_most_of_the_run_is_said(tiny_run, tmp_path, here):
@@ -828,7 +868,8 @@ def test_seeds_are_a_function_of_all_numbers():
 
 
 def test_a_compiled_run_equals_an_eager_one(tiny_run, tmp_path, here, monkeypatch):
-    """Each of model, targets and losses as one graph; traced and differentiated only, since inductor takes minutes (DEEP3D_SLOW=1)."""
+    """Each of model, targets and losses as one graph; traced and differentiated only, since inductor takes minutes
+    (DEEP3D_SLOW=1)."""
     if not os.environ.get("DEEP3D_SLOW"):
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     arguments = [*tiny(tiny_run[0], tmp_path / "a"), "train.steps=2", "train.log_every=1"]
@@ -842,52 +883,15 @@ def test_a_compiled_run_equals_an_eager_one(tiny_run, tmp_path, here, monkeypatc
     assert names[0] == names[1]
 
 
-def test_a_checkpointed_backbone_keeps_less_and_learns_the_same(tiny_run):
-    config = read_config(tiny_run[1] / "config.json")
-    torch.manual_seed(0)
-    plain, batch = Detector(config.model), torch.randint(0, 255, (2, *config.model.size, 3), dtype=torch.uint8)
-    K = torch.tensor([[200.0, 0, 100], [0, 200, 50], [0, 0, 1]]).expand(2, 3, 3)
-    found, statistics = {}, {}
-    for on in (False, True, "compiled"):
-        net, kept = copy.deepcopy(plain), []
-        if on:
-            checkpoint_backbone(net, compiled=on == "compiled")
-        if on == "compiled":
-            net.compile(backend="aot_eager")
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            logits, raw = net(batch, K)
-        net.zero_grad()
-        (logits.square().mean() + raw.square().mean()).backward()
-        found[on] = sum(kept), [p.grad.clone() for p in net.parameters()]
-        statistics[on] = {name: b for name, b in net.named_buffers() if "running" in name}
-    assert found[True][0] < 0.8 * found[False][0]
-    torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-4, atol=1e-6)
-    for on in (True, "compiled"):  # of a batch that some layers saw twice
-        torch.testing.assert_close(statistics[on], statistics[False], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("backbone", ["convnext_atto", "vit_tiny_patch16_224", "hrnet_w18_small"])
-def test_checkpointing_reaches_the_layers_or_is_refused(backbone):
-    features = timm.create_model(backbone, features_only=True, pretrained=False)
-    net = types.SimpleNamespace(backbone=features, config=types.SimpleNamespace(backbone=backbone))
-    if backbone == "hrnet_w18_small":
-        with pytest.raises(ValueError, match="'hrnet_w18_small' has no gradient checkpointing in timm"):
-            checkpoint_backbone(net)
-    else:
-        checkpoint_backbone(net)
-        assert any(getattr(m, "grad_checkpointing", False) for m in features.modules())
-
-
 @pytest.mark.parametrize(("workers", "waited", "enough"), [(2, 0.5, 5), (0, 0.75, 4), (1, 0.001, None)])
-def test_waiting_for_data_is_said_once_with_the_workers_that_would_do(workers, waited, enough, caplog):
-    window = Window()
+def test_waiting_for_data_is_said_once_with_the_workers_that_would_do(tmp_path, workers, waited, enough, caplog):
+    run = make_log(tmp_path, workers=workers)
     with caplog.at_level("WARNING", "deep3d"):
-        log = logging.getLogger("deep3d")
-        log.addHandler(caplog.handler)
+        logger = logging.getLogger("deep3d")
+        logger.addHandler(caplog.handler)
         for _ in range(6):
-            window.waits.append((waited, 1.0))
-            window.warn_of_waiting(workers)
-        log.removeHandler(caplog.handler)
+            run.warn_of_waiting(waited, 1.0)
+        logger.removeHandler(caplog.handler)
     if enough is None:
         assert not caplog.messages
     else:
