@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+from scene.frames import UserError
 
 
 def import_av():
-    """PyAV. Raises ValueError with the pip line when it is not installed."""
+    """PyAV. Raises UserError with the pip line when it is not installed."""
     try:
         import av
     except ImportError:
-        raise ValueError("videos are read by PyAV, which is not installed: pip install av") from None
+        raise UserError("videos are read by PyAV, which is not installed: pip install av") from None
     return av
 
 
 @contextlib.contextmanager
 def opened_video(path: str | Path) -> Iterator[tuple[Iterator[np.ndarray], Fraction, int]]:
-    """The frames of a video as (h, w, 3) uint8 RGB, upright, with their rate a second and their number as the file says it, 0 unknown.
+    """The frames of a video, upright (h, w, 3) uint8 RGB; their rate a second; their number in the header, or 0.
 
     Raises OSError naming the file, here and while frames are taken, which also end early where the file does.
     """
@@ -42,9 +42,8 @@ def _read(av, path, container, stream):
     count = 0
     try:
         for frame in container.decode(stream):
-            turned = np.rot90(
-                frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)
-            )  # counter-clockwise; telephones are turned
+            pixels = frame.to_ndarray(format="rgb24")
+            turned = np.rot90(pixels, round(frame.rotation / 90))  # counter-clockwise: telephones store it on its side
             yield np.ascontiguousarray(turned)  # torch takes no negative strides
             count += 1
     except av.FFmpegError as error:
@@ -53,7 +52,7 @@ def _read(av, path, container, stream):
 
 @contextlib.contextmanager
 def written_video(path: str | Path, rate: Fraction) -> Iterator[Callable[[Image.Image], None]]:
-    """A function that adds an RGB picture to an H.264 video at so many a second; all are as large as the first, cut to even sides."""
+    """A function that adds an RGB picture to an H.264 video; all as large as the first, cut to even sides."""
     av = import_av()
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "20"})

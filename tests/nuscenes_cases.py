@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from formats import nuscenes as reader
 from metrics.nuscenes import ERRORS, RANGE, nuscenes_metrics
 
-UNUSED = ("cv2", "matplotlib", "matplotlib.axes", "matplotlib.backends", "matplotlib.backends.backend_agg", "matplotlib.figure",
-          "matplotlib.gridspec", "matplotlib.patches", "matplotlib.pyplot", "matplotlib.ticker", "matplotlib.transforms", "sklearn",
-          "sklearn.metrics", "shapely", "shapely.geometry", "descartes", "cachetools", "scipy", "scipy.spatial", "scipy.spatial.distance",
+MATPLOTLIB = "axes backends backends.backend_agg figure gridspec patches pyplot ticker transforms"
+UNUSED = ("cv2", "matplotlib", *(f"matplotlib.{name}" for name in MATPLOTLIB.split()), "sklearn", "sklearn.metrics",
+          "shapely", "shapely.geometry", "descartes", "cachetools", "scipy", "scipy.spatial", "scipy.spatial.distance",
           "pandas", "fire")  # fmt: skip
 
 
 def load_devkit():
-    """What is needed of the devkit; packages that it imports but does not use here may be missing. None where it is not installed."""
+    """What is needed of the devkit, None where it is not installed; packages that are not used may be missing."""
     if any(importlib.util.find_spec(name) is None for name in ("nuscenes", "pyquaternion")):
         return None
     missing = {name: mock.MagicMock() for name in UNUSED if importlib.util.find_spec(name.partition(".")[0]) is None}
@@ -76,8 +76,9 @@ def make_case(rng):
             tables["sample"].append({"token": token, "timestamp": time, "scene_token": str(scene)})
             tables["ego_pose"].append({"token": f"e-{token}", "translation": ego, "rotation": [1, 0, 0, 0]})
             tables["sample_data"].append(
-                {"token": f"d-{token}", "sample_token": token, "calibrated_sensor_token": "mount", "ego_pose_token": f"e-{token}",
-                 "is_key_frame": True, "timestamp": time, "filename": "lidar", "width": 0, "height": 0}
+                {"token": f"d-{token}", "sample_token": token, "calibrated_sensor_token": "mount",
+                 "ego_pose_token": f"e-{token}", "is_key_frame": True, "timestamp": time, "filename": "lidar",
+                 "width": 0, "height": 0}
             )  # fmt: skip
             annotations = [make_annotation(rng, tables, token, ego, used, tracks) for _ in range(rng.integers(0, 20))]
             tables["sample_annotation"] += annotations
@@ -89,7 +90,7 @@ def make_case(rng):
 
 
 def make_annotation(rng, tables, token, ego, used, tracks):
-    """An annotation, the next of a track or the first of its own; centres lie on a lattice, some at the border of a range."""
+    """An annotation, the next of a track or the first of its own; centres lie on a lattice, some where a range ends."""
     category = str(rng.choice(used))
     center = np.add(ego, [*(rng.integers(-160, 160, 2) / 4), rng.integers(-4, 8) / 4]).tolist()
     if rng.random() < 0.1:
@@ -98,8 +99,9 @@ def make_annotation(rng, tables, token, ego, used, tracks):
     family = reader.ATTRIBUTES.get(reader.CLASS_OF.get(category), ())
     key = f"n-{len(tables['instance'])}-{token}"
     row = {
-        "category_name": category, "token": key, "sample_token": token, "instance_token": key, "visibility_token": "4", "prev": "",
-        "next": "", "translation": center, "size": (rng.integers(1, 30, 3) / 4).tolist(), "rotation": quaternion(rng),
+        "category_name": category, "token": key, "sample_token": token, "instance_token": key, "visibility_token": "4",
+        "prev": "", "next": "", "translation": center, "size": (rng.integers(1, 30, 3) / 4).tolist(),
+        "rotation": quaternion(rng),
         "num_radar_pts": int(rng.integers(0, 2)), "num_lidar_pts": int(rng.integers(0, 4)),
         "attribute_tokens": [f"a-{rng.choice(family)}"] if family and rng.random() < 0.8 else [],
     }  # fmt: skip
@@ -127,7 +129,7 @@ OFFSETS = [
 
 
 def make_boxes(rng, token, annotations, ego):
-    """Detections beside annotations at distances that tie and touch the borders, copies, false ones, and some on the faces of racks."""
+    """Detections beside annotations at distances that tie and touch the borders, copies, false ones, some on racks."""
     boxes = []
     for row in annotations:
         for _ in range(rng.choice([0, 1, 1, 2])):
@@ -149,13 +151,15 @@ def make_box(rng, token, center, name):
         "sample_token": token, "translation": center.tolist(), "size": (rng.integers(1, 30, 3) / 4).tolist(),
         "rotation": quaternion(rng), "velocity": rng.choice([0, 0.5, np.nan, 3.25], 2, p=[0.4, 0.3, 0.1, 0.2]).tolist(),
         "detection_name": name or str(rng.choice(list(RANGE))), "attribute_name": str(rng.choice(["", *reader.STATES])),
-        "detection_score": float(rng.choice([0.5, 0.5, 0.25, 0.0, 1.0, -0.5 if rng.random() < 0.01 else 0.75, rng.random()])),
+        "detection_score": float(
+            rng.choice([0.5, 0.5, 0.25, 0.0, 1.0, -0.5 if rng.random() < 0.01 else 0.75, rng.random()])
+        ),
     }  # fmt: skip
     return box | {"num_pts": int(rng.integers(0, 2))} if rng.random() < 0.05 else box
 
 
 def official(devkit, tables, path, folder):
-    """The devkit's metrics, or the exception that it raised. Its tables are joined here as its constructor joins them."""
+    """The devkit's metrics, or the exception that it raised. Its tables are joined as its constructor joins them."""
     rows = {name: {row["token"]: dict(row) for row in table} for name, table in tables.items()}
     for sample in rows["sample"].values():
         sample |= {"anns": [], "data": {"LIDAR_TOP": f"d-{sample['token']}"}}
@@ -173,7 +177,7 @@ def official(devkit, tables, path, folder):
 
 
 def compare(devkit, seed, folder):
-    """Largest difference of any number between the devkit and us on one case; 0 where both refuse it. Raises AssertionError."""
+    """Largest difference of any number between the devkit and us on one case; 0 where both refuse it."""
     tables, content = make_case(np.random.default_rng(seed))
     path = folder / "results.json"
     path.write_text(json.dumps(content))

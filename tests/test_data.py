@@ -1,6 +1,7 @@
-"""From frames to batches: exact views, augmentation as a pure function, ignore regions, sources, errors, and the order of training."""
+"""From frames to batches: exact views, augmentation as a pure function, sources, errors, and the order of training."""
 
 import dataclasses
+import io
 import multiprocessing
 import re
 
@@ -23,16 +24,19 @@ from data import (
     build_dataset,
     change_colours,
     collate,
+    loading,
     sample_colour,
 )
-from formats.jsonl import write_jsonl
+from formats import cache, files
 from formats.kitti import write_calib, write_labels
+from model import ModelConfig
 from scene.frames import (
     PAD_COLOUR,
     Frame,
     Labels,
     View,
     decode,
+    image_size,
     load_image,
     make_labels,
     opened,
@@ -41,9 +45,11 @@ from scene.frames import (
     reduction_of,
     whole_view,
 )
-from scene.geometry import box_corners, flip_boxes, project, project_boxes, yaw_to_alpha
+from scene.geometry import box_corners, project, project_boxes, yaw_to_alpha
+from scene.records import to_json, write_jsonl
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
+MODEL = ModelConfig(size=(96, 320), classes=CLASSES[:2])  # the folder has no Cyclist, which training refuses
 CAMERAS = [(np.array([[c[0], 0, c[1]], [0, c[3], c[4]], [0, 0, 1]]), size) for c, size in KITTI_CAMERAS.items()]
 
 
@@ -92,7 +98,7 @@ def test_projected_boxes_move_with_the_pixels(K, size, options):
     ("wide", "high", "left", "top"), [(320, 96, 0, 0), (400, 120, -50, -17), (240, 72, 31, 9), (213, 140, -20, -40)]
 )
 def test_pictures_move_with_the_camera(flip, wide, high, left, top):
-    """A bright blob painted where a 3D point projects is found where the placed point projects through the placed camera."""
+    """A blob painted where a 3D point projects is found where the placed point projects through the placed camera."""
     size, K = (640, 192), np.array([[400.0, 0, 322.3], [0, 400, 90.8], [0, 0, 1]])
     view = View(size, (96, 320), wide, high, left, top, flip)
     for point in ([-1.1, 0.3, 12.0], [2.35, -0.2, 11.0], [0.1, 0.5, 9.3]):
@@ -101,10 +107,9 @@ def test_pictures_move_with_the_camera(flip, wide, high, left, top):
         blob = 255 * np.exp(-((across - u) ** 2 + (down - v) ** 2) / (2 * 5.0**2))
         pixels = np.repeat(blob[..., None], 3, 2).round().astype(np.uint8)
         canvas = place_image(pixels, view).astype(float)[..., 0]
-        x1, y1, x2, y2 = view.shown
+        x1, y1, x2, y2 = view.covered
         weight = np.zeros_like(canvas)
-        rows, columns = slice(y1, y2), slice(320 - x2, 320 - x1) if flip else slice(x1, x2)
-        weight[rows, columns] = canvas[rows, columns]
+        weight[y1:y2, x1:x2] = canvas[y1:y2, x1:x2]
         found = np.array([(weight * np.arange(320)).sum(), (weight * np.arange(96)[:, None]).sum()]) / weight.sum()
         placed = np.array(point) * [-1 if flip else 1, 1, 1]
         assert np.abs(found - project(placed, view.camera(K))).max() < 0.1
@@ -124,8 +129,7 @@ def test_placed_boxes_end_where_the_image_ends():
     for flip in (False, True):
         view = View(size, (96, 320), 400, 121, -50, -10, flip)
         box = place_labels(labels, view).box
-        x1, y1, x2, y2 = view.shown
-        limits = flip_boxes(np.array([x1, y1, x2 - 1, y2 - 1.0]), 320) if flip else np.array([x1, y1, x2 - 1, y2 - 1])
+        limits = np.array(view.covered) - [0, 0, 1, 1]
         assert (box[:, :2] >= limits[:2]).all()
         assert (box[:, 2:] <= limits[2:]).all()
         assert (box[:, 2:] >= box[:, :2]).all()
@@ -182,9 +186,14 @@ def folder(tmp_path):
 
 
 def build(folder, *sources, training=False, **changes):
-    config = DataConfig(**{"root": str(folder), "train": sources or (Source(),), "workers": 0, **changes})
-    classes = CLASSES[: 2 if training else 3]  # there is no Cyclist, which training refuses
-    return build_dataset(config, config.train, classes, (96, 320), training, seed=5)
+    sources = sources or (Source(),)
+    config = DataConfig(**{"root": str(folder), "train": sources, "val": sources, "workers": 0, **changes})
+    model = MODEL if training else dataclasses.replace(MODEL, classes=CLASSES)
+    return build_dataset(Config(data=config, model=model, seed=5), training)
+
+
+def ids_of(dataset):
+    return [frame.id for frame in dataset.frames]
 
 
 def test_a_sample_holds_what_the_frame_holds(folder):
@@ -232,7 +241,7 @@ def test_trained_names_come_from_renaming(folder):
 
 
 def test_the_summary_counts_what_training_ignores(folder):
-    """Six frames: a Car in each, a Pedestrian in five; images of 300 px width grow by 320 / 300 at most, those of 320 stay."""
+    """Six frames: a Car in each, a Pedestrian in five; images of 300 px width may grow to 320, others stay."""
     sources = Source(split=("train", "val"))
     plain = "6 frames; trained: Car 6, Pedestrian 5; ignored: DontCare 2, Van 4; background: Tram 3"
     assert build(folder, sources, training=True).summary() == plain
@@ -269,22 +278,40 @@ def test_the_summary_counts_what_training_ignores(folder):
 
 
 def test_a_class_without_objects_is_named_before_training(folder):
-    config = DataConfig(root=str(folder), train=(Source(),))
-    words = r"no frame of data\.train holds an object of class 'Cyclist' of model\.classes; the .* are: Car, Pedestrian, Tram, Van"
+    config = Config(data=DataConfig(root=str(folder)), model=dataclasses.replace(MODEL, classes=CLASSES))
+    words = (
+        r"no frame of data\.train holds an object of class 'Cyclist' of model\.classes; .* are: Car, Pedestrian, Tram"
+    )
     with pytest.raises(ValueError, match=words):
-        build_dataset(config, config.train, CLASSES, (96, 320), True)
-    assert len(build_dataset(config, config.train, CLASSES, (96, 320), False)) == 4
+        build_dataset(config, training=True)
+    assert len(build_dataset(config, training=False)) == 2
+
+
+def test_of_many_frames_some_are_counted_and_all_are_searched(folder, monkeypatch):
+    """The first frame holds a Car alone, and the fourth, which is not surveyed, a Tram."""
+    monkeypatch.setattr(data, "SURVEYED", 2)
+    dataset = build(folder, Source(split=("train",)), training=True)
+    assert dataset.frames.spread() == [0, 2]
+    assert dataset.summary() == "4 frames, 2 of them counted; trained: Car 2, Pedestrian 1; ignored: Van 1"
+    config = Config(data=dataset.config, model=dataclasses.replace(MODEL, classes=("Car", "Tram")))
+    assert len(build_dataset(config, training=True)) == 4
+    twice = build(folder, Source(split=("train",), repeat=2), training=True)
+    assert twice.frames.spread() == [0, 2]
+    assert twice.digest() != dataset.digest() == build(folder, training=True).digest()
+    label = folder / "training/label_2/000002.txt"
+    label.write_text(label.read_text().replace("Car", "Van"))
+    assert build(folder, training=True).digest() != dataset.digest()
 
 
 def test_sources_are_concatenated_repeated_and_limited(folder):
-    ids = build(folder, Source(split=("train", "val"), limit=5)).ids
+    ids = ids_of(build(folder, Source(split=("train", "val"), limit=5)))
     assert ids == [f"{i:06d}" for i in range(5)]
-    assert build(folder, Source(split=("val",), repeat=3), training=True).ids == ["000004", "000005"] * 3
+    assert ids_of(build(folder, Source(split=("val",), repeat=3), training=True)) == ["000004", "000005"] * 3
     with pytest.raises(ValueError, match=r"data\.val lists frames more than once, expected repeat=1"):
         build(folder, Source(split=("val",), repeat=3))
-    assert build(folder, Source(split=("all",))).ids == [f"{i:06d}" for i in range(6)]
+    assert ids_of(build(folder, Source(split=("all",)))) == [f"{i:06d}" for i in range(6)]
     several = build(folder, Source(limit=1), Source(root=str(folder), split=("train",), limit=2))
-    assert several.ids == ["0_000000", "1_000000", "1_000001"]
+    assert ids_of(several) == ["0_000000", "1_000000", "1_000001"]
     assert len(build(folder, Source(split=("train",)), Source(split=("val",)))) == 6
 
 
@@ -295,7 +322,7 @@ def test_json_lines_train_beside_kitti(folder):
         folder / "own.jsonl", [Frame("one", path, np.array([[200.0, 0, 150], [0, 200, 48], [0, 0, 1]]), labels)]
     )
     dataset = build(folder, Source(limit=1), Source(kind="jsonl", root=str(folder / "own.jsonl")))
-    assert dataset.ids == ["0_000000", "1_one"]
+    assert ids_of(dataset) == ["0_000000", "1_one"]
     batch = collate([dataset[0], dataset[1]])
     assert batch["valid"].sum(1).tolist() == [1, 1]
 
@@ -305,9 +332,15 @@ def test_json_lines_train_beside_kitti(folder):
     [
         ((Source(root="/nowhere"),), r"/nowhere: expected a KITTI folder with training/image_2"),
         ((Source(split=("test",)),), r"ImageSets/test\.txt: no such split file; there are train, val"),
-        ((Source(kind="coco"),), r"data source kind is 'coco', expected 'kitti', 'jsonl', 'nuscenes' or 'synthetic'"),
+        ((Source(kind="coco"),), r"data source kind is 'coco', expected 'jsonl', 'kitti', 'nuscenes', 'synthetic'"),
+        ((Source(kind="index"),), r"data source kind is 'index', expected 'jsonl'"),
+        ((Source(kind="jsonl", root="a.jsonl", split=("val",)),), r"a\.jsonl: split means nothing to kind=jsonl"),
+        ((Source(world_seed=1),), r": world_seed means nothing to kind=kitti"),
+        ((Source(), Source(kind="nuscenes")), r"data\.val lists sources with different metrics, kitti and nuscenes"),
+        ((Source(kind="synthetic", split=("val", "mini_val")),), r"splits val, mini_val .* different metrics"),
+        ((Source(kind="synthetic", split=("val", "val")),), r"split lists val, val, expected each once"),
         ((Source(repeat=0),), r"repeat 0 and limit 0, expected >= 1 and >= 0"),
-        ((Source(split=("train", "train")),), r"frame 000000 is listed 2 times in data\.val; use repeat="),
+        ((Source(split=("train", "train")),), r"split train lists frame 000000 a second time; use repeat="),
         ((Source(kind="jsonl", root="/nowhere.jsonl"),), r"/nowhere\.jsonl"),
     ],
 )
@@ -318,29 +351,39 @@ def test_wrong_sources_are_named(folder, sources, words):
 
 def test_no_source_at_all(folder):
     with pytest.raises(ValueError, match=r"data\.train lists no source"):
-        build_dataset(DataConfig(root=str(folder)), (), CLASSES, (96, 320), True)
+        build_dataset(Config(data=DataConfig(root=str(folder), train=()), model=MODEL), training=True)
 
 
 @pytest.mark.parametrize("missing", ["calib", "label_2", "image_2"])
 def test_missing_files_are_named(folder, missing):
     next((folder / "training" / missing).glob("000001.*")).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"training/{missing}/000001\.\w+: .*"):
+    with pytest.raises(UserError, match=rf"training/{missing}/000001\.\w+: .*"):
         build(folder)
 
 
-def test_an_unreadable_image_is_named_or_replaced(folder):
+def test_an_unreadable_image_is_named_or_replaced(folder, caplog):
     bad = folder / "training/image_2/000001.png"
     bad.write_bytes(bad.read_bytes()[:3000])
     with pytest.raises(UserError, match=re.escape(f"{bad}: cannot read the image")):
         build(folder)[1]
     dataset = build(folder, skip_bad=True)
     sample = dataset[1]
-    assert (sample["index"].item(), sample["skipped"].item()) == (2, 1)
+    assert sample["index"].item() == dataset[1]["index"].item() == 2
     assert torch.equal(sample["image"], dataset[2]["image"])
-    assert dataset[2]["skipped"].item() == 0
+    [warning] = caplog.messages  # once a file
+    assert warning.startswith(f"{bad}: cannot read the image: ")
     for i in range(4):
         (folder / f"training/image_2/{i:06d}.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of the 4 images of the data set can be read"):
+        dataset[0]
+
+
+def test_an_image_of_another_size_than_its_source_says_is_named(folder):
+    frame = dataclasses.replace(build(folder).frames[0], size=(640, 96))
+    dataset = Detection3D([frame], MODEL, DataConfig())
+    assert dataset.view_of(0).image_size == (640, 96)
+    words = r"000000\.png: the image is 300x96, and was 640x96 when its source was read: touch the source"
+    with pytest.raises(UserError, match=words):
         dataset[0]
 
 
@@ -363,6 +406,33 @@ def test_any_picture_becomes_rgb(tmp_path, mode):
         assert np.abs(np.asarray(load_image(tmp_path / "a.png"))[..., 0].mean() - 127) < 2
 
 
+def test_whatever_opens_is_an_image(tmp_path):
+    """A member of a tar is none of a folder's files, and scene code knows nothing of it."""
+
+    class Member:
+        def __init__(self, content):
+            self.content = content
+
+        def __str__(self):
+            return f"{tmp_path}/shard.tar/a.png"
+
+        def open(self, mode):
+            return io.BytesIO(self.content)
+
+    Image.new("RGB", (48, 32), (7, 8, 9)).save(tmp_path / "a.png")
+    member = Member((tmp_path / "a.png").read_bytes())
+    for image in (member, tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert image_size(image) == (48, 32)
+        assert load_image(image).getpixel((0, 0)) == (7, 8, 9)
+    with pytest.raises(OSError, match=r"shard\.tar/a\.png: cannot read the image"):
+        load_image(Member(b"no picture"))
+    with pytest.raises(FileNotFoundError, match=r"none\.png: no such image"):
+        image_size(tmp_path / "none.png")
+    labels = make_labels(["Car"], [[1, 2, 3, 4]], [[4, 1.5, 1.8]], [[1, 1, 9]], [0.5])
+    line = to_json(Frame("a", member, np.eye(3), labels), tmp_path / "runs")
+    assert line["image"] == "../shard.tar/a.png"
+
+
 def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(folder):
     options = {"training": True, "scale": (0.7, 1.4), "colour": 0.3}
     one, two = build(folder, **options), build(folder, **options)
@@ -374,7 +444,7 @@ def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(folder):
             assert torch.equal(value, two[key][name]), name
     assert not torch.equal(one[(0, 1)]["K"], one[(1, 1)]["K"])
     assert not torch.equal(one[(1, 1)]["image"], one[(1, 2)]["image"])
-    other = Detection3D(one.frames, CLASSES, (96, 320), one.config, True, seed=6)
+    other = Detection3D(one.frames, one.model, one.config, True, seed=6)
     assert not torch.equal(one[(0, 1)]["K"], other[(0, 1)]["K"])
 
 
@@ -446,20 +516,17 @@ def test_velocities_and_attributes_are_sampled_where_they_are_trained(folder):
         labels, velocity=np.array([[3.0, 0.5, -8], [np.nan] * 3]), attribute=np.array(["a.parked", ""], object)
     )
     frame = dataclasses.replace(frame, labels=moving)
-    dataset = Detection3D([frame, unknown], ("Car",), (96, 320), DataConfig(), True, velocity=True, attributes=names)
+    model = dataclasses.replace(MODEL, velocity=True, attributes={"Car": names})
+    dataset = Detection3D([frame, unknown], model, DataConfig(), True)
     view = View((640, 192), (96, 320), 640, 192, -100, -50, flip=True)
-    batch = collate(
-        [
-            {**dataset.sample_from(f, view), **dict.fromkeys(("image", "index", "skipped"), torch.tensor(0))}
-            for f in dataset.frames
-        ]
-    )
+    blank = dict.fromkeys(("image", "index"), torch.tensor(0))
+    batch = collate([{**dataset.sample_from(f, view), **blank} for f in dataset.frames])
     assert batch["velocity"][0, 0].tolist() == [-3.0, 0.5, -8.0]
     assert batch["velocity"][0, 1:].isnan().all()
     assert batch["velocity"][1].isnan().all()
     assert batch["attribute"][:, :2].tolist() == [[1, -1], [-1, -1]]
     assert (batch["attribute"][:, 2:] == -1).all()
-    plain = Detection3D([frame], ("Car",), (96, 320), DataConfig(), True).sample_from(frame, view)
+    plain = Detection3D([frame], MODEL, DataConfig(), True).sample_from(frame, view)
     assert not {"velocity", "attribute"} & {*plain}
 
 
@@ -481,13 +548,9 @@ def test_truth_is_what_the_file_says(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_do_not_change_a_batch(folder, workers):
-    from data import loading, make_loader
-
     dataset = build(folder, training=True, scale=(0.7, 1.4), colour=0.2)
     order = StepBatches(len(dataset), 2, 0, 1, seed=3, start=0, stop=3)
-    with loading(
-        make_loader(dataset, order, workers, torch.device("cpu"))
-    ) as batches:  # else a failure would leave deaf workers behind
+    with loading(dataset, order, workers, torch.device("cpu")) as batches:
         for batch, keys in zip(batches, order, strict=True):
             expected = collate([dataset[key] for key in keys])
             for name, value in batch.items():
@@ -495,8 +558,12 @@ def test_workers_do_not_change_a_batch(folder, workers):
 
 
 @given(
-    count=st.integers(1, 40), share=st.integers(1, 4), world=st.integers(1, 4), seed=st.integers(0, 5), start=st.integers(0, 30)
-)  # fmt: skip
+    count=st.integers(1, 40),
+    share=st.integers(1, 4),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    start=st.integers(0, 30),
+)
 @settings(max_examples=40, deadline=None)
 def test_order_is_independent_of_processes_and_of_where_it_starts(count, share, world, seed, start):
     global_batch, stop = share * world, start + 6
@@ -530,12 +597,10 @@ def test_the_built_in_world_is_a_source(tmp_path):
 
     config = override(load_config(ROOT / "configs/synthetic.py"), tiny(tmp_path, tmp_path))
     assert isinstance(config, Config)
-    sets = [
-        build_dataset(config.data, sources, CLASSES, (96, 320), False)
-        for sources in (config.data.train, config.data.val)
-    ]
+    sets = [build_dataset(config, training) for training in (True, False)]
     assert [len(s) for s in sets] == [8, 4]
-    assert not set(sets[0].ids) & set(sets[1].ids)
+    assert not {*ids_of(sets[0])} & {*ids_of(sets[1])}
+    assert sets[1].metrics == "kitti"
 
 
 def jpeg(path, size, point, spread):
@@ -646,7 +711,7 @@ def test_the_cache_gives_the_same_pixels_and_follows_the_images(folder, tmp_path
 def test_the_cache_is_read_and_not_the_image(folder, tmp_path, monkeypatch):
     cached = build(folder, cache=str(tmp_path / "cache"))
     before = cached[0]["image"]
-    monkeypatch.setattr(data, "decode", None)
+    monkeypatch.setattr(cache, "decode", None)
     assert torch.equal(cached[0]["image"], before)
 
 
@@ -665,7 +730,7 @@ def test_a_cache_that_cannot_be_written_stops_the_run_in_a_sentence(folder, tmp_
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(UserError, match=r"data\.cache .*cache: cannot be written: No space left on device"):
         cached[0]
     assert not list((tmp_path / "cache").iterdir())

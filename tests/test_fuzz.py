@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from config import Config, build, load_config, override, read_config, to_dict
+from data import Source
 from formats import jsonl, kitti
-from scene.frames import load_image
+from scene.frames import UserError, load_image
 from scene.geometry import camera_problem
 
 CASES = int(os.environ.get("DEEP3D_FUZZ", 200))
@@ -34,8 +35,9 @@ FRAME = {"image": "a.png", "id": "a", "K": [[700.0, 0, 320], [0, 710.0, 96], [0,
 JSONL = (json.dumps(FRAME) + "\n" + json.dumps({**FRAME, "id": "b"}) + "\n").encode()
 CONFIG = json.dumps(to_dict(Config()), indent=1).encode()
 TOKENS = [
-    b"nan", b"-inf", b"1e999", b"1e300", b"-1e300", b"-1", b"0", b"", b"\0", b"\xff", b"\xc3\xa9", b"9" * 400, b"[" * 3000, b"{", b"}",
-    b'"', b",", b":", b"\n", b" ", b"\t", b"null", b"true", b"0x10", b"1_0", b"../../etc/passwd", b"P2:", b"Car", b"\r\n", b"\x1a",
+    b"nan", b"-inf", b"1e999", b"1e300", b"-1e300", b"-1", b"0", b"", b"\0", b"\xff", b"\xc3\xa9", b"9" * 400,
+    b"[" * 3000, b"{", b"}", b'"', b",", b":", b"\n", b" ", b"\t", b"null", b"true", b"0x10", b"1_0",
+    b"../../etc/passwd", b"P2:", b"Car", b"\r\n", b"\x1a",
 ]  # fmt: skip
 fuzz = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
@@ -77,7 +79,7 @@ def read(reader, path, content):
             return reader(path)
         except (ValueError, FileNotFoundError, OSError) as caught:
             error = caught
-    assert type(error) in (ValueError, FileNotFoundError, OSError), repr(error)
+    assert type(error) in (ValueError, UserError, FileNotFoundError, OSError), repr(error)
     assert path.name in str(error) or path.parent.name in str(error), error
     assert len(str(error)) < 1000
     return None
@@ -124,7 +126,9 @@ def test_split(tmp_path_factory, content):
     root = tmp_path_factory.getbasetemp() / "fuzz_kitti"
     for folder in ("ImageSets", "training/image_2", "training/label_2", "training/calib"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    frames = read(lambda p: kitti.read_frames(root, ("fuzz",)), root / "ImageSets/fuzz.txt", content)
+    frames = read(
+        lambda p: kitti.frames(Source(root=str(root), split=("fuzz",)), None), root / "ImageSets/fuzz.txt", content
+    )
     assert frames is None  # there is no image
 
 

@@ -9,22 +9,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from formats.nuscenes import visible_boxes
 from scene.geometry import (
     NEAR,
+    Pyramid,
     alpha_to_yaw,
+    angle_from_double,
+    average_duplicates,
     box_corners,
     box_iou,
     camera_problem,
     clip_boxes,
     clip_edges,
-    corners_from_axes,
     flip_boxes,
     generalized_iou,
+    heading_bin,
+    mirror_bins,
     project,
     project_boxes,
     ray_angle,
+    unit,
     unproject,
-    visible_boxes,
     wrap_angle,
     yaw_to_alpha,
 )
@@ -109,13 +114,12 @@ def test_corners_take_length_height_width_along_x_y_z():
     )  # +yaw turns the front towards the camera, KITTI's rotation_y
 
 
-def test_corners_agree_between_libraries_and_from_axes():
+def test_corners_agree_between_libraries():
     rng = np.random.default_rng(1)
     center, size, yaw = rng.normal(size=(5, 3)), rng.uniform(1, 4, (5, 3)), rng.uniform(-4, 4, 5)
     expected = box_corners(center, size, yaw)
     c, s, y = tensors(center, size, yaw)
     np.testing.assert_allclose(box_corners(c, s, y).numpy(), expected, atol=1e-12)
-    np.testing.assert_allclose(corners_from_axes(c, s, y.sin(), y.cos()).numpy(), expected, atol=1e-12)
 
 
 def test_edges_are_cut_at_the_near_plane():
@@ -222,12 +226,14 @@ def test_flip_twice_is_nothing_and_once_mirrors_pixels():
     boxes = np.array([[3.0, 4, 10, 12], [-5, 0, 99, 9]])
     assert flip_boxes(boxes, 100).tolist() == [[89, 4, 96, 12], [0, 0, 104, 9]]
     np.testing.assert_array_equal(flip_boxes(flip_boxes(boxes, 100), 100), boxes)
-    assert flip_boxes(torch.tensor(boxes), 100).tolist() == flip_boxes(boxes, 100).tolist()
 
 
-def test_clip_boxes_ends_at_the_last_pixel_centre():
+def test_clip_boxes_ends_at_the_last_pixel_centre_of_one_image_or_of_each():
     assert clip_boxes(np.array([[-5.0, 2, 200, 80]]), 100, 50).tolist() == [[0, 2, 99, 49]]
-    assert clip_boxes(torch.tensor([[-5.0, 2, 200, 80]]), 100, 50).tolist() == [[0, 2, 99, 49]]
+    assert clip_boxes(np.full((2, 4), 200.0), *np.array([[100, 50], [90, 60]]).T).tolist() == [
+        [99, 49] * 2,
+        [89, 59] * 2,
+    ]
 
 
 def test_box_iou_by_hand_and_degenerate():
@@ -289,7 +295,7 @@ def test_inputs_stay_as_they_were():
         ({(0, 0): -700.0}, "focal lengths -700, 710"),
         ({(0, 2): 5000.0}, r"principal point \(5000, 180\) px is far outside"),
         ({(0, 1): 3.0}, r"expected \[\[fx, 0, cx\]"),
-        ({(1, 1): math.nan}, "expected finite numbers"),
+        ({(1, 1): math.nan}, "of finite numbers"),
     ],
 )
 def test_implausible_cameras_are_named(change, words):
@@ -302,3 +308,83 @@ def test_implausible_cameras_are_named(change, words):
 
 def test_a_projection_matrix_is_not_a_camera_matrix():
     assert "shape (3, 4)" in camera_problem(np.zeros((3, 4)), 1242, 375)
+
+
+@pytest.mark.parametrize("alpha", [*np.linspace(-math.pi, math.pi - 1e-3, 17), 0.7, -2.4])
+def test_two_bins_and_the_double_angle_give_the_angle(alpha):
+    alpha = torch.tensor(alpha)
+    double = torch.stack([torch.sin(2 * alpha), torch.cos(2 * alpha)])
+    if abs(math.sin(alpha - math.pi / 4)) > 1e-3:
+        again = angle_from_double(double, heading_bin(alpha))
+        assert -math.pi <= again < math.pi
+        assert math.cos(again - alpha) == pytest.approx(1, abs=1e-6)
+
+
+def test_unit_of_zero_has_a_gradient():
+    vector = torch.zeros(3, 2, requires_grad=True)
+    unit(vector).sum().backward()
+    assert torch.isfinite(vector.grad).all()
+    torch.testing.assert_close(unit(torch.tensor([[3.0, 4]])), torch.tensor([[0.6, 0.8]]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_duplicates_are_averaged(autocast):
+    """By score and overlap, the place also by inverse variance; not over other classes or places, nor without area."""
+    box = torch.tensor(
+        [[10.0, 10, 50, 30], [10, 10, 50, 34], [12, 10, 52, 30], [10, 10, 50, 30], [200, 10, 240, 30], [80, 5, 80, 9]]
+    )
+    every = {
+        "label": torch.tensor([0, 0, 0, 1, 0, 0]),
+        "score": torch.tensor([0.9, 0.6, 0.3, 0.8, 0.7, 0.5]),
+        "box": box,
+        "pixel": torch.tensor([[30.0, 20], [32, 21], [29, 20], [99, 99], [220, 20], [80, 7]]),
+        "depth": torch.tensor([20.0, 22, 26, 50, 60, 5]),
+        "sigma": torch.tensor([1.0, 2, 1, 0.1, 0.1, 1]),
+    }
+    kept = {name: value[[0, 4, 5]] for name, value in every.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        averaged, pixel, depth = average_duplicates(kept, every, 0.6)
+    weight = torch.tensor([0.9, 0.6 * 800 / 960, 0.3 * 760 / 840])  # times overlap
+    torch.testing.assert_close(averaged[0], (weight[:, None] * box[:3]).sum(0) / weight.sum())
+    trusted = weight / torch.tensor([1.0, 4, 1])
+    torch.testing.assert_close(depth[0], (trusted * torch.tensor([20.0, 22, 26])).sum() / trusted.sum())
+    torch.testing.assert_close(pixel[0], (trusted[:, None] * every["pixel"][:3]).sum(0) / trusted.sum())
+    torch.testing.assert_close(averaged[1:], box[4:])
+    torch.testing.assert_close(pixel[1:], every["pixel"][4:])
+    assert depth[1:].tolist() == [60, 5]
+
+
+def test_angles_on_either_side_of_a_border_of_the_bins_agree():
+    """44 degrees here and 46 in the mirror image are 45, not 225: the bins of one have their border elsewhere."""
+    for degrees in (44.2, 44.9, 45.1, 45.8, 224.2, 225.1):
+        true = math.radians(degrees)
+        for mine, theirs in ((-1, 1), (1, -1), (1, 2), (-2, -1)):
+            own, other = (true + math.radians(error) for error in (mine, theirs))
+            bins = heading_bin(torch.tensor(math.pi - true))
+            sure = torch.where(bins == torch.arange(2), 5.0, -5.0)
+            mean = torch.tensor(
+                [(math.sin(2 * own) + math.sin(2 * other)) / 2, (math.cos(2 * own) + math.cos(2 * other)) / 2]
+            )
+            alpha = angle_from_double(mean, mirror_bins(sure, mean).argmax(-1))
+            assert math.cos(float(alpha) - true) > 0.99, (degrees, mine, theirs)
+
+
+def test_cells_of_a_pyramid_by_hand():
+    pyramid = Pyramid((32, 64), (8, 16))
+    assert pyramid.shapes == [(4, 8), (2, 4)]
+    assert pyramid.counts == [32, 8]
+    assert pyramid.starts == [0, 32]
+    pixel, stride, level = pyramid.locations()
+    assert pixel[[0, 1, 8, 31, 32, 39]].tolist() == [
+        [3.5, 3.5],
+        [11.5, 3.5],
+        [3.5, 11.5],
+        [59.5, 27.5],
+        [7.5, 7.5],
+        [55.5, 23.5],
+    ]
+    assert stride.tolist() == [8] * 32 + [16] * 8
+    assert level.tolist() == [0] * 32 + [1] * 8
+    mirrored = pixel[pyramid.mirror()]
+    assert torch.equal(mirrored[:, 0], 63 - pixel[:, 0])
+    assert torch.equal(mirrored[:, 1], pixel[:, 1])

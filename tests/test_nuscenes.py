@@ -1,25 +1,27 @@
-"""nuScenes: the reader of its tables, the evaluator and the merge of six cameras, against what the official devkit says.
+"""nuScenes: the reader of its tables, the evaluator and the merge of six cameras, against what the official devkit
+says.
 
-data/nuscenes_invented.tar.xz holds invented tables and result files (free of nuScenes content) and the output of nuscenes-devkit 1.2.0.
+data/nuscenes_invented.tar.xz holds invented tables and result files (free of nuScenes content) and the output of
+nuscenes-devkit 1.2.0.
 """
 
 import dataclasses
 import gzip
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import nuscenes_cases
 import pytest
 from conftest import SHARED
 from PIL import Image
+from test_index import assert_same
 
 import evaluate
-from data import DataConfig, Source, build_dataset, read_source
 from formats import nuscenes
-from formats.index import Frames
-from metrics.nuscenes import RANGE, nuscenes_metrics
-from scene.frames import join, make_labels
+from metrics.nuscenes import RANGE, main, nuscenes_metrics
+from scene.frames import UserError, join, make_labels
 from scene.geometry import box_iou, wrap_angle
 
 SAMPLE = SHARED / "nuscenes_sample"
@@ -68,12 +70,11 @@ def test_every_row_of_the_official_transforms_agrees(invented, frames):
         )  # the reader also labels some that box_in_image leaves out
         if len(at):
             labelled, one = labelled + 1, frame.labels[int(at[0])]
-            assert one.name[0] == nuscenes.CLASS_OF.get(row["category"], row["category"])
-            np.testing.assert_allclose(one.size[0], np.array(row["size_wlh"])[[1, 2, 0]], atol=1e-6)
+            assert one.name == nuscenes.CLASS_OF.get(row["category"], row["category"])
+            np.testing.assert_allclose(one.size, np.array(row["size_wlh"])[[1, 2, 0]], atol=1e-6)
             np.testing.assert_allclose(wrap_angle(one.yaw - row["yaw"]), 0, atol=1e-6)
-            np.testing.assert_allclose(
-                one.velocity[0], np.nan if row["velocity"] is None else row["velocity"], atol=1e-6
-            )
+            velocity = np.nan if row["velocity"] is None else row["velocity"]
+            np.testing.assert_allclose(one.velocity, velocity, atol=1e-6)
             assert row["in_front"]
     assert len(rows) == 215
     assert labelled > 120
@@ -174,7 +175,7 @@ def put(key, value):
         (
             "sample_annotation",
             put("size", [1.0, 0.0, 2.0]),
-            r"annotation \w+ has size \[1.0, 0.0, 2.0\], expected metres > 0",
+            r"size of \w+ is \[1.0, 0.0, 2.0\], expected 3 positive",
         ),
         ("sample_annotation", put("rotation", [0, 0, 0, 0]), r"rotation of \w+ is \[0, 0, 0, 0\], expected 4 finite"),
         (
@@ -198,14 +199,14 @@ def put(key, value):
 )
 def test_mistakes_in_the_tables_are_one_sentence(invented, tmp_path, name, change, sentence):
     root = changed(invented, tmp_path, name, change)
-    with pytest.raises((ValueError, OSError), match=sentence):
+    with pytest.raises(UserError, match=sentence):
         nuscenes.read_frames(root, ("mini_val",), images=False)
 
 
 def test_a_version_split_or_camera_that_is_not_there_is_named(invented, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no version 'v1.0-trainval', only v1.0-mini"):
+    with pytest.raises(UserError, match=r"there is no version 'v1.0-trainval', only v1.0-mini"):
         nuscenes.read_frames(invented, ("train",), "v1.0-trainval")
-    with pytest.raises(FileNotFoundError, match=r"expected a nuScenes folder with its tables in v1.0-mini"):
+    with pytest.raises(UserError, match=r"expected a nuScenes folder with its tables in v1.0-mini"):
         nuscenes.read_frames(tmp_path, ("train",))
     for split in ("val", "nonsense"):
         with pytest.raises(ValueError, match=rf"v1.0-mini: there is no split '{split}', expected mini_train, mini_val"):
@@ -220,7 +221,7 @@ def test_a_version_split_or_camera_that_is_not_there_is_named(invented, tmp_path
 
 def test_a_missing_picture_is_named_or_listed_among_the_problems(invented):
     with pytest.raises(
-        FileNotFoundError, match=r"v1.0-mini: CAM_BACK of sample \w{32}: no such image .*samples/CAM_BACK/invented"
+        UserError, match=r"v1.0-mini: CAM_BACK of sample \w{32}: no such image .*samples/CAM_BACK/invented"
     ):
         nuscenes.read_frames(invented, ("mini_val",))
     problems = []
@@ -241,17 +242,20 @@ def pictured(invented, frames, tmp_path_factory):
     return root
 
 
-def test_a_source_reads_any_cameras_and_its_frames_train(pictured):
-    source = Source(kind="nuscenes", root=str(pictured), split=("mini_train",), cameras=("CAM_FRONT", "CAM_BACK"))
-    listed = Frames(read_source(source, DataConfig()))
-    assert [frame.id.split("/")[1] for frame in listed[:2]] == ["CAM_FRONT", "CAM_BACK"]
-    assert len(listed) == 16
-    dataset = build_dataset(
-        DataConfig(neighbours=("animal",)), (source,), ("car", "pedestrian"), (288, 512), training=True
-    )
-    assert "trained: car" in dataset.summary()
-    sample = dataset[0]
-    assert sample["image"].shape == (288, 512, 3)
+@pytest.mark.parametrize("folder", ["", "none"])
+def test_a_source_reads_any_cameras(pictured, folder):
+    cameras, config = ("CAM_FRONT", "CAM_BACK"), SimpleNamespace(root=str(pictured), index=folder)
+    source = SimpleNamespace(root="", split=("mini_train",), version="", cameras=cameras, limit=0)
+    frames = nuscenes.frames(source, config)
+    assert isinstance(frames, list) == (folder == "none")
+    assert [frame.id.split("/")[1] for frame in frames[:2]] == ["CAM_FRONT", "CAM_BACK"]
+    assert len(frames) == 16
+    assert {frame.size for frame in frames} == {(1600, 900)}
+    expected = nuscenes.read_frames(pictured, source.split, cameras=cameras)
+    for one, two in zip(expected, frames, strict=True):
+        assert_same(one, two)
+    source.limit = 3
+    assert [frame.id for frame in nuscenes.frames(source, config)] == [frame.id for frame in expected[:3]]
 
 
 # ---- one real sample
@@ -288,8 +292,9 @@ def real(tmp_path_factory):
         for name, matrix, more in (("calibrated_sensor", mount, calibrated), ("ego_pose", pose, {"token": channel})):
             rows[name].append({**more, "translation": matrix[:3, 3].tolist(), "rotation": quaternion(matrix[:3, :3])})
         rows["sample_data"].append(
-            {"sample_token": "s", "calibrated_sensor_token": channel, "ego_pose_token": channel, "is_key_frame": True, "width": 1600,
-             "height": 900, "timestamp": round(1e6 * camera["timestamp"]), "filename": f"samples/{camera['img_path']}"}
+            {"sample_token": "s", "calibrated_sensor_token": channel, "ego_pose_token": channel, "is_key_frame": True,
+             "width": 1600, "height": 900, "timestamp": round(1e6 * camera["timestamp"]),
+             "filename": f"samples/{camera['img_path']}"}
         )  # fmt: skip
     for number, box in enumerate(info["instances"]):
         x, y, z, l, w, h, yaw = box["bbox_3d"]
@@ -298,9 +303,10 @@ def real(tmp_path_factory):
         center = (to_global @ [x, y, z, 1])[:3].tolist()
         rows["instance"].append({"token": str(number), "category_token": names.get(box["bbox_label_3d"], "animal")})
         rows["sample_annotation"].append(
-            {"token": str(number), "sample_token": "s", "instance_token": str(number), "visibility_token": "4", "attribute_tokens": [],
-             "translation": center, "size": [w, l, h], "rotation": [np.cos(half), 0, 0, np.sin(half)], "prev": "", "next": "",
-             "num_lidar_pts": box["num_lidar_pts"], "num_radar_pts": box["num_radar_pts"]}
+            {"token": str(number), "sample_token": "s", "instance_token": str(number), "visibility_token": "4",
+             "attribute_tokens": [], "translation": center, "size": [w, l, h], "prev": "", "next": "",
+             "rotation": [np.cos(half), 0, 0, np.sin(half)], "num_lidar_pts": box["num_lidar_pts"],
+             "num_radar_pts": box["num_radar_pts"]}
         )  # fmt: skip
     rows["category"] = [{"token": name, "name": category[name]} for name in names.values()] + [
         {"token": "animal", "name": "animal"}
@@ -363,9 +369,9 @@ def numbers_of(metrics, path=""):
 
 JOBS = ["results_perfect", "results_noisy", "results_nasty", "results_scale", "results_train"] + [
     f"cases/{case}" for case in (
-        "perfect_score_one", "perfect_with_zero_points", "ties_all_equal", "ties_rounded", "duplicates", "borders", "range", "racks", "yaw",
-        "attributes", "missing_class", "score_zero", "low_recall", "nan_first", "boxes_500", "one_box", "only_false", "high_scores",
-        "recall_plateaus", "recall_end_on_grid",
+        "perfect_score_one", "perfect_with_zero_points", "ties_all_equal", "ties_rounded", "duplicates", "borders",
+        "range", "racks", "yaw", "attributes", "missing_class", "score_zero", "low_recall", "nan_first", "boxes_500",
+        "one_box", "only_false", "high_scores", "recall_plateaus", "recall_end_on_grid",
     )
 ]  # fmt: skip
 
@@ -390,21 +396,20 @@ def test_every_number_is_the_official_one(invented, truths, tmp_path, job):
     assert {**metrics["cfg"], "dist_ths": list(metrics["cfg"]["dist_ths"])} == expected["cfg"]
 
 
-def test_one_truth_serves_samples_of_choice(invented, truths):
+def test_a_truth_of_some_samples(invented, truths):
     whole = truths["mini_val"]
     results = json.loads((invented / "results_noisy.json").read_text())["results"]
-    part = whole.only(set(whole.tokens[5:30]))
-    assert part.tokens == whole.tokens[5:30]
+    tokens = whole.tokens[5:30]
+    part = nuscenes.read_truth(invented, ("mini_val",), tokens=tokens)
+    assert part.tokens == tokens
     assert 0 < len(part.boxes) < len(whole.boxes)
-    chosen = {token: results[token] if token in part.tokens else [] for token in results}
-    found = nuscenes_metrics(
-        part, nuscenes.parse_results({token: chosen[token] for token in results if token in part.tokens}, part.tokens)
-    )
-    expected = nuscenes_metrics(whole, nuscenes.parse_results(chosen, whole.tokens))
+    some = {token: results[token] for token in tokens}
+    metrics = nuscenes_metrics(part, nuscenes.parse_results(some, tokens))
+    padded = {token: some.get(token, []) for token in results}
+    expected = nuscenes_metrics(whole, nuscenes.parse_results(padded, whole.tokens))
     for name in RANGE:  # the same hits and misses, of fewer objects
-        assert found["mean_dist_aps"][name] >= expected["mean_dist_aps"][name]
-    assert found["mean_ap"] > expected["mean_ap"]
-    assert whole.only(set(whole.tokens)).boxes.center.tolist() == whole.boxes.center.tolist()
+        assert metrics["mean_dist_aps"][name] >= expected["mean_dist_aps"][name]
+    assert metrics["mean_ap"] > expected["mean_ap"]
 
 
 def test_readers_and_metrics_know_the_same_classes():
@@ -447,7 +452,7 @@ SENTENCES = {  # name in errors.json: what is said here
     "sample_of_another_split": r"1 samples are none of the split's, the first is 16936b12",
     "sample_unknown": r"1 samples are none of the split's, the first is ffffffff",
     "class_unknown": r"sample 54854a83\w+, box 0: detection_name is 'tram', expected one of car, truck",
-    "attribute_unknown": r"sample 54854a83\w+, box 0: attribute_name is 'vehicle.flying', expected one of pedestrian.moving",
+    "attribute_unknown": r"sample 54854a83\w+, box 0: attribute_name is 'vehicle.flying', expected one of ped",
     "attribute_missing": r"sample 54854a83\w+, box 0: attribute_name is 'missing'",
     "velocity_missing": r"sample 54854a83\w+, box 0: velocity is 'missing', expected 2 numbers",
     "velocity_three_numbers": r"sample 54854a83\w+, box 0: velocity is '\[0.0, 0.0, 0.0\]', expected 2 numbers",
@@ -456,8 +461,8 @@ SENTENCES = {  # name in errors.json: what is said here
     "size_nan": r"sample 54854a83\w+, box 0: size is '\[1.0, nan, 1.0\]', expected 3 numbers",
     "score_nan": r"sample 54854a83\w+, box 0: detection_score is 'nan', expected a number",
     "velocity_nan": None,
-    "size_zero_matched": r"sample \w{32}, box \d+: its l, h, w are \[4.0, 1.5, 0.0\] m, expected all > 0",
-    "size_negative_matched": r"sample \w{32}, box \d+: its l, h, w are \[4.0, 1.5, -2.0\] m, expected all > 0",
+    "size_zero_matched": r"sample \w{32}, a car: its l, h, w are \[4.0, 1.5, .*\] m, expected all > 0",
+    "size_negative_matched": r"sample \w{32}, a car: its l, h, w are \[4.0, 1.5, .*\] m, expected all > 0",
     "all_lists_empty": r"it holds no box at all, which the official evaluator refuses",
     "no_meta": r"expected an object .* found no 'meta'",
     "no_results": r"expected an object .* found no 'results'",
@@ -489,7 +494,7 @@ def test_what_the_official_evaluator_refuses_is_refused(invented, truths, tmp_pa
         ({"rotation": [0, 0, 1]}, r"rotation is '\[0, 0, 1\]', expected 4 numbers"),
         ({"translation": ["1", 2, 3]}, r"translation is .* expected 3 numbers"),
         ({"detection_name": ["car"]}, r"detection_name is .* expected one of car"),
-        ({"num_pts": float("nan")}, "num_pts is 'nan', expected an integer"),
+        ({"num_pts": float("nan")}, "num_pts is 'nan', expected a number"),
         ({"detection_score": "high"}, "detection_score is 'high', expected a number"),
     ],
 )
@@ -503,7 +508,7 @@ def test_a_malformed_box_is_named(invented, truths, change, sentence):
     with pytest.raises(ValueError, match=f"sample {token} holds none, expected a list of boxes"):
         nuscenes.parse_results(results, truths["mini_val"].tokens)
     results[token] = [7]
-    with pytest.raises(ValueError, match=f"sample {token}, box 0: 7, expected 3 numbers"):
+    with pytest.raises(ValueError, match=rf"sample {token} holds \[7\], expected a list of boxes"):
         nuscenes.parse_results(results, truths["mini_val"].tokens)
 
 
@@ -516,79 +521,55 @@ def test_results_without_a_box_score_nothing(truths):
 
 def test_the_command_prints_a_table_and_writes_the_official_keys(invented, tmp_path, capsys):
     out = tmp_path / "out.json"
-    command = [
-        "--nuscenes",
-        invented,
-        "--version",
-        "v1.0-mini",
-        "--split",
-        "mini_val",
-        "--results",
-        invented / "results_noisy.json",
-    ]
-    evaluate.main([str(part) for part in [*command, "--json", out]])
+    arguments = [invented, invented / "results_noisy.json", "--version", "v1.0-mini", "--split", "mini_val"]
+    assert main([str(argument) for argument in (*arguments, "--json", out)]) == 0
     printed = capsys.readouterr().out.splitlines()
     official = json.loads((invented / "expected.json").read_text())["results_noisy"]
     assert printed[0].split() == re.findall(r"\S+", "class AP @0.5 m @1 m @2 m @4 m ATE m ASE AOE rad AVE m/s AAE")
     rows = {line.split()[0]: line.split()[1:] for line in printed[1:12]}
     assert list(rows) == [*RANGE, "mean"]
-    assert rows["car"] == [f"{number:.4f}" for number in (official["mean_dist_aps"]["car"], *official["label_aps"]["car"].values(),
+    aps = official["mean_dist_aps"]["car"], *official["label_aps"]["car"].values()
+    assert rows["car"] == [f"{number:.4f}" for number in (*aps,
                                                           *official["label_tp_errors"]["car"].values())]  # fmt: skip
     assert rows["traffic_cone"][-3:] == ["-"] * 3
     assert printed[12:] == [f"mAP {official['mean_ap']:.4f}   NDS {official['nd_score']:.4f}"]
     written = json.loads(out.read_text())
     assert written.keys() == official.keys() - {"file", "eval_set"}
     assert written["meta"] == official["meta"]
+    through = ["--nuscenes", invented, "--results", invented / "results_noisy.json", "--split", "mini_val"]
+    assert evaluate.main([str(argument) for argument in through]) == 0  # as it was called before
+    assert capsys.readouterr().out.splitlines() == printed
 
 
 def test_boxes_that_name_another_sample_count_there_and_are_told(invented, tmp_path, capsys):
     content = json.loads((invented / "results_perfect.json").read_text())
     first, second = [token for token, boxes in content["results"].items() if boxes][:2]
-    content["results"][first][0]["sample_token"] = second
+    content["results"][first][0].update(sample_token=second, detection_score="0.5")  # text, as officially
     (tmp_path / "mixed.json").write_text(json.dumps(content))
-    evaluate.main(["--nuscenes", str(invented), "--split", "mini_val", "--results", str(tmp_path / "mixed.json")])
-    assert (
-        f"1 boxes name another sample than the one they are listed under, and count there; the first is under {first}"
-        in capsys.readouterr().out
-    )
-
-
-@pytest.mark.parametrize(
-    ("more", "sentence"),
-    [
-        ([], "--nuscenes ROOT needs --results as well"),
-        (["--results", "x", "--errors"], "--errors does not go with --nuscenes"),
-        (["--results", "x", "--overlap", "loose"], "--overlap does not go with --nuscenes"),
-        (["--results", "x", "--labels", "y"], "--labels does not go with --nuscenes"),
-        (["--results", "x", "runs/a"], "a run folder does not go with --nuscenes"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(more, sentence, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main(["--nuscenes", "x", "--split", "mini_val", *more])
-    assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert main([str(invented), str(tmp_path / "mixed.json"), "--split", "mini_val"]) == 0
+    sentence = "1 boxes name another sample than the one they are listed under, and count there; the first is under"
+    assert f"{sentence} {first}" in capsys.readouterr().out
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(invented, tmp_path, capsys):
+    files = ["--nuscenes", invented, "--split", "mini_val"]
     for arguments, sentence in (
-        (["--version", "x", "--labels", "a", "--results", "b"], "--version does not go with an evaluation of files"),
+        (files, "an evaluation of files needs --labels DIR or --nuscenes ROOT, and --results"),
+        ([*files, "--results", "x", "--labels", "y"], "needs --labels DIR or --nuscenes ROOT"),
+        ([*files, "--results", "x", "--errors"], "unrecognized arguments: --errors"),
+        (["--nuscenes", "x", "--results", "y"], "the following arguments are required: --split"),
         (["--nuscenes", tmp_path, "--split", "val", "--results", "b"], "expected a nuScenes folder with its tables"),
-        (
-            ["--nuscenes", invented, "--split", "mini_val", "--results", tmp_path / "b"],
-            f"{tmp_path / 'b'}: no such result file",
-        ),
-        (
-            ["--nuscenes", invented, "--split", "mini_val", "--results", invented / "expected.json"],
-            "found no 'results'",
-        ),
+        ([*files, "--results", tmp_path / "b"], f"{tmp_path / 'b'}: no such result file"),
+        ([*files, "--results", invented / "expected.json"], "found no 'results'"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            evaluate.main([str(argument) for argument in arguments])
-        told = capsys.readouterr().err
-        assert stopped.value.code == 2
-        assert sentence in told
-        assert re.fullmatch(r"evaluate\.py: [^\n]*\n", told)
+        try:
+            code = evaluate.main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            code = stopped.code
+        words = capsys.readouterr().err
+        assert code == 2
+        assert sentence in words
+        assert words.count("\n") == 1
 
 
 # ---- six cameras

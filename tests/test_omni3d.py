@@ -1,4 +1,4 @@
-"""The converter of Omni3D: an invented file in its format, with every kind of object, becomes JSON lines that pass their own check."""
+"""The converter of Omni3D: an invented file, with every kind of object, becomes JSON lines that pass their check."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def turn(x=0.0, y=0.0, z=0.0):
 
 
 def omni3d_corners(center, dimensions, R):
-    """The eight corners in the order of Cube R-CNN's get_cuboid_verts_faces: length along x, height along y, width along z."""
+    """The eight corners in the order of Cube R-CNN's get_cuboid_verts_faces: length along x, height y, width z."""
     w, h, l = dimensions
     x = np.array([-l, l, l, -l, -l, l, l, -l]) / 2
     y = np.array([-h, -h, h, h, -h, -h, h, h]) / 2
@@ -36,7 +36,8 @@ def make_object(id, image_id=0, name="car", center=(1.0, 1.0, 20.0), dimensions=
     entry = {
         "id": id, "image_id": image_id, "category_id": 3, "category_name": name, "valid3D": True, "bbox2D_tight": blank,
         "bbox2D_proj": blank, "bbox2D_trunc": blank, "bbox3D_cam": omni3d_corners(center, dimensions, R).tolist(),
-        "center_cam": list(center), "dimensions": list(dimensions), "R_cam": R.tolist(), "behind_camera": False, "visibility": -1,
+        "center_cam": list(center), "dimensions": list(dimensions), "R_cam": R.tolist(), "behind_camera": False,
+        "visibility": -1,
         "truncation": -1, "segmentation_pts": -1, "lidar_pts": -1, "depth_error": -1,
     }  # fmt: skip
     return {**entry, **changes}
@@ -135,26 +136,10 @@ def test_rotations_about_other_axes_are_measured(omni3d, capsys):
     assert upright_yaw(turn(z=90))[1] == pytest.approx(90)
     convert(folder)
     text = capsys.readouterr().out
-    assert "by degrees: 8.5 in the mean, 11.3 at 90 %, 12.0 at most\n    by metres at the worst corner: " in text
-    entry = OBJECTS[3]
-    upright = omni3d_corners(entry["center_cam"], entry["dimensions"], turn(y=40))
-    worst = np.linalg.norm(upright - np.array(entry["bbox3D_cam"]), axis=1).max()
-    assert f"{worst:.2f} at most\n" in text
+    assert "differ by degrees: 8.5 in the mean, 12.0 at most\n" in text
     write(folder, {**source, "annotations": OBJECTS[:3]})
     convert(folder)
     assert "0 of 3 boxes are not turned about y alone\n" in capsys.readouterr().out
-
-
-def test_corners_that_belong_to_another_box_are_named(omni3d, capsys):
-    folder, source = omni3d
-    wrong = make_object(13, bbox3D_cam=np.add(OBJECTS[0]["bbox3D_cam"], [0.3, 0, 0]).tolist())
-    write(folder, {**source, "annotations": [*OBJECTS, wrong]})
-    assert convert(folder) == 0
-    text = capsys.readouterr().out
-    assert (
-        "1 objects have a bbox3D_cam that is not center_cam, dimensions and R_cam, which were taken: annotation 13 is off by 0.300 m"
-        in text
-    )
 
 
 def test_images_that_are_not_there(omni3d, capsys):
