@@ -1,4 +1,4 @@
-"""Export: the file and the runtime beside it give what `Detector.predict` gives, without torch; every mistake is one sentence."""
+"""Export: the file and the runtime beside it give what `Detector.predict` gives, without torch; errors in words."""
 
 import dataclasses
 import importlib.util
@@ -23,8 +23,8 @@ from model import Detector
 from scene.frames import place_image, whole_view
 
 KITTI = ROOT.parent / "shared/data/kitti_mini/training"
-TINY = dataclasses.replace(MODEL, strides=(8, 32), level_sizes=(64.0,), depth_mean=(90.0, 40.0), depth_std=(40.0, 20.0), tower_convs=1,
-                           sigma_scale=(1.5, 0.5, 2.0))  # fmt: skip
+TWO_LEVELS = {"strides": (8, 32), "level_sizes": (64.0,), "depth_mean": (90.0, 40.0), "depth_std": (40.0, 20.0)}
+TINY = dataclasses.replace(MODEL, **TWO_LEVELS, tower_convs=1, sigma_scale=(1.5, 0.5, 2.0))
 SIZES = ((320, 96), (640, 200), (123, 77), (400, 90))  # width, height
 
 
@@ -41,7 +41,7 @@ def make_detector(seed=0):
 
 def write_run(folder, detector):
     """A run folder of it."""
-    save_weights(folder / "best", detector, to_dict(Config(model=detector.config)), {}, {})
+    save_weights(folder / "best", detector, Config(model=detector.config), {}, {})
     return folder
 
 
@@ -67,13 +67,15 @@ def pictures(count=4):
     """Random pictures of different sizes with shapes of many scales, and their cameras."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (12, 40, 3), np.uint8)).resize(size) for size in SIZES[:count]]
-    cameras = [np.array([[0.6 * i.width * (1 + 0.1 * n), 0, i.width / 2 + 3 * n], [0, 0.6 * i.width, i.height / 2], [0, 0, 1]])
-               for n, i in enumerate(images)]  # fmt: skip
+    cameras = []
+    for n, image in enumerate(images):
+        fx, fy, (cx, cy) = 0.6 * image.width * (1 + 0.1 * n), 0.6 * image.width, np.array(image.size) / 2
+        cameras.append(np.array([[fx, 0, cx + 3 * n], [0, fy, cy], [0, 0, 1]]))
     return images, cameras
 
 
 def check(found, expected):
-    """The runtime's dict and `Labels` agree to 1e-4 relative, row by row after matching by class and place; a tie may differ."""
+    """The runtime's dict and `Labels` agree to 1e-4, row by row after matching by class and place; a tie may differ."""
     assert len(expected) > 10
     left, matched = [*range(len(expected))], 0
     for i, name in enumerate(found["name"]):
@@ -247,4 +249,4 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     assert "no such folder, expected a run or a checkpoint" in fails(capsys, tmp_path / "ran")
     monkeypatch.setattr(export, "NEEDED", ("json", "onnx_of_nobody", "onnxruntime_of_nobody"))
     text = fails(capsys, tmp_path / "ran")
-    assert "onnx_of_nobody and onnxruntime_of_nobody are not installed: pip install json onnx_of_nobody" in text
+    assert "onnx_of_nobody and onnxruntime_of_nobody: not installed; pip install json onnx_of_nobody" in text

@@ -6,12 +6,25 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from scenes import BEHIND, CAR, CROSSING, FAR, MODEL, PERSON, TRUNCATED, all_losses, make_batch, random_outputs
+from scenes import (
+    BEHIND,
+    CAR,
+    CROSSING,
+    FAR,
+    MODEL,
+    PERSON,
+    TRUNCATED,
+    all_losses,
+    count_positives,
+    encode,
+    make_batch,
+    random_outputs,
+)
 
 import losses as module
-from losses import LossConfig, compute_losses, count_positives, half_angle, keep_best
+from losses import LossConfig, compute_losses, half_angle, keep_best
 from model import IMPOSSIBLE, Decoded, Detector
-from targets import Targets, assign, encode
+from targets import Targets, assign
 
 ALL = MODEL.attribute_names
 NAMES = tuple(field.name for field in dataclasses.fields(LossConfig))
@@ -85,8 +98,12 @@ CAMERA = torch.tensor([[[100.0, 0, 5], [0, 100, 5], [0, 0, 1]]])
 
 
 def value_of(name, decoded, targets):
-    extra = {"loss_location": [torch.full_like(targets.yaw, 8.0)], "loss_regress": [CAMERA], "loss_relative": [targets.yaw.shape[1]],
-             "loss_attribute": [torch.tensor([[True, True, False], [False, False, False]])]}  # fmt: skip
+    extra = {
+        "loss_location": [torch.full_like(targets.yaw, 8.0)],
+        "loss_regress": [CAMERA],
+        "loss_relative": [targets.yaw.shape[1]],
+        "loss_attribute": [torch.tensor([[True, True, False], [False, False, False]])],
+    }
     if name in BOXES:
         return module.loss_boxes(decoded, targets, [name]).item()
     return getattr(module, name)(decoded, targets, *extra.get(name, [])).item()
@@ -103,14 +120,14 @@ LN2, ROOT2 = math.log(2), math.sqrt(2)
         ("loss_full_bbox", {}, {"full_box": [[[-10.0, 0, 10, 10]]]}, 0.5),
         ("loss_full_bbox", {"full_ok": [[False]]}, {"full_box": [[[-10.0, 0, 10, 10]]]}, 0.0),
         ("loss_centerness", {"centerness": [[0.3]]}, {"centerness": [[0.0]]}, LN2),
-        ("loss_centerness", {"centerness": [[0.25]]}, {"centerness": [[math.log(3.0)]]}, 0.75 * math.log(4) + 0.25 * math.log(4 / 3)),
+        ("loss_centerness", {"centerness": [[0.25]]}, {"centerness": [[math.log(3.0)]]}, math.log(4) - math.log(3) / 4),
         ("loss_size", {}, {"size": [[[5.0, 1.5, 1.0]]]}, (0.25 + 0 + 0.5) / 3),
         ("loss_location", {}, {"pixel": [[[13.0, 5.0]]]}, 1 - 1 / 18),  # one stride of 8 px; smooth L1 from 1/9 on
         ("loss_location", {}, {"depth": [[[11.0, 10.0, 8.0]]]}, ROOT2 * (1 + 0 + 2) / 3),
         ("loss_location", {}, {"depth": [[[11.0, 10.0, 8.0]]], "log_sigma": [[[LN2] * 3]]}, ROOT2 / 2 + LN2),
         ("loss_location", {"center_ok": [[False]]}, {"depth": [[[11.0, 10.0, 8.0]]]}, 0.0),
         ("loss_y", {}, {"center": [[[3.0, 0.5, 9.0]]]}, 0.5),
-        ("loss_y", {}, {"center": [[[0.0, 0.5, 10.0]]], "size": [[[4.0, 2.5, 2.0]]]}, 1.0),  # the bottom is centre + half the height
+        ("loss_y", {}, {"center": [[[0.0, 0.5, 10.0]]], "size": [[[4.0, 2.5, 2.0]]]}, 1.0),
         ("loss_y", {}, {"center": [[[0.0, -0.5, 10.0]]], "size": [[[4.0, 2.5, 2.0]]]}, 0.0),
         ("loss_regress", {}, {"pixel": [[[25.0, 5.0]]]}, 2 / 3 / 4),  # 20 px at 10 m with f = 100: 2 m sideways
         ("loss_regress", {}, {"depth": [[[12.0, 10.0, 10.0]]]}, 2 / 3 / 4),  # the fused depth only
@@ -118,11 +135,11 @@ LN2, ROOT2 = math.log(2), math.sqrt(2)
         ("loss_regress", {}, {"yaw_vector": [[[1.0, 0.0]]]}, 4 / 3 / 4),  # a quarter turn: (2, 1) to (1, -2) and so on
         ("loss_regress", {}, {"yaw_vector": None, "double_alpha": [[[0.0, -1.0]]]}, 4 / 3 / 4),
         ("loss_direction", {}, {"direction": [[[0.0, 0.0]]]}, LN2),
-        ("loss_direction", {"alpha": [[math.pi / 2]]}, {"direction": [[[0.0, math.log(3)]]]}, math.log(4 / 3)),  # bin 1: 45 to 225 degrees
+        ("loss_direction", {"alpha": [[math.pi / 2]]}, {"direction": [[[0.0, math.log(3)]]]}, math.log(4 / 3)),
         ("loss_cos", {}, {"double_alpha": [[[math.sin(math.pi / 3), 0.5]]]}, 0.5),  # 30 degrees off
         ("loss_cos", {}, {"double_alpha": [[[0.0, -1.0]]]}, 2.0),
         ("loss_alpha_constrain", {}, {"yaw_vector": [[[math.sin(math.pi / 3), 0.5]]]}, 0.5),
-        ("loss_alpha_constrain", {"center": [[[10.0, 0.0, 10.0]]], "yaw": [[math.pi / 4]]}, {}, 0.0),  # the ray adds 45 degrees
+        ("loss_alpha_constrain", {"center": [[[10.0, 0.0, 10.0]]], "yaw": [[math.pi / 4]]}, {}, 0.0),  # the ray adds 45
         ("loss_alpha_constrain", {"center": [[[10.0, 0.0, 10.0]]]}, {}, 1 - math.cos(math.pi / 4)),
         ("loss_velocity", {}, {"velocity": [[[5.0, -4.0]]]}, 2 - 1 / 18),  # m/s; smooth L1 from 1/9 on
         ("loss_velocity", {}, {"velocity": [[[0.0, 0.0]]]}, 7 - 2 / 18),  # the sum over x and z
@@ -131,7 +148,7 @@ LN2, ROOT2 = math.log(2), math.sqrt(2)
         ("loss_attribute", {}, {"attribute": [[[0.0, 0.0, IMPOSSIBLE]]]}, LN2),  # the third is of another family
         ("loss_attribute", {"attribute": [[1]]}, {"attribute": [[[0.0, math.log(3), IMPOSSIBLE]]]}, math.log(4 / 3)),
         ("loss_attribute", {"attribute": [[-1]]}, {"attribute": [[[0.0, 0.0, IMPOSSIBLE]]]}, 0.0),
-        ("loss_attribute", {"attribute": [[2]]}, {"attribute": [[[0.0, 0.0, IMPOSSIBLE]]]}, 0.0),  # a label that is no car's
+        ("loss_attribute", {"attribute": [[2]]}, {"attribute": [[[0.0, 0.0, IMPOSSIBLE]]]}, 0.0),  # no car's
         ("loss_attribute", {"label": [[1]]}, {"attribute": [[[IMPOSSIBLE] * 3]]}, 0.0),  # a class without attributes
     ],
 )  # fmt: skip
@@ -155,7 +172,7 @@ def test_loss_cls_by_hand():
 
 
 def test_loss_relative_by_hand():
-    """Two objects at 10 and 20 m, the first seen e times too far: both ordered pairs are off by 1, Huber .95, times two objects."""
+    """Two objects at 10 and 20 m, the first e times too far: both ordered pairs are off by 1, Huber .95, times two."""
     targets = hand_made(2, center=[[[0.0, 0, 10], [0, 0, 20]]])
     depth = torch.tensor([[[10 * math.e] * 3, [20.0] * 3]])
     assert value_of("loss_relative", truth_of(targets, depth=depth), targets) == pytest.approx(1.9, rel=1e-5)
@@ -168,7 +185,7 @@ def test_loss_relative_by_hand():
 
 
 def test_near_pairs_weigh_more_in_loss_relative():
-    """Three objects at 10, 11 and 40 m; an error of the near pair costs more than the same error towards the far one."""
+    """Objects at 10, 11 and 40 m; an error of the near pair costs more than the same error towards the far one."""
     targets = hand_made(3, center=[[[0.0, 0, 10], [0, 0, 11], [0, 0, 40]]])
     near, far = targets.center[..., 2:].repeat(1, 1, 3), targets.center[..., 2:].repeat(1, 1, 3)
     near[0, 0] *= math.e
@@ -352,7 +369,7 @@ def test_images_do_not_see_each_other(model):
 
 
 def test_unknown_velocities_and_attributes_teach_nothing(model):
-    """Gradients reach the outputs at objects whose motion is known, and there only the attributes that the class may have."""
+    """Gradients reach outputs at objects whose motion is known, and there only attributes that the class may have."""
     batch = make_batch([CAR, PERSON, FAR])
     assert batch["velocity"][0, 2].isnan().all()
     logits, raw = random_outputs(model, 1)
@@ -397,7 +414,7 @@ def test_division_is_by_the_positives_of_all_processes(model):
 
 
 def test_the_best_cells_alone_learn_an_object(model):
-    """The others are background; division is by all of them, so that parts of a step need not know what the others keep."""
+    """The others are background; division is by all, so that parts of a step need not know what the others keep."""
     batch = make_batch([CAR, PERSON, FAR], [TRUNCATED])
     logits, raw = random_outputs(model, 2)
     losses, targets = all_losses(model, batch, logits, raw, best=True)

@@ -1,4 +1,4 @@
-"""Which cells answer for which objects: hand-made scenes, conflicts, the border, all real labels, and no wait for the device."""
+"""Which cells answer for which objects: hand-made scenes, conflicts, borders, all real labels, no wait for a device."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -18,19 +18,19 @@ from scenes import (
     TRUNCATED,
     K,
     all_losses,
+    encode,
     make_batch,
     make_sample,
     random_outputs,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import DataConfig, Detection3D, collate
-from formats.index import Frames
+from data import DataConfig, Detection3D, Frames, Part, collate
 from losses import keep_best
 from model import Detector, ModelConfig
 from scene.frames import Frame, make_labels, whole_view
 from scene.geometry import wrap_angle
-from targets import assign, encode, level_of, measure_priors, settle, target_points
+from targets import assign, level_of, measure_priors, settle, target_points
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def said_of(targets, **fields):
 
 
 def test_an_object_keeps_its_best_cells(model):
-    """As many as the overlaps of its nine boxes sum up to, the best by score and overlap; one that is hopeless keeps one."""
+    """As many as the overlaps of its nine boxes sum up to, the best by score and overlap; a hopeless one keeps one."""
     batch = make_batch([at_pixel(100, 50, 20), at_pixel(200, 40, 40)])
     targets = assign(batch, MODEL)
     logits, share = (
@@ -325,18 +325,17 @@ def test_shapes_depend_on_the_padded_count_only():
     assert shapes == {(1, 16 * 9)}
 
 
-@pytest.mark.parametrize("size", [(384, 1280), (192, 640)])
-def test_every_real_label_gets_a_positive_location(kitti_frames, size):
-    """Cars, pedestrians and cyclists of all real frames, truncated ones too, as training sees them without augmentation."""
-    config = ModelConfig(size=size)
+def test_every_real_label_gets_a_positive_location(kitti_frames):
+    """Cars, pedestrians and cyclists of all real frames, truncated ones too, as seen without augmentation."""
+    config, size = ModelConfig(), (384, 1280)
     every = [Frame(id, None, K, labels.moved(offset), offset) for id, labels, K, offset in kitti_frames]
-    dataset = Detection3D(every, config.classes, size, DataConfig(), False)
+    dataset = Detection3D(every, config, DataConfig())
     count, covered = 0, 0
     for start in range(0, len(every), 64):
         samples = []
         for frame in every[start : start + 64]:
             sample = dataset.sample_from(frame, whole_view(*KITTI_SIZES[round(frame.K[0, 0], 4)], size))
-            samples.append({**sample, **dict.fromkeys(("image", "index", "skipped"), torch.zeros(1))})
+            samples.append({**sample, **dict.fromkeys(("image", "index"), torch.zeros(1))})
         batch = collate(samples)
         targets = assign(batch, config)
         has = torch.zeros(batch["valid"].shape, dtype=torch.long).scatter_add(
@@ -358,9 +357,8 @@ def test_priors_are_the_means_of_the_labels(tmp_path):
                              [o[1] for o in scene] or np.zeros((0, 3)), [o[3] for o in scene])  # fmt: skip
         sample_frames.append(Frame(str(i), tmp_path / "a.png", K, labels, np.zeros(3)))
     config = dataclasses.replace(MODEL, size_prior=(), depth_mean=(), depth_std=())
-    twice = Detection3D(
-        Frames(Frames.of(sample_frames).parts * 2), config.classes, SIZE, DataConfig(), True
-    )  # repeats do not count twice
+    repeated = Frames([Part(sample_frames, repeat=2)])  # repeats do not count twice
+    twice = Detection3D(repeated, config, DataConfig(), training=True)
     measured = measure_priors(twice, config)
     np.testing.assert_allclose(measured.size_prior[0], [4.2, 1.55, 1.85], atol=1e-3)
     np.testing.assert_allclose(measured.size_prior[1], [0.7, 1.8, 0.6], atol=1e-3)
@@ -371,4 +369,4 @@ def test_priors_are_the_means_of_the_labels(tmp_path):
     )  # fewer than four: as all objects
     assert measure_priors(twice, MODEL) == MODEL  # what is set stays
     with pytest.raises(ValueError, match="none of the 1 training frames holds an object of Car, Pedestrian, Cyclist"):
-        measure_priors(Detection3D(sample_frames[2:], config.classes, SIZE, DataConfig(), True), config)
+        measure_priors(Detection3D(sample_frames[2:], config, DataConfig(), training=True), config)
