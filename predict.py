@@ -1,540 +1,352 @@
 """Predict 3D boxes for images and videos.
 
-python predict.py RUN PATH ... --calib calib.txt | --intrinsics FX FY CX CY | --hfov DEG | --cameras FILE.jsonl   [--out DIR] [...]
+python predict.py RUN PATH ... --calib calib.txt | --intrinsics FX FY CX CY | --hfov DEG | --cameras FILE.jsonl   [...]
 
-RUN is a run folder, a folder with config.json and model.safetensors, or a Hugging Face hub id. A PATH is an image, a video, a folder, which
-is searched with all folders below it, or a quoted pattern such as 'drives/*/left.png'. The camera is that of the picture as viewers show
-it, turned where its EXIF says so. In FILE.jsonl every line has an `image`, relative to that file, and its `K`, as in formats/jsonl.py;
-nothing else of a line is read, so labels and predictions will do.
+RUN is a run folder, a folder with config.json and model.safetensors, or a Hugging Face hub id. A PATH is an image, a
+video, a folder, which is searched with all folders below it, or a quoted pattern such as 'drives/*/left.png'. The
+camera is that of the picture as viewers show it, turned where its EXIF says so. In FILE.jsonl every line has an
+`image`, relative to that file, and its `K`; nothing else of a line is read, so labels and predictions do.
 
-Written to DIR, whose folders results and pictures are made anew. NAME is a file's path below the given folder, without its suffix; where
-two would be equal, below the folder that holds all, and if need be with the suffixes:
-    predictions.jsonl    JSON lines as in formats/jsonl.py, in each image's own camera frame, of images and of every frame of a video,
-                         which is called VIDEO.mp4/000000 and so on
+Written to DIR, whose folders results and pictures are made anew. NAME is a file's path below the folder that holds all
+of them, without its suffix unless two would be equal:
+    predictions.jsonl    JSON lines as in formats/jsonl.py, in each image's own camera frame, of images and of every
+                         frame of a video, which is called VIDEO.mp4/000000 and so on
     results/NAME.txt     KITTI result format, of images; in rectified camera 0 with --calib
-    pictures/NAME.png    the boxes on the image and from above; of a video pictures/NAME.mp4 with its frames and rate, without sound
+    pictures/NAME.png    the boxes on the image and from above; of a video pictures/NAME.mp4, without sound
 
-Exit code 1: something could not be read and was passed over; 2: nothing was done, or the disk is full, as the sentence says.
+Exit code 1: something could not be read and was passed over; 2: nothing was done, or the disk is full, as is said.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import glob
+import importlib
 import itertools
 import json
 import math
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from data import UserError, check_writable, disk_is_full, usable_cores, user_errors
-from engine.checkpoint import fetch, find_checkpoint, near
-from formats import video
-from formats.jsonl import to_json
+from data import DataConfig, Detection3D
+from engine.checkpoint import near
+from engine.weights import fetch, find_checkpoint
+from evaluate import detect_frames
 from formats.kitti import read_calib, split_projection, write_labels
-from formats.pool import in_order
-from model import Detector, to_labels
-from scene.draw import HEIGHT, PEOPLE_SCORE, WIDTH, draw_frame
-from scene.frames import (
-    Frame,
-    View,
-    decode,
-    in_tar,
-    make_labels,
-    opened,
-    place_image,
-    reduction_of,
-    upright,
-    whole_view,
-)
-from scene.geometry import camera_problem, yaw_to_alpha
+from model import Detector
+from scene.draw import PEOPLE_SCORE, draw_frame
+from scene.frames import Frame, UserError, check_writable, image_size, make_folder, make_labels, sentence_of
+from scene.geometry import camera_problem
+from scene.records import to_json
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # what is looked for in folders
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 VIDEO_RANGE = 60.0  # metres of the bird's-eye view, which would jump if every frame had its own
-THREADS = min(
-    usable_cores(), 8
-)  # that read, and as many that write; the reading of pixels and most of drawing leave Python's lock
+THREADS = min(torch.get_num_threads(), 8)  # that read headers and draw, and processes that read images
 ONE_THING = 0.5  # IoU of visible boxes above which people are shown the best one, whatever the classes
-
-Camera = Callable[[Path, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
-
-
-# ---- what is asked for
+NOTHING = make_labels([], [], [], [], [])
 
 
-def load_detector(run: str, device: str = "cpu") -> Detector:
-    """The detector of a run folder (its best, else its newest), a checkpoint folder, or a hub id (owner/name), ready to predict.
-
-    Raises FileNotFoundError saying what was looked for, ValueError naming the folder when what is there does not load.
-    """
-    folder = find_checkpoint(fetch(run))
-    try:
-        detector = Detector.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder}: cannot load the detector: {first}") from error
-    return detector.to(device).eval()
+def load_detector(run: str, device="cpu") -> Detector:
+    """The detector of a run (its best, else its newest), a checkpoint or a hub id, ready to use. Raises UserError."""
+    return Detector.from_pretrained(find_checkpoint(fetch(run))).to(device).eval()
 
 
 def find_inputs(given: Iterable[str], out: Path) -> dict[Path, str]:
-    """Every image and video of the paths given, once, as absolute path -> NAME of its outputs; `out` itself is not searched.
-
-    A name is the path below the given folder, or below the fixed part of a pattern, without its suffix; where two would be equal, all
-    are paths below the folder that holds everything, and if that is not enough, with their suffixes.
-    Raises FileNotFoundError or ValueError for a path at which there is nothing.
-    """
-    found = {}
+    """Every image and video of some paths but those in `out`: absolute path -> NAME of outputs. Raises UserError."""
+    paths = {}
     for text in given:
-        files, base = _expand(text, out)
-        for file in files:
-            found.setdefault(Path(os.path.abspath(file)), file.relative_to(base))
-    everything = Path(os.path.commonpath([path.parent for path in found]))
-    whole = [path.relative_to(everything) for path in found]
-    for names in ([name.with_suffix("") for name in found.values()], [name.with_suffix("") for name in whole], whole):
-        if len({*names}) == len(names):
-            break
-    return {path: name.as_posix() for path, name in zip(found, names, strict=True)}
+        if Path(text).is_file():
+            files = [Path(text)]
+        else:
+            roots = [text] if text and Path(text).is_dir() else sorted(glob.glob(text, recursive=True))
+            if not roots and not glob.has_magic(text):
+                raise UserError(f"{text or 'a path is empty'}: no such image, video or folder{near(Path(text))}")
+            files = [file for root in roots for file in search(Path(root))]
+            files = [file for file in files if not resolved(file).is_relative_to(os.path.realpath(out))]
+            if not files:
+                raise UserError(f"{text}: no image or video there, looked for {', '.join(IMAGES + VIDEOS)}")
+        paths |= dict.fromkeys(Path(os.path.abspath(file)) for file in files)
+    base = os.path.commonpath([path.parent for path in paths])
+    whole = [path.relative_to(base) for path in paths]
+    bare = [path.with_suffix("") for path in whole]
+    names = bare if len({*bare}) == len(bare) else whole
+    return {path: name.as_posix() for path, name in zip(paths, names, strict=True)}
 
 
-def _expand(text, out):
-    """The files that a path given stands for, and the folder below which their names begin."""
-    if not text:
-        raise ValueError("a path is empty, expected an image, a video, a folder or a pattern")
-    path = Path(text)
-    if path.is_file() or in_tar(path):
-        return [path], path.parent
-    if path.is_dir():
-        base, roots = path, [path]
-    elif glob.has_magic(text):
-        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        roots = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-    else:
-        raise FileNotFoundError(f"{text}: no such image, video or folder{near(path)}")
-    files = [file for root in roots for file in _search(root)]
-    own = {*_inside(files, out)}
-    files = [file for file in files if file not in own]
-    if not files:
-        raise ValueError(f"{text}: no image or video there, looked for {', '.join(IMAGES + video.SUFFIXES)}")
-    return files, base
-
-
-def _search(path):
-    """The images and videos in a folder and the folders below it, hidden ones apart; of a file itself, if it is one."""
-    files, seen = [] if path.is_dir() else [path], set()
-    for folder, below, names in os.walk(path, followlinks=True):
-        if (place := os.path.realpath(folder)) in seen:  # a link to where we were
+def search(root: Path) -> list[Path]:
+    """The images and videos of a folder and those below it, links included, hidden ones apart; of a file itself."""
+    files, places = [] if root.is_dir() else [root], set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in places:  # a link to where we were
             below.clear()
             continue
-        seen.add(place)
-        below[:] = sorted(
-            (n for n in below if n[0] != "."), key=lambda n, folder=folder: (os.path.islink(os.path.join(folder, n)), n)
-        )
+        places.add(os.path.realpath(folder))
+        below[:] = sorted(name for name in below if name[0] != ".")
         files += [Path(folder, name) for name in names]
-    return sorted(
-        file
-        for file in files
-        if file.suffix.lower() in IMAGES + video.SUFFIXES and file.is_file() and file.name[0] != "."
-    )
+    return sorted(f for f in files if f.suffix.lower() in IMAGES + VIDEOS and f.is_file() and f.name[0] != ".")
 
 
-def _inside(files, folder):
-    """Those of the files that lie in a folder or below it. Links of folders are followed, those of files are files."""
-    real = functools.cache(os.path.realpath)
-    return [file for file in files if Path(real(file.parent)).is_relative_to(real(folder))]
-
-
-def _resolved(path):
-    """A path with the links of its folder resolved, not its own: two names of one file may have cameras of their own."""
+def resolved(path: Path) -> Path:
+    """A path with its folder's links resolved, not its own: two names of one file may have cameras of their own."""
     return Path(os.path.realpath(path.parent), path.name)
 
 
-def find_camera(options: argparse.Namespace, paths: Iterable[Path]) -> Camera:
-    """A function (absolute path, (width, height)) -> K (3, 3), and offset (3,) metres with camera = rectified camera 0 + offset.
+def find_camera(options, paths: Iterable[Path]):
+    """A function (absolute path, (width, height)) -> K (3, 3), and offset (3,) m: camera = rectified camera 0 + offset.
 
-    The offset is 0 but with --calib. With --hfov: square pixels, the principal point in the middle of the image, and its width seen under
-    that angle. Raises FileNotFoundError or ValueError for a file that does not give the camera of every path.
+    Raises UserError for a file that does not give the camera of every path.
     """
     if options.calib:
-        if not Path(options.calib).is_file():
-            raise FileNotFoundError(f"--calib {options.calib}: no such file")
-        fixed = split_projection(read_calib(options.calib))
-        return lambda path, size: fixed
-    nowhere = np.zeros(3)
+        K, offset = split_projection(read_calib(options.calib))
+        return (lambda path, size: K), offset
     if options.cameras:
-        cameras = read_cameras(options.cameras)
-        if missing := [path for path in paths if _resolved(path) not in cameras]:
-            raise ValueError(f"--cameras {options.cameras}: none of its {len(cameras)} lines is of {missing[0]}")
-        return lambda path, size: (cameras[_resolved(path)], nowhere)
-    if options.intrinsics:
-        fx, fy, cx, cy = options.intrinsics
-        K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
-        return lambda path, size: (K, nowhere)
-    half = math.tan(math.radians(options.hfov) / 2)
-    middle = lambda w, h: np.array([[w / 2 / half, 0, (w - 1) / 2], [0, w / 2 / half, (h - 1) / 2], [0, 0, 1]])  # noqa: E731
-    return lambda path, size: (middle(*size), nowhere)
+        cameras = read_cameras(Path(options.cameras))
+        if missing := [path for path in paths if resolved(path) not in cameras]:
+            raise UserError(f"--cameras {options.cameras}: none of its {len(cameras)} lines is of {missing[0]}")
+        return (lambda path, size: cameras[resolved(path)]), np.zeros(3)
+
+    def pinhole(path, size):
+        if options.intrinsics:
+            fx, fy, cx, cy = options.intrinsics
+        else:
+            fx = fy = size[0] / 2 / math.tan(math.radians(options.hfov) / 2)
+            cx, cy = (size[0] - 1) / 2, (size[1] - 1) / 2
+        return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+    return pinhole, np.zeros(3)
 
 
-def read_cameras(path: str | Path) -> dict[Path, np.ndarray]:
-    """Absolute path, as `_resolved` has it -> K (3, 3) of the lines of a JSON-lines file, of which only `image` and `K` are looked at.
-
-    Raises FileNotFoundError, or ValueError naming file, line, value and what was expected.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--cameras {path}: no such JSON-lines file")
-    cameras, lines = {}, {}  # lines: path -> number of the first line that names it
-    try:
-        lines_of_text = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--cameras {path}: not a text file: {error}") from None
-    for number, text in enumerate(lines_of_text, 1):
+def read_cameras(path: Path) -> dict[Path, np.ndarray]:
+    """`resolved` image -> K (3, 3) of the lines of a JSON-lines file; all else in it is ignored. Raises UserError."""
+    cameras = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
-            image, K = line["image"], np.asarray(line["K"], float)
+            place, K = resolved(path.parent / str(line["image"])), np.asarray(line["K"], float)
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{path}:{number}: expected a JSON object with an image and its K, got {text[:80]}"
-            ) from None
+            expected = f"expected a JSON object with an image and its K, got {text[:80]}"
+            raise UserError(f"{path}:{number}: {expected}") from None
         if problem := camera_problem(K):
-            raise ValueError(f"{path}:{number}: K: {problem}")
-        place = _resolved(Path(path).parent / str(image))
-        first = lines.setdefault(place, number)
+            raise UserError(f"{path}:{number}: K: {problem}")
         if not np.array_equal(cameras.setdefault(place, K), K):
-            raise ValueError(
-                f"{path}:{number}: another K for {image} than on line {first}, expected one camera for an image"
-            )
+            raise UserError(f"{path}:{number}: another K for {line['image']} than before, expected one for an image")
     return cameras
 
 
-def check_first(paths: Iterable[Path], camera: Camera) -> None:
-    """Raises UserError when the camera does not suit the first path that can be read, of which as little as possible is."""
-    for path in paths:
-        try:
-            if path.suffix.lower() in video.SUFFIXES:
-                with video.opened_video(path) as (frames, _, _):
-                    size = next(frames).shape[1::-1]
-            else:
-                with opened(path) as file:
-                    size = upright(file).size
-        except (OSError, StopIteration):
-            continue  # reported when its turn comes
-        check_camera(path, camera(path, size)[0], size)
-        return
-
-
-def check_camera(path: Path, K: np.ndarray, size: tuple[int, int]) -> None:
-    """Raises UserError naming the path when K (3, 3) is implausible for a picture of (width, height)."""
-    if problem := camera_problem(K, *size):
-        raise UserError(f"{path}: the camera given does not suit it: {problem}")
-
-
-def set_up(detector: Detector, options: argparse.Namespace) -> None:
-    """Adapt a detector to the command line. Raises ValueError naming the classes that there are for one that there is not."""
+def adapt(detector: Detector, options) -> torch.nn.Module:
+    """The detector as the command line wants it. Raises UserError naming the classes that there are."""
     known = detector.config.classes
     if unknown := [name for name in options.classes or () if name not in known]:
-        raise ValueError(f"--classes names {unknown[0]!r}, this detector knows {', '.join(known)}")
-    if options.nms_across_classes is not None or not detector.config.nms_across_classes:
-        across = ONE_THING if options.nms_across_classes is None else options.nms_across_classes
-        detector.config = dataclasses.replace(detector.config, nms_across_classes=across)
-    if options.min_score < detector.config.score_threshold:
-        detector.config = dataclasses.replace(detector.config, score_threshold=options.min_score)
+        raise UserError(f"--classes names {unknown[0]!r}, this detector knows {', '.join(known)}")
+    across, least = options.nms_across_classes, min(options.min_score, detector.config.score_threshold)
+    if across is None:
+        across = detector.config.nms_across_classes or ONE_THING
+    detector.config = dataclasses.replace(detector.config, nms_across_classes=across, score_threshold=least)
+    return importlib.import_module("engine.mirror").Mirrored(detector) if options.flip else detector
 
 
-# ---- from files to boxes: reading, detecting and writing beside each other, in the order of the inputs
+def find_frames(inputs: dict[Path, str], camera, offset) -> tuple[list[Frame], list[str]]:
+    """Frames without labels of images and videos {path: name}, sentences for others. UserError if all are others."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Shot:
-    """A picture on its way from a file to its boxes."""
-
-    frame: Frame  # without labels until they are found
-    view: View  # of the picture on the network's canvas
-    canvas: np.ndarray  # (H, W, 3) uint8
-    pixels: np.ndarray | None  # (h, w, 3) uint8 as read, perhaps reduced; None where no picture is wanted
-    turned: bool = False  # as its EXIF says
-
-
-def read_image(path: Path, name: str, camera: Camera, canvas: tuple[int, int], keep: bool) -> Shot:
-    """An image on the canvas (height, width). Raises OSError or UserError naming the file.
-
-    Large JPEGs are decoded at a reduced size that still fills the canvas and the picture that may be drawn, whether it is or not.
-    """
-    with opened(path) as file:
-        image = upright(file)
-        size, turned = image.size, image is not file
-        pixels = np.array(decode(image, reduction_of(image, (max(canvas[0], HEIGHT), max(canvas[1], WIDTH)))))
-    return place_shot(name, path, pixels, size, camera, canvas, keep, turned)
-
-
-def place_shot(id, path, pixels, size, camera, canvas, keep, turned=False):
-    """Pixels (h, w, 3), perhaps reduced from a picture of (width, height), on the canvas. Raises UserError for an unfit camera."""
-    K, offset = camera(path, size)
-    check_camera(path, K, size)
-    view = whole_view(*size, canvas)
-    frame = Frame(id, path, K, make_labels([], [], [], [], []), offset)
-    return Shot(frame, view, place_image(pixels, view), pixels if keep else None, turned)
-
-
-def detect_shots(detector: Detector, shots: Iterator[Shot], options: argparse.Namespace) -> Iterator[Shot]:
-    """The shots with the labels found in them, a batch at a time."""
-    device = detector.pixel_mean.device
-    while batch := list(itertools.islice(shots, options.batch)):
-        images = torch.from_numpy(np.stack([shot.canvas for shot in batch])).to(device)
-        cameras = torch.from_numpy(np.stack([shot.view.camera(shot.frame.K) for shot in batch])).to(device)
-        for shot, found in zip(batch, detector.detect(images, cameras, options.flip), strict=True):
-            labels = to_labels(
-                found, shot.view, detector.config.classes, options.min_score, detector.config.attribute_names
-            )
-            labels = labels[np.isin(labels.name.astype(str), options.classes or detector.config.classes)]
-            yield dataclasses.replace(shot, frame=dataclasses.replace(shot.frame, labels=labels))
-
-
-def draw_shot(shot: Shot, max_range: float | None = None) -> Image.Image:
-    """The picture of a shot and its boxes, all of them."""
-    height, width = shot.pixels.shape[:2]
-    K = View(shot.view.image_size, (height, width), width, height).camera(shot.frame.K)  # reduced as the pixels are
-    return draw_frame(shot.pixels, K, shot.frame.labels, min_score=0.0, max_range=max_range)
-
-
-def predict_images(
-    detector: Detector,
-    images: dict[Path, str],
-    camera: Camera,
-    options: argparse.Namespace,
-    report: Callable[[Exception], None],
-) -> Iterator[Shot]:
-    """Shots of images {path: name} with their labels; writes their result files and pictures, and reports what cannot be read."""
-
-    def read(item):
+    def frame_of(path):
         try:
-            return read_image(*item, camera, detector.config.size, options.pictures)
-        except (OSError, UserError) as error:
-            return report(error)
+            size = video_size(path) if path.suffix.lower() in VIDEOS else image_size(path)
+        except OSError as error:
+            return str(error)
+        K = camera(path, size)
+        if problem := camera_problem(K, *size):
+            return f"{path}: the camera given does not suit it: {problem}"
+        return Frame(inputs[path], path, K, NOTHING, offset, size=size)
 
-    def write(shot):
-        for folder in ("results", *(["pictures"] if options.pictures else [])):
-            (options.out / folder / shot.frame.id).parent.mkdir(parents=True, exist_ok=True)
-        labels = shot.frame.labels.moved(-shot.frame.offset)
-        labels = dataclasses.replace(
-            labels, alpha=yaw_to_alpha(labels.yaw, labels.center)
-        )  # KITTI's belongs to its own file's x and z
-        write_labels(options.out / "results" / f"{shot.frame.id}.txt", labels, scores=True, digits=4)
-        if options.pictures:
-            draw_shot(shot).save(options.out / "pictures" / f"{shot.frame.id}.png", compress_level=1)
-        return shot
-
-    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
-        shots = filter(None, in_order(readers, read, images.items(), options.batch + THREADS))
-        written = in_order(writers, write, detect_shots(detector, shots, options), options.batch)
-        yield from tqdm(written, "predicting", len(images), unit=" images", disable=None)
+    with ThreadPoolExecutor(THREADS) as pool:
+        answers = list(pool.map(frame_of, inputs))
+    problems = [answer for answer in answers if isinstance(answer, str)]
+    if len(problems) == len(answers):
+        raise UserError(problems[0])
+    return [answer for answer in answers if isinstance(answer, Frame)], problems
 
 
-def predict_video(
-    detector: Detector,
-    path: Path,
-    name: str,
-    camera: Camera,
-    options: argparse.Namespace,
-    report: Callable[[Exception], None],
-) -> Iterator[Shot]:
-    """Shots of the frames of a video with their labels; writes it with its boxes, and reports where it cannot be read."""
+def video_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a video's first picture. Raises OSError."""
+    with importlib.import_module("formats.video").opened_video(path) as (pictures, _, _):
+        if (pixels := next(pictures, None)) is None:
+            raise OSError(f"{path}: cannot read the video: there is no picture in it")
+        return pixels.shape[1::-1]
 
-    def read(number):
-        try:
-            if (pixels := next(frames, None)) is None:
-                return None
-            id = f"{name}{path.suffix}/{number:06d}"
-            return place_shot(id, path, pixels, pixels.shape[1::-1], camera, detector.config.size, options.pictures)
-        except (OSError, UserError) as error:
-            return report(error)
 
-    def paint(shot):
-        return shot, draw_shot(shot, VIDEO_RANGE) if options.pictures else None
+def predict_images(detector, frames: list[Frame], options, report):
+    """Yield the frames with their labels; writes result files and pictures, and reports what cannot be read."""
+    dataset = Detection3D(frames, detector.config, DataConfig(neighbours=(), skip_bad=True))
+    order = [range(start, min(start + options.batch, len(frames))) for start in range(0, len(frames), options.batch)]
+    detected = detect_frames(detector, dataset, order, min(THREADS, len(order) - 1), torch.device(options.device))
+    drawing = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for frame, labels in tqdm(detected, "predicting", len(frames), unit=" images", disable=None):
+            if labels is None:
+                report(f"{frame.image}: cannot read the image")  # the worker has said why
+                continue
+            labels = choose(labels, options)
+            write_labels(options.out / "results" / f"{frame.id}.txt", labels, scores=True, digits=4)
+            frame = dataclasses.replace(frame, labels=labels.moved(frame.offset))
+            if options.pictures:
+                drawing.append(pool.submit(save_picture, frame, options.out))
+            if len(drawing) > 2 * THREADS:
+                drawing.popleft().result()
+            yield frame
+        for picture in drawing:
+            picture.result()
+
+
+def choose(labels, options):
+    """Those that the command line wants."""
+    named = np.isin(labels.name.astype(str), options.classes) if options.classes else True
+    return labels[(labels.score >= options.min_score) & named]
+
+
+def save_picture(frame: Frame, out: Path) -> None:
+    """Draw the image of a frame with its boxes, all of them."""
+    picture = draw_frame(frame.image, frame.K, frame.labels, min_score=0.0)
+    picture.save(out / "pictures" / f"{frame.id}.png", compress_level=1)
+
+
+def predict_video(detector, clip: Frame, options, report):
+    """Yield the frames of a video with their labels; writes it with its boxes, and reports where it cannot be read."""
+    video = importlib.import_module("formats.video")
+    name = clip.id.removesuffix(clip.image.suffix) + clip.image.suffix  # which it has beside a picture of that name
+
+    def draw(pixels, labels):
+        return draw_frame(pixels, clip.K, labels, min_score=0.0, max_range=VIDEO_RANGE)
 
     with contextlib.ExitStack() as stack:
-        try:
-            frames, rate, count = stack.enter_context(video.opened_video(path))
-        except OSError as error:
-            report(error)
-            return
-        reader, painters = (stack.enter_context(ThreadPoolExecutor(threads)) for threads in (1, THREADS))
+        pictures, rate, count = stack.enter_context(video.opened_video(clip.image))
+        pictures = iter(tqdm(readable(pictures, report), clip.id, count or None, unit=" frames", disable=None))
+        pool, numbers = stack.enter_context(ThreadPoolExecutor(THREADS)), itertools.count()
         if options.pictures:
-            target = options.out / "pictures" / f"{name}.mp4"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            add = stack.enter_context(video.written_video(target, rate))
-        shots = itertools.takewhile(bool, in_order(reader, read, itertools.count(), options.batch))
-        painted = in_order(painters, paint, detect_shots(detector, shots, options), options.batch)
-        for shot, picture in tqdm(painted, name, count or None, unit=" frames", disable=None):
-            if options.pictures:
+            place = options.out / "pictures" / f"{clip.id}.mp4"
+            add = stack.enter_context(video.written_video(place, rate))
+        while batch := list(itertools.islice(pictures, options.batch)):
+            labels = [choose(one, options) for one in detector.predict(batch, clip.K)]
+            for picture in pool.map(draw, batch, labels) if options.pictures else ():
                 add(picture)
-            yield shot
+            for one in labels:
+                yield dataclasses.replace(clip, id=f"{name}/{next(numbers):06d}", labels=one)
 
 
-def predict(detector: Detector, inputs: dict[Path, str], camera: Camera, options: argparse.Namespace) -> int:
-    """Everything for the inputs {path: name}. Returns the exit code: 1 when something could not be read, else 0."""
-    problems, found, shots, turned, sizes = [], Counter(), 0, 0, set()
+def readable(pictures, report):
+    """Yield the pictures of a video up to where it cannot be read, which is reported."""
+    try:
+        yield from pictures
+    except OSError as error:
+        report(str(error))
 
-    def report(error):
-        problems.append(str(error))
-        tqdm.write(f"passed over: {error}", file=sys.stderr)
 
-    videos = {path: name for path, name in inputs.items() if path.suffix.lower() in video.SUFFIXES}
-    images = {path: name for path, name in inputs.items() if path not in videos}
-    every = [predict_images(detector, images, camera, options, report)] if images else []
-    every += [predict_video(detector, path, name, camera, options, report) for path, name in videos.items()]
+def predict(detector, frames: list[Frame], problems: list[str], options) -> int:
+    """Everything for some images and videos. Returns the exit code: 1 when something could not be read, else 0."""
+
+    def report(problem):
+        problems.append(problem)
+        tqdm.write(f"passed over: {problem}", file=sys.stderr)
+
+    images = [frame for frame in frames if frame.image.suffix.lower() not in VIDEOS]
+    videos = [frame for frame in frames if frame.image.suffix.lower() in VIDEOS]
+    done = [predict_images(detector, images, options, report)] if images else []
+    done += [predict_video(detector, clip, options, report) for clip in videos]
+    counts, pictures = Counter(), 0
     with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as lines:
-        for shot in itertools.chain.from_iterable(every):
-            lines.write(json.dumps(to_json(shot.frame, options.out.absolute()), allow_nan=False) + "\n")
-            found.update(shot.frame.labels.name)
-            shots, turned = shots + 1, turned + shot.turned
-            sizes.add(shot.view.image_size)
-    counts = ", ".join(f"{number} {name}" for name, number in found.most_common()) or "nothing"
-    print(f"{options.out}{os.sep}: {counts} with a score from {options.min_score:g} in {shots} pictures")
-    if turned:
-        print(f"{turned} of them were turned as their EXIF says; the camera given counts as that of the turned picture")
-    if len(sizes) > 1 and (options.calib or options.intrinsics):
-        small, large = ("x".join(map(str, size)) for size in (min(sizes), max(sizes)))
-        print(
-            f"they have {len(sizes)} sizes, such as {small} and {large}, and one camera was given for all: --cameras gives each its own"
-        )
+        for frame in itertools.chain.from_iterable(done):
+            lines.write(json.dumps(to_json(frame, options.out.absolute()), allow_nan=False) + "\n")
+            counts.update(frame.labels.name)
+            pictures += 1
+    found = ", ".join(f"{number} {name}" for name, number in counts.most_common()) or "nothing"
+    print(f"{options.out}{os.sep}: {found} with a score from {options.min_score:g} in {pictures} pictures")
     if problems:
         print(f"{len(problems)} were passed over, the first: {problems[0]}", file=sys.stderr)
     return 1 if problems else 0
 
 
-# ---- the command line
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 and one sentence when it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("paths", metavar="PATH", nargs="+")
-    parser.add_argument(
-        "--calib", metavar="FILE", help="KITTI calibration file (P2); results are then in rectified camera 0"
-    )
-    parser.add_argument(
-        "--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, help="pixels of the upright picture"
-    )
-    parser.add_argument("--hfov", metavar="DEG", type=float, help="horizontal field of view, degrees")
-    parser.add_argument(
-        "--cameras", metavar="FILE.jsonl", help="JSON lines with an image (or video) and its K; every PATH needs one"
-    )
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="default: %(default)s")
-    parser.add_argument(
-        "--min-score",
-        metavar="S",
-        type=float,
-        default=PEOPLE_SCORE,
-        help="least score written and drawn; default: %(default)s",
-    )
-    parser.add_argument(
-        "--classes", metavar="NAME", nargs="+", help="write and draw only these; default: all that the detector knows"
-    )
-    parser.add_argument(
-        "--nms-across-classes",
-        metavar="IOU",
-        type=float,
-        help=f"boxes that overlap more are one thing, whatever their class; 0: not so; default: the run's, or {ONE_THING} where that is 0",
-    )
-    parser.add_argument(
-        "--flip", action="store_true", help="average what is said of a picture and of its mirror image; half as fast"
-    )
-    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw nothing, and write no video")
-    parser.add_argument(
-        "--batch", metavar="N", type=int, default=8, help="pictures looked at at once; default: %(default)s"
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN")
+    add("paths", metavar="PATH", nargs="+")
+    camera = parser.add_mutually_exclusive_group(required=True).add_argument
+    camera("--calib", metavar="FILE", help="KITTI calibration file (P2); results are then in rectified camera 0")
+    camera("--intrinsics", metavar=("FX", "FY", "CX", "CY"), nargs=4, type=float, help="pixels of the upright picture")
+    camera("--hfov", metavar="DEG", type=float, help="horizontal field of view, degrees")
+    camera("--cameras", metavar="FILE.jsonl", help="JSON lines with image (or video) and K; every PATH needs one")
+    add("--out", metavar="DIR", type=Path, default=Path("predictions"), help="default: %(default)s")
+    add("--min-score", metavar="S", type=float, default=PEOPLE_SCORE, help="least score kept; default: %(default)s")
+    add("--classes", metavar="NAME", nargs="+", help="keep only these; default: all that the detector knows")
+    add("--nms-across-classes", metavar="IOU", type=float, help="boxes that overlap more are one thing, whatever their "
+        f"class; 0: not so; default: the run's, or {ONE_THING} where that is 0")  # fmt: skip
+    add("--flip", action="store_true", help="average what is said of a picture and its mirror image; half as fast")
+    add("--no-pictures", dest="pictures", action="store_false", help="draw nothing, and write no video")
+    add("--batch", metavar="N", type=int, default=8, help="pictures looked at at once; default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     options = parser.parse_intermixed_args(arguments)  # a PATH may follow an option
-    given = [name for name in ("calib", "intrinsics", "hfov", "cameras") if getattr(options, name) is not None]
-    if len(given) != 1:
-        got = " and ".join(f"--{name}" for name in given) or "none"
-        wanted = "--calib FILE, --intrinsics FX FY CX CY, --hfov DEG and --cameras FILE.jsonl"
-        parser.error(f"expected one of {wanted}, got {got}: depth needs to know the camera")
-    if options.hfov is not None and not 0 < options.hfov < 180:
-        parser.error(f"--hfov is {options.hfov:g}, expected degrees between 0 and 180")
-    if options.intrinsics and (min(options.intrinsics[:2]) <= 0 or not np.isfinite(options.intrinsics).all()):
-        parser.error(
-            f"--intrinsics is {' '.join(f'{v:g}' for v in options.intrinsics)}, expected finite pixels with FX and FY > 0"
-        )
-    for option, value in (
-        ("--min-score", options.min_score),
-        ("--nms-across-classes", options.nms_across_classes or 0),
-    ):
-        if not 0 <= value <= 1:
-            parser.error(f"{option} is {value:g}, expected a number from 0 to 1")
-    if options.batch < 1:
-        parser.error(f"--batch is {options.batch}, expected at least 1")
+    checks = (
+        ("hfov", options.hfov is None or 0 < options.hfov < 180, "degrees between 0 and 180"),
+        ("intrinsics", options.intrinsics is None or min(options.intrinsics[:2]) > 0, "pixels with FX and FY > 0"),
+        ("min_score", 0 <= options.min_score <= 1, "a number from 0 to 1"),
+        ("nms_across_classes", 0 <= (options.nms_across_classes or 0) <= 1, "a number from 0 to 1"),
+        ("batch", options.batch >= 1, "at least 1"),
+    )
+    for name, fine, expected in checks:
+        if not fine:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected {expected}")
     try:
-        torch.empty(0, device=options.device).tolist()  # which the device 'meta' has not
+        torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        first = str(error).splitlines()[0]
-        parser.error(
-            f"--device is {options.device!r}, expected cpu, cuda, cuda:1 and so on, of those that are there: {first}"
-        )
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
     return options
 
 
-def prepare_folder(out: Path, inputs: Iterable[Path] = ()) -> None:
-    """Make the folder, without what an earlier prediction has left in it. Raises ValueError or UserError, with nothing deleted, where it
-    cannot be, or an input would go.
-    """
-    anew = [out / "results", out / "pictures"]
-    if lost := [path for folder in anew for path in _inside(inputs, folder)]:
-        raise ValueError(f"{lost[0]} lies in a folder of {out} that is made anew; --out DIR chooses another one")
-    if files := [folder for folder in anew if folder.exists() and not folder.is_dir()]:
-        raise ValueError(f"--out {out}: {files[0]} is a file, expected a folder or nothing")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out}: no folder can be made there: {error.strerror}") from None
+def prepare_folder(out: Path, inputs: dict[Path, str], pictures: bool) -> None:
+    """Make the folders of the outputs, without an earlier prediction. Raises UserError before an input would go."""
+    for folder in (out / "results", out / "pictures"):
+        for path in inputs:
+            if resolved(path).is_relative_to(os.path.realpath(folder)):
+                raise UserError(f"{path} lies in a folder of {out} that is made anew; --out DIR chooses another one")
+    make_folder(out, "--out")
     check_writable(out / "predictions.jsonl")
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out}: it cannot be written: permission denied")
-    if (out / "predictions.jsonl").exists():
-        for folder in anew:
+    for folder, is_asked in ((out / "results", True), (out / "pictures", pictures)):
+        if (out / "predictions.jsonl").exists():
             shutil.rmtree(folder, ignore_errors=True)
+        for name in inputs.values() if is_asked else ():
+            make_folder((folder / name).parent, "--out")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line entry. Returns 0, 1 when something was passed over, or 2 after one sentence on stderr for an error of the user's."""
+    """Command line entry. Returns 0, 1 when something was passed over, or 2 after one sentence on stderr."""
     options = parse_arguments(arguments)
     try:
-        with user_errors():
-            inputs = find_inputs(options.paths, options.out)
-            if any(path.suffix.lower() in video.SUFFIXES for path in inputs):
-                video.import_av()
-            camera = find_camera(options, inputs)
-            check_first(inputs, camera)
-            detector = load_detector(options.run, options.device)
-            set_up(detector, options)
-            prepare_folder(options.out, inputs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        return predict(detector, inputs, camera, options)
-    except OSError as error:
-        if not disk_is_full(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
+        inputs = find_inputs(options.paths, options.out)
+        frames, problems = find_frames(inputs, *find_camera(options, inputs))
+        detector = adapt(load_detector(options.run, options.device), options)
+        prepare_folder(options.out, inputs, options.pictures)
+        for problem in problems:
+            print(f"passed over: {problem}", file=sys.stderr)
+        sizes = {frame.size for frame in frames}
+        if len(sizes) > 1 and (options.calib or options.intrinsics):
+            several = " and ".join("x".join(map(str, size)) for size in (min(sizes), max(sizes)))
+            print(f"pictures of {len(sizes)} sizes, such as {several}, have one camera: --cameras gives each its own")
+        return predict(detector, frames, problems, options)
+    except (UserError, OSError) as error:
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 2
 
 

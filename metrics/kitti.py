@@ -1,21 +1,26 @@
-"""KITTI average precision as the official evaluator computes it, for Labels from any detector. Numpy in, plain dict out.
+"""KITTI average precision as the official evaluator computes it, for a run's data set or any detector's result files.
 
-The rules are those of evaluate_object.cpp in KITTI's object development kit (Geiger, Lenz, Urtasun, CVPR 2012), with the 40 recall
-positions KITTI uses since 2019 (Simonelli et al., Disentangling monocular 3D object detection, ICCV 2019) beside the older 11:
+    python -m metrics.kitti LABELS RESULTS [--split FILE] [...]     result files: metrics/kitti_files.py
 
-* A ground truth counts when its class matches and its height, occlusion and truncation are within the difficulty's limits. Those
-  outside the limits and those of a neighbour class (Van for Car) are ignored: they may take a detection, and are never missed.
+The rules are those of evaluate_object.cpp in KITTI's object development kit (Geiger, Lenz, Urtasun, CVPR 2012), with
+the 40 recall positions KITTI uses since 2019 (Simonelli et al., ICCV 2019) beside the older 11:
+
+* A ground truth counts when its class matches and its height, occlusion and truncation are within the difficulty's
+  limits. Those outside the limits and those of a neighbour class (Van for Car) are ignored: they may take a detection,
+  and are never missed.
 * A detection shorter than the limit is ignored whatever its class; it may still take a ground truth. Names ignore case.
-* Overlap must be strictly greater than the threshold. Ground truths choose in file order, each among the detections still free:
-  first by score over all detections, which yields the score thresholds, then, at each threshold, by overlap.
+* Overlap must be strictly greater than the threshold. Ground truths choose in file order, each among the detections
+  still free: first by score over all detections, which yields the score thresholds, then, at each threshold, by
+  overlap.
 * DontCare regions remove false positives by intersection over the detection's own area.
 * AOS compares `alpha`; a false positive counts 0.
-* Precision is made non-increasing; positions beyond the last threshold stay 0, so n <= 40 counted objects give at most n thresholds.
+* Precision is made non-increasing; positions beyond the last threshold stay 0, so n <= 40 counted objects give at most
+  n thresholds.
 """
 
-import bisect
+import importlib
 import itertools
-from collections.abc import Mapping, Sequence
+import sys
 
 import numpy as np
 
@@ -37,48 +42,58 @@ POSITIONS = 41  # recall 0, 1/40, ... 1
 LOWEST_SCORE = -1e7  # the official "no detection": a score must be above it to set a threshold
 NO_ALPHA = -10.0  # "unknown": a single detection with this alpha makes the official evaluator leave AOS out
 MATCH_OVERLAP = 0.5  # 2D overlap above which `object_errors` compares a detection with a ground truth, any class
-PAIRS_AT_ONCE = 100_000  # pairs whose intervals meet, looked at together: about 50 MB
+PAIRS_AT_ONCE = 100_000  # looked at together: about 50 MB
 WITHIN_SIGMA = 1 - np.exp(-np.sqrt(2))  # share of a Laplace law within one standard deviation, .757
 BANDS = (0, 10, 20, 30, 40, 50)  # metres of depth; the last band is open
 
 
-def kitti_ap(
-    truth: dict[str, Labels],
-    results: dict[str, Labels],
-    classes: Sequence[str] = CLASSES,
-    overlap: str = "strict",
-    repeat: int = 1,
-    min_height: Sequence[float] = MIN_HEIGHT,
-    own_overlap: Mapping[str, Sequence[float]] | None = None,
-) -> dict:
+def evaluate(dataset, predictions: dict[str, Labels], config, folder=None, overlap="") -> dict:
+    """What `compute_metrics` says of predictions for a `Detection3D`: id -> Labels in the frame's own source, pixels.
+
+    With a folder, the predictions become the KITTI files in its results/, and curves.png is drawn.
+    """
+    truth = {frame.id: frame.labels.moved(-frame.offset) for frame in dataset.frames}
+    own, repeat = config.data.overlap, config.train.eval_repeat
+    metrics = compute_metrics(truth, predictions, dataset.classes, overlap or "strict", repeat, own)
+    if folder is not None:
+        importlib.import_module("metrics.kitti_files").write_results(folder, predictions, metrics)
+    return metrics
+
+
+def blank(dataset, config) -> dict:
+    """The metrics of a data set without objects and detections: every name that there will be."""
+    return compute_metrics({}, {}, dataset.classes)
+
+
+def compute_metrics(truth, results, classes=CLASSES, overlap="strict", repeat=1, own_overlap=None) -> dict:
+    """The dict of `kitti_ap`, which takes the same, with that of `object_errors` under "errors"."""
+    metrics = kitti_ap(truth, results, classes, overlap, repeat, own_overlap)
+    return metrics | {"errors": object_errors(truth, results, classes)}
+
+
+def kitti_ap(truth, results, classes=CLASSES, overlap="strict", repeat=1, own_overlap=None) -> dict:
     """Average precision in per cent.
 
-    truth, results: frame id -> Labels in one common frame and one common pixel grid; frames without results count as empty.
-    overlap: 'strict' (.7 Car, .5 others) or 'loose' (BEV and 3D .5 and .25). repeat counts every frame so many times.
-    own_overlap: class -> thresholds in 2D, BEV, 3D that replace those.
-    min_height: pixels for easy, moderate, hard. Unknown occlusion and truncation (-1) are within every limit.
+    truth, results: frame id -> Labels in one common frame and one common pixel grid; frames without results count as
+    empty. overlap: a key of `MIN_OVERLAP`; own_overlap: class -> thresholds in 2D, BEV, 3D that replace those. repeat
+    counts every frame so many times. Unknown occlusion and truncation (-1) are within every limit.
 
     Returns class -> bbox|aos|bev|3d -> easy|moderate|hard -> {AP_R40, AP_R11}, and beside the classes
     counted: class -> difficulty -> number of ground truths that count, before repeat;
     curves: class -> metric -> difficulty -> {score, recall, precision}, lists over the at most 41 thresholds;
     settings: classes, overlap, min_overlap, min_height, repeat, frames, detections.
-    AOS values are None when any detection has alpha -10, the file format's "unknown" (DontCare rows apart).
-    Raises ValueError for result ids without truth.
+    AOS is None when any detection but a DontCare has alpha -10, unknown. Raises ValueError for results without truth.
     """
-    if repeat < 1:
-        raise ValueError(f"repeat is {repeat}, expected 1 or more")
-    if overlap not in MIN_OVERLAP:
-        raise ValueError(f"overlap is {overlap!r}, expected one of {', '.join(MIN_OVERLAP)}")
     if extra := [frame for frame in results if frame not in truth]:
         raise ValueError(f"{len(extra)} result frames have no ground truth, the first is {extra[0]!r}")
     usual = MIN_OVERLAP[overlap]
     thresholds = {name: list((own_overlap or {}).get(name, usual.get(name.lower(), usual[""]))) for name in classes}
-    data = _Pairs(truth, results, classes, min(map(min, thresholds.values())), max(min_height))
+    data = _Pairs(truth, results, classes, min(map(min, thresholds.values())))
     metrics, counted, curves = {}, {name: {} for name in classes}, {}
     for name in classes:
         metrics[name], curves[name] = ({metric: {} for metric in ("bbox", "aos", "bev", "3d")} for _ in range(2))
         for level, difficulty in enumerate(DIFFICULTIES):
-            roles = data.roles(name, level, min_height)
+            roles = data.roles(name, level)
             counted[name][difficulty] = int((roles[0] == 1).sum())
             for column, metric in enumerate(METRICS):
                 score, recall, precision, similarity = _curve(data, *roles, column, thresholds[name][column], repeat)
@@ -86,14 +101,10 @@ def kitti_ap(
                 if metric == "bbox":
                     shown["aos"] = similarity if data.has_alpha else None
                 for key, values in shown.items():
-                    line = [] if values is None else values.tolist()
-                    curves[name][key][difficulty] = {
-                        "score": score.tolist(),
-                        "recall": recall.tolist(),
-                        "precision": line,
-                    }
+                    line = {"score": score.tolist(), "recall": recall.tolist()}
+                    curves[name][key][difficulty] = line | {"precision": [] if values is None else values.tolist()}
                     metrics[name][key][difficulty] = _average(values)
-    settings = {"classes": list(classes), "overlap": overlap, "min_overlap": thresholds, "min_height": list(min_height)}
+    settings = {"classes": list(classes), "overlap": overlap, "min_overlap": thresholds, "min_height": list(MIN_HEIGHT)}
     settings |= {"repeat": repeat, "frames": len(truth), "detections": len(data.det)}
     return {**metrics, "counted": counted, "curves": curves, "settings": settings}
 
@@ -101,12 +112,14 @@ def kitti_ap(
 class _Pairs:
     """All frames as flat arrays, and the ground truth x detection pairs of one frame that overlap by more than `least`.
 
-    gt, det: Labels of all frames in order; gt_frame (G,), det_frame (D,) frame numbers; gt_code, det_code: numbers of their names in
-    lower case, as in `codes`; -1 stands for a name that no row has. pairs[m] = (gt row, det row, overlap) for
-    the three METRICS, rows ascending. cover (D, 3): largest share of a detection inside one DontCare region.
+    Pairs whose classes never meet are left out: a low detection is ignored whatever its class, and may meet any.
+    gt, det: Labels of all frames in order; gt_frame (G,), det_frame (D,) frame numbers; gt_code, det_code: numbers of
+    their names in lower case, as in `codes`; -1 stands for a name that no row has. pairs[m] = (gt row, det row,
+    overlap) for the three METRICS, rows ascending. cover (D, 3): largest share of a detection inside one DontCare
+    region.
     """
 
-    def __init__(self, truth, results, classes, least, tallest_limit):
+    def __init__(self, truth, results, classes, least):
         frames = list(truth)
         self.gt, self.gt_frame = _flatten(truth, frames)
         self.det, self.det_frame = _flatten(results, frames)
@@ -119,25 +132,20 @@ class _Pairs:
         served = {neighbour: name for name, neighbour in NEIGHBOURS.items() if name in wanted}
         serves = np.array([codes.get(served.get(name), -1) for name in names[: len(self.gt)]], int)
         relevant = np.flatnonzero(np.isin(self.gt_code, [codes.get(name, -1) for name in (*wanted, *served)]))
-        short = self.height < tallest_limit
+        low = self.height < max(MIN_HEIGHT)
         gt_box, det_box = _boxes(self.gt), _boxes(self.det)
         overlaps = (
             (_flat(self.gt), _flat(self.det), lambda g, d: (box_iou(self.gt.box[g], self.det.box[d]),)),
-            (
-                _ground(gt_box),
-                _ground(det_box),
-                lambda g, d: bev_and_box3d_iou(gt_box[g], det_box[d]),
-            ),  # 3D is never more than BEV
+            (_ground(gt_box), _ground(det_box), lambda g, d: bev_and_box3d_iou(gt_box[g], det_box[d])),
         )
         self.pairs = []
-        for gt_extent, det_extent, measure in overlaps:
+        for gt_extent, det_extent, measure in overlaps:  # 3D is never more than BEV: one search serves both
             chunks = []
             for g, d in self._meeting(relevant, gt_extent, det_extent, least):
-                fits = short[d] | (self.gt_code[g] == self.det_code[d]) | (serves[g] == self.det_code[d])
+                fits = low[d] | (self.gt_code[g] == self.det_code[d]) | (serves[g] == self.det_code[d])
                 g, d = g[fits], d[fits]
-                chunks.append(
-                    [(g[rows], d[rows], iou[rows]) for iou in measure(g, d) for rows in [np.flatnonzero(iou > least)]]
-                )
+                above = [(iou, np.flatnonzero(iou > least)) for iou in measure(g, d)]
+                chunks.append([(g[rows], d[rows], iou[rows]) for iou, rows in above])
             for parts in zip(*chunks, strict=True):
                 gt, det, overlap = (np.concatenate(columns) for columns in zip(*parts, strict=True))
                 order = np.lexsort((det, gt))
@@ -145,15 +153,18 @@ class _Pairs:
         self.cover = self._cover(np.flatnonzero(self.gt_code == codes.get("dontcare", -1)))
 
     def _meeting(self, rows, gt, det, least):
-        """Yield (gt rows, det rows), in slices and any order, of the pairs in a frame whose overlap may exceed `least`; rows: of gt.
+        """Yield (rows of gt, of det), in slices and any order, of pairs in a frame whose overlap may exceed `least`.
 
-        gt (5, G), det (5, D): extents x1, y1, x2, y2 and the box's own area. What two boxes have in common is at most what their
-        extents have, which is far cheaper than the overlap of turned boxes. Always at least one slice.
+        rows: of gt, those wanted; gt (5, G), det (5, D): extents x1, y1, x2, y2 and the box's own area. What two boxes
+        have in common is at most what their extents have. Always at least one slice.
         """
-        for g, d in _crossing(gt[0:3:2, rows].T, det[0:3:2].T, self.gt_frame[rows], self.det_frame):
-            g = rows[g]
-            meet = np.flatnonzero((gt[1, g] < det[3, d]) & (det[1, d] < gt[3, g]))
-            g, d = g[meet], d[meet]
+        first, last = (np.searchsorted(self.det_frame, self.gt_frame[rows], side) for side in ("left", "right"))
+        end = np.cumsum(last - first)
+        slices = np.searchsorted(end, np.arange(PAIRS_AT_ONCE, end[-1] if len(end) else 0, PAIRS_AT_ONCE))
+        for part in np.split(np.arange(len(rows)), slices):
+            number = last[part] - first[part]
+            offset = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
+            g, d = np.repeat(rows[part], number), np.repeat(first[part], number) + offset
             a, b = gt[:, g], det[:, d]
             width, height = np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2])
             needed = least / (1 + least) * (a[4] + b[4]) * (1 - 1e-6)  # rounding may not lose a pair
@@ -163,8 +174,8 @@ class _Pairs:
     def _cover(self, regions):
         """(D, 3): how much of each detection's own area lies in the DontCare region that covers it most.
 
-        In space a DontCare has only KITTI's fill values. They meet a detection only when it carries the same fill values, i.e. has
-        no 3D box: the official evaluator then drops it from the false positives of BEV and, as its volume is negative, not of 3D.
+        In space a DontCare has only KITTI's fill values. The official evaluator drops a detection of the same values,
+        without a 3D box, from the false positives of BEV and, as its volume is negative, not of 3D.
         """
         cover = np.zeros((len(self.det), 3))
         unplaced = ~self.det.is_3d & (self.det.center[:, 0] == -1000) & (self.det.center[:, 2] == -1000)
@@ -175,30 +186,26 @@ class _Pairs:
             np.maximum.at(cover[:, 0], d, both / np.prod(b[:, 2:] - b[:, :2], 1))
         return cover
 
-    def roles(self, name, level, min_height):
-        """What each row is for a class and a difficulty by number: gt (G,), det (D,), 1 counted, 0 ignored, -1 not looked at."""
+    def roles(self, name, level):
+        """What rows are for a class and a level: gt (G,), det (D,), each 1 counted, 0 ignored or -1 not looked at."""
         code, neighbour = (self.codes.get(key, -1) for key in (name.lower(), NEIGHBOURS.get(name.lower())))
         height = self.gt.box[:, 3] - self.gt.box[:, 1]
-        outside = (
-            (self.gt.occlusion > MAX_OCCLUSION[level])
-            | (self.gt.truncation > MAX_TRUNCATION[level])
-            | (height <= min_height[level])
-        )
+        outside = (self.gt.occlusion > MAX_OCCLUSION[level]) | (self.gt.truncation > MAX_TRUNCATION[level])
+        outside |= height <= MIN_HEIGHT[level]
         counts = (self.gt_code == code) & ~outside
         gt = np.where(counts, 1, np.where((self.gt_code == code) | (self.gt_code == neighbour), 0, -1))
-        return gt, np.where(self.height < min_height[level], 0, np.where(self.det_code == code, 1, -1))
+        return gt, np.where(self.height < MIN_HEIGHT[level], 0, np.where(self.det_code == code, 1, -1))
 
 
 def _flatten(labels, frames):
     """All rows of labels (id -> Labels) in the order of frames, and the number of the frame of each row."""
     parts = [(i, labels[frame]) for i, frame in enumerate(frames) if len(labels.get(frame, ()))]
-    return join([part for _, part in parts]), np.repeat(
-        np.array([i for i, _ in parts], int), [len(part) for _, part in parts]
-    )
+    numbers = np.array([i for i, _ in parts], int)
+    return join([part for _, part in parts]), np.repeat(numbers, [len(part) for _, part in parts])
 
 
 def _boxes(labels):
-    """(n, 7) x, y, z, l, h, w, yaw; a row with any size that is not positive becomes a point, which overlaps nothing."""
+    """(n, 7) x, y, z, l, h, w, yaw; a row with a size that is not positive becomes a point, which overlaps nothing."""
     size = np.where((labels.size > 0).all(1, keepdims=True), labels.size, 0.0)
     return np.concatenate([labels.center, size, labels.yaw[:, None]], 1)
 
@@ -209,46 +216,18 @@ def _flat(labels):
 
 
 def _ground(boxes):
-    """Boxes (n, 7) seen from above as rows z1, x1, z2, x2, area (5, n): first the axis along which objects lie farther apart."""
+    """Boxes (n, 7) from above as rows x1, z1, x2, z2, area (5, n)."""
     x, _, z, length, _, width, yaw = boxes.T
     cosine, sine = np.abs(np.cos(yaw)) / 2, np.abs(np.sin(yaw)) / 2
     along, across = sine * length + cosine * width, cosine * length + sine * width
-    return np.stack([z - along, x - across, z + along, x + across, length * width])
-
-
-def _crossing(a, b, a_frame, b_frame):
-    """Yield (rows of a, rows of b), in slices, of all pairs in one frame whose intervals a (n, 2), b (m, 2) overlap.
-
-    Of two intervals that overlap, one begins within the other: two binary searches find no pair twice and, however long some
-    intervals are, hardly a pair in vain. Ranks in place of values let one search serve all frames.
-    """
-    values, rank = np.unique(np.concatenate([a.ravel(), b.ravel()]), return_inverse=True)
-    a = rank[: a.size].reshape(-1, 2) + a_frame[:, None] * len(
-        values
-    )  # each frame has ranks of its own: none meets another
-    b = rank[a.size :].reshape(-1, 2) + b_frame[:, None] * len(values)
-    yield from _beginning(a, b[:, 0])  # b begins in a
-    later = b + np.array([1, 0])  # a begins in b, after b: those that begin together have been
-    yield from ((i, j) for j, i in _beginning(later, a[:, 0]))
-
-
-def _beginning(intervals, starts):
-    """Yield (rows of intervals, rows of starts), in slices, where a start lies in an interval [low, high). Integers (n, 2), (m,)."""
-    order = np.argsort(starts)
-    first, last = np.searchsorted(starts[order], intervals).T
-    count = np.maximum(last - first, 0)
-    slices = np.searchsorted(np.cumsum(count), np.arange(PAIRS_AT_ONCE, count.sum(), PAIRS_AT_ONCE), "left")
-    for part in np.split(np.arange(len(intervals)), slices):
-        number = count[part]
-        offset = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
-        yield np.repeat(part, number), order[np.repeat(first[part], number) + offset]
+    return np.stack([x - across, z - along, x + across, z + along, length * width])
 
 
 def _match(gt, det, frame, preference, usable):
     """Ground truths take, in row order, the detection they prefer among those still free; frames do not interact.
 
-    gt, det, frame: (p,) row numbers of the pairs, gt ascending. preference: keys (p,), the most important first, small preferred.
-    usable: (T, p) bool, one row for each of T independent matchings. Returns taken (T, p) bool.
+    gt, det, frame: (p,) row numbers of the pairs, gt ascending. preference: keys (p,), the most important first, small
+    preferred. usable: (T, p) bool, one row for each of T independent matchings. Returns taken (T, p) bool.
 
     Works on the first ground truth of every frame at once, then on every second, and so on.
     """
@@ -277,25 +256,22 @@ def _match(gt, det, frame, preference, usable):
 
 
 def _score_thresholds(scores, count):
-    """Scores of matched detections (m,) and the number of ground truths -> the at most 41 scores nearest to even recall steps.
+    """Scores of matched detections (m,) and the number of ground truths -> the at most 41 nearest to even recall steps.
 
-    `getThresholds` of the official evaluator: a score is skipped while the next one's recall is closer to the wanted recall; the
-    last is always kept. The condition is monotone in the position, so each step is a binary search.
+    `getThresholds` of the official evaluator: a score is skipped while the next one's recall is closer to the wanted
+    recall; the last is always kept.
     """
-    scores = np.sort(scores)[::-1]
-    last = len(scores) - 1
-    kept, recall, i = [], 0.0, 0
-    while i <= last:
-        at = recall
-        i = bisect.bisect_left(range(last), True, lo=i, key=lambda j: (j + 2) / count - at >= at - (j + 1) / count)
-        kept.append(scores[i])
-        recall += 1.0 / (POSITIONS - 1)
-        i += 1
+    kept, recall = [], 0.0
+    for rank, score in enumerate(np.sort(scores)[::-1].tolist(), 1):
+        nearer = (rank + 1) / count - recall < recall - rank / count
+        if rank == len(scores) or not nearer:
+            kept.append(score)
+            recall += 1.0 / (POSITIONS - 1)
     return np.array(kept)
 
 
 def _curve(data, gt_role, det_role, metric, least, repeat):
-    """Precision and orientation similarity over the score thresholds of one class, difficulty (see `_Pairs.roles`) and metric.
+    """Precision and orientation similarity over score thresholds, of one metric and the roles of `_Pairs.roles`.
 
     Returns score (T,), recall (T,), precision (T,), similarity (T,), T <= 41; the last two made non-increasing.
     """
@@ -315,14 +291,13 @@ def _curve(data, gt_role, det_role, metric, least, repeat):
     open_ground = data.cover[:, metric] <= least  # detections that no DontCare region excuses
     alone = np.sort(data.det.score[(det_role == 1) & open_ground])
     false = len(alone) - np.searchsorted(alone, thresholds, "left") - (taken & ~ignored & open_ground[det]).sum(1)
-    # a share of nothing is 0: the official evaluator gets NaN there and stops making sense
-    share = lambda a, b: np.divide(a, b, out=np.zeros(len(a)), where=b > 0)  # noqa: E731
-    precision, similarity = share(true, true + false), share((taken & full) @ similarity, true + false)
-    return (
-        thresholds,
-        share(true, true + missed),
-        *(np.maximum.accumulate(x[::-1])[::-1] for x in (precision, similarity)),
-    )
+    falling = [_share(part, true + false)[::-1] for part in (true, (taken & full) @ similarity)]
+    return thresholds, _share(true, true + missed), *(np.maximum.accumulate(values)[::-1] for values in falling)
+
+
+def _share(part, whole):
+    """part / whole; of nothing 0, where the official evaluator gets NaN and stops making sense."""
+    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
 
 
 def _average(values):
@@ -334,31 +309,26 @@ def _average(values):
     return {"AP_R40": float(full[1:].mean() * 100), "AP_R11": float(full[::4].mean() * 100)}
 
 
-def object_errors(
-    truth: dict[str, Labels], results: dict[str, Labels], classes: Sequence[str] = CLASSES
-) -> dict[str, dict[str, dict[str, float | None]]]:
-    """How far off matched objects are, by distance: depth, heading, size, recall and calibration of the predicted depth sigma.
+def object_errors(truth, results, classes=CLASSES) -> dict:
+    """How far off matched objects are, by distance: depth, heading, size, recall, calibration of the depth sigma.
 
-    truth, results: as for `kitti_ap`; calibration is that of the results' sigma, where they have one.
-    Objects are the ground truths with a 3D box that count at "hard"; each takes, of the detections of its class with 2D overlap
-    above .5, the one with the highest score, whatever that score is: errors of depth then do not decide what is compared.
+    truth, results: as for `kitti_ap`. Objects are the ground truths with a 3D box that count at "hard"; each takes, of
+    the detections of its class with 2D overlap above .5, the one with the highest score.
 
-    Returns class -> band ("0-10" ... "50+", metres of the object's depth, and "all") -> {objects, matched, recall (share),
-    depth_error (mean absolute, m), depth_bias (mean of predicted - true, m), depth_percent (mean absolute, of the true depth),
-    heading_error (mean absolute, degrees), heading_flipped (share above 90 degrees), length_error, height_error, width_error
-    (mean absolute, m), within_1_sigma, within_2_sigma (share), sigma_ratio (the factor of sigma within which the share of errors would be
-    `WITHIN_SIGMA`)}; None where nothing can be averaged.
+    Returns class -> band ("0-10" ... "50+", metres of the object's depth, and "all") -> {objects, matched, recall
+    (share), depth_error (mean absolute, m), depth_bias (mean of predicted - true, m), depth_percent (mean absolute, of
+    the true depth), heading_error (mean absolute, degrees), heading_flipped (share above 90 degrees), length_error,
+    height_error, width_error (mean absolute, m), within_1_sigma, within_2_sigma (share), sigma_ratio (the factor of
+    sigma within which the share of errors would be `WITHIN_SIGMA`)}; None where nothing can be averaged.
     """
-    data = _Pairs(truth, results, classes, MATCH_OVERLAP, max(MIN_HEIGHT))
+    data = _Pairs(truth, results, classes, MATCH_OVERLAP)
     names = [f"{near}-{far}" for near, far in itertools.pairwise(BANDS)] + [f"{BANDS[-1]}+"]
     band = np.clip(np.searchsorted(BANDS, data.gt.center[:, 2], "right") - 1, 0, None)
     errors = {}
     for name in classes:
-        objects = (data.roles(name, len(DIFFICULTIES) - 1, MIN_HEIGHT)[0] == 1) & data.gt.is_3d
+        objects = (data.roles(name, len(DIFFICULTIES) - 1)[0] == 1) & data.gt.is_3d
         gt, det, _ = data.pairs[0]
-        rows = np.flatnonzero(
-            objects[gt] & (data.det_code[det] == data.codes.get(name.lower(), -1)) & data.det.is_3d[det]
-        )
+        rows = objects[gt] & (data.det_code[det] == data.codes.get(name.lower(), -1)) & data.det.is_3d[det]
         gt, det = gt[rows], det[rows]
         taken = _match(gt, det, data.gt_frame[gt], (-data.det.score[det], det), np.ones((1, len(gt)), dtype=bool))[0]
         gt, det = gt[taken], det[taken]
@@ -370,12 +340,12 @@ def object_errors(
     return errors
 
 
-def _band_errors(objects, truth, found):
-    """One entry of `object_errors`: truth and found are Labels of the matched pairs, row by row."""
-    matched, sigma = len(truth), found.sigma
-    depth = found.center[:, 2] - truth.center[:, 2]
-    heading = np.degrees(np.abs(wrap_angle(found.yaw - truth.yaw)))
-    length, height, width = np.abs(found.size - truth.size).T
+def _band_errors(objects, truth, detections):
+    """One entry of `object_errors`: truth and detections are Labels of the matched pairs, row by row."""
+    matched, sigma = len(truth), detections.sigma
+    depth = detections.center[:, 2] - truth.center[:, 2]
+    heading = np.degrees(np.abs(wrap_angle(detections.yaw - truth.yaw)))
+    length, height, width = np.abs(detections.size - truth.size).T
     means = {
         "depth_error": np.abs(depth),
         "depth_bias": depth,
@@ -390,23 +360,14 @@ def _band_errors(objects, truth, found):
     }
     counts = {"objects": objects, "matched": matched, "recall": matched / objects if objects else None}
     errors = {key: float(np.mean(values)) if matched and values is not None else None for key, values in means.items()}
-    told = np.zeros(matched, bool) if sigma is None else sigma > 0  # it may be unknown, NaN
-    ratio = float(np.quantile(np.abs(depth[told]) / sigma[told], WITHIN_SIGMA)) if told.any() else None
+    known = np.zeros(matched, bool) if sigma is None else sigma > 0  # it may be unknown, NaN
+    ratio = float(np.quantile(np.abs(depth[known]) / sigma[known], WITHIN_SIGMA)) if known.any() else None
     return counts | errors | {"sigma_ratio": ratio}
 
 
-def highest_possible(count: int, key: str) -> float:
-    """Per cent that perfect detections of `count` ground truths (repeats included) get from the official sampling."""
-    reached = min(count, POSITIONS)
-    positions = max(reached - 1, 0) / 40 if key == "AP_R40" else -(-reached // 4) / 11
-    return 100.0 * positions
-
-
-def format_table(metrics: dict, metric: str = "R40", errors: dict | None = None) -> str:
-    """The result of `kitti_ap`, and of `object_errors` when given, as text. metric: 'R40' or 'R11'."""
-    if metric not in ("R40", "R11"):
-        raise ValueError(f"metric is {metric!r}, expected R40 or R11")
-    key, settings = f"AP_{metric}", metrics["settings"]
+def table(metrics: dict, metric: str = "", errors: bool = False) -> str:
+    """The result of `compute_metrics` as text, with its errors on request. metric: 'R40', the default, or 'R11'."""
+    key, settings = f"AP_{metric or 'R40'}", metrics["settings"]
     classes, repeat = settings["classes"], settings["repeat"]
     wide = max(10, *(len(name) for name in classes))
     times = f", each frame counted {repeat} times" if repeat > 1 else ""
@@ -415,53 +376,31 @@ def format_table(metrics: dict, metric: str = "R40", errors: dict | None = None)
         " " * wide + "".join(f"{title:^26}" for title in ("2D", "AOS", "BEV", "3D")) + "  counted objects n",
         f"{'class':{wide}}" + "    easy    mod.    hard  " * 4 + "   easy   mod.   hard",
     ]
-    capped = set()
+    few = [n for name in classes for n in metrics["counted"][name].values() if 0 < n * repeat < POSITIONS]
     for name in classes:
         row, counts = f"{name:{wide}}", metrics["counted"][name]
-        few = {difficulty: 0 < count * repeat < POSITIONS for difficulty, count in counts.items()}
-        capped |= {counts[difficulty] for difficulty in few if few[difficulty]}
         for cells in metrics[name].values():  # 2D, AOS, BEV, 3D
             for difficulty, averages in cells.items():
-                value = averages[key]
-                text = "-" if value is None or not counts[difficulty] else f"{value:.2f}"
-                row += f"{text:>7}{'*' if few[difficulty] else ' '}"
+                value, count = averages[key], counts[difficulty]
+                row += f"{'-' if value is None or not count else f'{value:.2f}':>7}{'*' if count in few else ' '}"
             row += "  "
         lines.append(row + "".join(f"{count:7d}" for count in counts.values()))
-    overlaps = "; ".join(
-        f"{name} {' '.join(f'{v:g}' for v in values)}" for name, values in settings["min_overlap"].items()
-    )
-    lines.append(f"Overlap must exceed, in 2D, BEV, 3D ({settings['overlap']}): {overlaps}")
-    if capped:
-        count = min(capped)
-        enough = -(-POSITIONS // count)
-        rule = "(n - 1) / 40" if metric == "R40" else "ceil(n / 4) / 11"
-        lines += [
-            f"* With n <= 40 the official sampling stops at n score thresholds, so even perfect detections get at most {rule}: "
-            f"{highest_possible(count * repeat, key):.1f} for n = {count * repeat}.",
-            f"  Counting every frame {enough} times (evaluate.py --repeat {enough}) lifts the cap to 100.",
-        ]
-    return "\n".join(lines + (_error_lines(errors) if errors else []))
+    overlaps = [f"{name} {' '.join(f'{v:g}' for v in least)}" for name, least in settings["min_overlap"].items()]
+    lines.append(f"Overlap must exceed, in 2D, BEV, 3D ({settings['overlap']}): {'; '.join(overlaps)}")
+    if few:
+        enough = -(-POSITIONS // min(few))
+        lines.append(
+            f"* The official sampling takes n scores: below 100 for n <= 40, however good; --repeat {enough} mends it"
+        )
+    if errors:
+        lines += importlib.import_module("metrics.kitti_files").error_lines(metrics["errors"])
+    return "\n".join(lines)
 
 
-ERROR_COLUMNS = (  # key, title, digits
-    ("objects", "objects", 0), ("recall", "recall", 2), ("depth_error", "depth m", 2), ("depth_percent", "depth %", 1),
-    ("depth_bias", "bias m", 2), ("heading_error", "heading", 1), ("heading_flipped", "flipped", 2), ("length_error", "l m", 2),
-    ("height_error", "h m", 2), ("width_error", "w m", 2), ("within_1_sigma", "1 sigma", 2), ("within_2_sigma", "2 sigma", 2),
-    ("sigma_ratio", "ratio", 2),
-)  # fmt: skip
+def main(arguments: list[str] | None = None) -> int:
+    """The command for files, which training does not read: metrics/kitti_files.py."""
+    return importlib.import_module("metrics.kitti_files").main(arguments)
 
 
-def _error_lines(errors):
-    """The result of `object_errors` as lines: a row for each class and distance band that holds objects."""
-    wide = max(10, *(len(name) for name in errors))
-    told = "mean absolute errors, heading in degrees, shares, and the ratio at which sigma would hold .757 of the depth errors"
-    lines = ["", f"Matched objects (2D overlap > .5, highest score) by depth in metres: {told}"]
-    lines.append(f"{'class':{wide}} {'band':>8}" + "".join(f"{title:>9}" for _, title, _ in ERROR_COLUMNS))
-    for name, bands in errors.items():
-        for band, values in bands.items():
-            if values["objects"]:
-                cells = (
-                    ("-" if values[key] is None else f"{values[key]:.{digits}f}") for key, _, digits in ERROR_COLUMNS
-                )
-                lines.append(f"{name:{wide}} {band:>8}" + "".join(f"{cell:>9}" for cell in cells))
-    return lines
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,22 +1,40 @@
-"""nuScenes' detection metrics: mAP, five errors of true positives, NDS; equal to nuscenes-devkit 1.2.0 (detection_cvpr_2019).
+"""nuScenes' detection metrics: mAP, five errors of true positives, NDS; equal to nuscenes-devkit 1.2.0, without it.
 
-Caesar et al., nuScenes, CVPR 2020, section 3.1. Details that change numbers are marked where they are decided: of equal scores the later
-box in the file comes first; of equal distances the first annotation in the table; a class without ground truth counts as AP 0, errors 1.
+    python -m metrics.nuscenes ROOT RESULTS.json --split NAME [--version NAME] [--json OUT]
+
+ROOT holds the tables in v1.0-*; boxes are compared in the global frame. Settings are those of detection_cvpr_2019.
+
+Caesar et al., nuScenes, CVPR 2020, section 3.1. Details that change numbers are marked where they are decided: of equal
+scores the later box in the file comes first; of equal distances the first annotation in the table; a class without
+ground truth counts as AP 0, errors 1.
 """
 
-from __future__ import annotations  # Boxes and Truth are named in signatures only: metrics know no files
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from formats.nuscenes import Boxes, Truth
+from formats.nuscenes import (
+    ATTRIBUTES,
+    MOST_BOXES,
+    Boxes,
+    Truth,
+    merge_cameras,
+    parse_results,
+    read_results,
+    read_truth,
+    write_results,
+)
+from scene.frames import Labels, UserError, check_writable, sentence_of
 
 RANGE = {  # m from the vehicle, per class, in the official order
-    "car": 50, "truck": 50, "bus": 50, "trailer": 50, "construction_vehicle": 50, "pedestrian": 40, "motorcycle": 40, "bicycle": 40,
-    "traffic_cone": 30, "barrier": 30,
+    "car": 50, "truck": 50, "bus": 50, "trailer": 50, "construction_vehicle": 50, "pedestrian": 40, "motorcycle": 40,
+    "bicycle": 40, "traffic_cone": 30, "barrier": 30,
 }  # fmt: skip
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, between centres seen from above: a match is nearer
 ERROR_DISTANCE = 2.0  # m, of the matches whose errors count
@@ -24,47 +42,91 @@ ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
 UNDEFINED = {"traffic_cone": ("orient_err", "vel_err", "attr_err"), "barrier": ("vel_err", "attr_err")}
 IN_RACKS = ("motorcycle", "bicycle")  # left out where they stand in a bicycle rack
 DETECTIONS_AT_ONCE = 100_000  # whose distances stand in memory together
-RECALL = np.linspace(
-    0, 1, 101
-)  # not arange(101) / 100: some points differ in the last bit, and with them what is reached
+RECALL = np.linspace(0, 1, 101)  # not arange(101) / 100: some differ in the last bit, and with them what is reached
 FIRST = 11  # index of the lowest recall that counts, above 0.1
 LOWEST_PRECISION = 0.1
 AP_WEIGHT = 5  # of mAP in NDS, beside the five errors
 SETTINGS = {  # as metrics_summary.json holds them
-    "class_range": RANGE, "dist_fcn": "center_distance", "dist_ths": list(DISTANCES), "dist_th_tp": ERROR_DISTANCE, "min_recall": 0.1,
-    "min_precision": LOWEST_PRECISION, "max_boxes_per_sample": 500, "mean_ap_weight": AP_WEIGHT,
+    "class_range": RANGE, "dist_fcn": "center_distance", "dist_ths": list(DISTANCES), "dist_th_tp": ERROR_DISTANCE,
+    "min_recall": 0.1, "min_precision": LOWEST_PRECISION, "max_boxes_per_sample": MOST_BOXES,
+    "mean_ap_weight": AP_WEIGHT,
 }  # fmt: skip
+
+
+def evaluate(dataset, predictions: dict[str, Labels], config, folder=None, overlap="") -> dict:
+    """The metrics of predictions (id -> Labels in the camera's frame) for a `Detection3D` of nuScenes' frames.
+
+    NDS and mAP first, then what metrics_summary.json holds; None where undefined. The cameras of a sample are merged;
+    ground truth comes from the tables, what no camera sees included, and only samples of the data set count. With a
+    folder, the predictions are written to its results_nusc.json in the official format.
+    """
+    if overlap:
+        raise UserError(f"overlap is {overlap!r}, which means nothing to nuScenes' metrics")
+    [source] = dataset.sources
+    root = Path(source.root or config.data.root)
+    if source.kind != "nuscenes":  # the built-in world: it has been rendered into a folder below that
+        root = Path(str(dataset.frames[0].image)).parents[2]  # samples/CAM_FRONT/...
+    merged = merge_cameras(dataset.frames, predictions)
+    truth = read_truth(root, source.split, source.version, merged.keys())
+    if folder is not None:
+        write_results(folder / "results_nusc.json", merged)
+    return name_metrics(nuscenes_metrics(truth, parse_results(merged, truth.tokens)))
+
+
+def blank(dataset, config) -> dict:
+    """The metrics of a data set without objects and detections: every name that there will be.
+
+    Raises UserError for what nuScenes' metrics would ignore, or count wrongly.
+    """
+    sources = dataset.sources
+    if len(sources) > 1 or (sources[0].kind == "synthetic" and len(sources[0].split) > 1):
+        raise UserError("data.val lists several nuScenes sources or worlds, expected one: it is evaluated as a whole")
+    if unknown := [name for name in dataset.classes if name not in ATTRIBUTES]:
+        raise UserError(f"model.classes names {unknown[0]!r}, and nuScenes' metrics know only {', '.join(ATTRIBUTES)}")
+    limit = sources[0].limit
+    if limit and len({*Counter(frame.group for frame in dataset.frames).values()}) > 1:
+        raise UserError(f"data.val: limit={limit} parts the cameras of a sample, which are evaluated together")
+    if config.data.overlap or config.train.eval_repeat > 1:
+        raise UserError("data.overlap and train.eval_repeat belong to KITTI's metrics, and data.val is nuScenes'")
+    boxes = parse_results({}, [])
+    nothing = Truth([], boxes, np.zeros((0, 2)), np.zeros((0, 4, 3)), np.zeros(0, int))
+    return name_metrics(nuscenes_metrics(nothing, boxes))
+
+
+def name_metrics(metrics: dict) -> dict:
+    """The dict of `nuscenes_metrics` with its means under the names that people know, and None in place of NaN."""
+    errors = zip(("mATE", "mASE", "mAOE", "mAVE", "mAAE"), metrics["tp_errors"].values(), strict=True)
+    return _without_nan({"NDS": metrics["nd_score"], "mAP": metrics["mean_ap"], **dict(errors), **metrics})
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return None if value != value else value
 
 
 def nuscenes_metrics(truth: Truth, results: Boxes) -> dict:
     """Every number of the official metrics_summary.json, under its keys.
 
-    truth and results as formats.nuscenes reads them; results in the order of their file. Returns label_aps (class -> "0.5", "1.0", "2.0",
-    "4.0" -> AP), mean_dist_aps (class -> AP), mean_ap, label_tp_errors (class -> trans_err m, scale_err 1 - IoU, orient_err radians,
-    vel_err m/s, attr_err 1 - accuracy; NaN where undefined), tp_errors and tp_scores (error -> mean, 1 - mean), nd_score, and the settings
-    as cfg. Raises ValueError, naming sample and box, for a matched box without volume, and for scores below 0 where recall stays
-    below 1, which the official evaluator refuses too.
+    truth and results as formats.nuscenes reads them; results in the order of their file. Returns label_aps (class ->
+    "0.5", "1.0", "2.0", "4.0" -> AP), mean_dist_aps (class -> AP), mean_ap, label_tp_errors (class -> trans_err m,
+    scale_err 1 - IoU, orient_err radians, vel_err m/s, attr_err 1 - accuracy; NaN where undefined), tp_errors and
+    tp_scores (error -> mean, 1 - mean), nd_score, and the settings as cfg. Raises UserError for scores below 0 where
+    recall stays below 1, which the official evaluator refuses too.
     """
-    found = _counted(results, truth)
-    known = _counted(truth.boxes, truth)
+    detected, annotated = _counted(results, truth), _counted(truth.boxes, truth)
     aps, errors = {}, {}
     for name in RANGE:
-        own, real = found[results.name[found] == name], known[truth.boxes.name[known] == name]
-        own = own[
-            np.argsort(results.score[own], kind="stable")[::-1]
-        ]  # of equal scores the later in the file comes first
+        own, real = detected[results.name[detected] == name], annotated[truth.boxes.name[annotated] == name]
+        own = own[np.argsort(results.score[own], kind="stable")[::-1]]  # of equal scores the later one comes first
         matches = _match(truth, results, own, real)
         curves = {distance: _curves(results.score[own], match, len(real), name) for distance, match in matches.items()}
         aps[name] = {str(distance): _average(precision) for distance, (precision, _) in curves.items()}
         match, (_, confidence) = matches[ERROR_DISTANCE], curves[ERROR_DISTANCE]
         rows = own[match >= 0]
         parts = _errors(truth.boxes[match[match >= 0]], results[rows], np.pi if name == "barrier" else 2 * np.pi)
-        errors[name] = {
-            error: np.nan
-            if error in UNDEFINED.get(name, ())
-            else _mean_error(parts[error], results.score[rows], confidence)
-            for error in ERRORS
-        }
+        errors[name] = {error: _mean_error(parts[error], results.score[rows], confidence) for error in ERRORS}
+        errors[name] |= dict.fromkeys(UNDEFINED.get(name, ()), np.nan)
     return _summary(aps, errors)
 
 
@@ -87,16 +149,14 @@ def _summary(aps, errors):
 
 
 def _counted(boxes, truth):
-    """Rows of the boxes that count: within their class's range, not without points, not in a rack of the sample they are listed under."""
+    """Rows of the boxes that count: in their class's range, not without points, not in a rack of their sample."""
     offset = boxes.center[:, :2] - truth.vehicle[boxes.listed]
     reach = np.array([RANGE[name] for name in boxes.name], float)
     counted = (np.sqrt((offset**2).sum(1)) < reach) & (boxes.points != 0)
-    order = np.argsort(truth.rack_sample, kind="stable")
-    racks, first = truth.racks[order], np.searchsorted(truth.rack_sample[order], np.arange(len(truth.tokens) + 1))
-    parkable = counted & np.isin(boxes.name.astype(str), IN_RACKS) & (np.diff(first) > 0)[boxes.listed]
+    parkable = counted & np.isin(boxes.name.astype(str), IN_RACKS) & np.isin(boxes.listed, truth.rack_sample)
     for row in np.flatnonzero(parkable):
-        sample = boxes.listed[row]
-        counted[row] = not any(_inside(boxes.center[row], rack) for rack in racks[first[sample] : first[sample + 1]])
+        racks = truth.racks[truth.rack_sample == boxes.listed[row]]
+        counted[row] = not any(_inside(boxes.center[row], rack) for rack in racks)
     return np.flatnonzero(counted)
 
 
@@ -108,14 +168,14 @@ def _inside(point, rack):
 
 
 def _norm(vectors):
-    """Lengths (n,) of vectors (n, 2), by the same product as numpy's norm of a single one: a last bit decides at a distance's border."""
+    """Lengths (n,) of vectors (n, 2), by the product of numpy's norm of a single one: last bits decide at borders."""
     return np.sqrt((vectors[:, None, :] @ vectors[:, :, None])[:, 0, 0])
 
 
 def _match(truth, results, own, real):
-    """Distance -> the matched row of truth.boxes, or -1, of each detection in `own` (rows by falling score): its nearest that is free.
+    """Distance -> the row of truth.boxes, or -1, that each detection in `own` takes: its nearest that is free.
 
-    own, real: rows of one class. Raises ValueError for a matched box without volume.
+    own, by falling score, and real: rows of one class. Raises UserError for a matched box without volume.
     """
     rank, row, distance = _near_pairs(truth, results, own, real)
     flat = (results.size[own] <= 0).any(1)
@@ -127,13 +187,9 @@ def _match(truth, results, own, real):
             if match[i] < 0 and j not in taken:
                 match[i] = j
                 taken.add(j)
-        if (flat & (match >= 0)).any():
-            bad = own[np.flatnonzero(flat & (match >= 0))[0]]
-            box = bad - np.flatnonzero(results.listed == results.listed[bad])[0]
-            place = f"sample {truth.tokens[results.listed[bad]]}, box {box}"
-            raise ValueError(
-                f"{place}: its l, h, w are {results.size[bad].tolist()} m, expected all > 0 of a box that matches an object"
-            )
+        for i in np.flatnonzero(flat & (match >= 0)):
+            place = f"sample {truth.tokens[results.listed[own[i]]]}, a {results.name[own[i]]}"
+            raise UserError(f"{place}: its l, h, w are {results.size[own[i]].tolist()} m, expected all > 0")
         matches[limit] = match
     return matches
 
@@ -167,9 +223,8 @@ def _curves(score, match, objects, name):
     precision = np.interp(RECALL, recall, hits / (misses + hits), right=0)
     confidence = np.interp(RECALL, recall, score, right=0)
     if not (confidence[1:] <= confidence[:-1]).all():
-        raise ValueError(
-            f"the scores of {name} reach from {score.min():g} to {score.max():g}, expected finite ones not below 0"
-        )
+        reach = f"from {score.min():g} to {score.max():g}"
+        raise UserError(f"the scores of {name} reach {reach}, expected finite ones not below 0")
     return precision, confidence
 
 
@@ -178,23 +233,23 @@ def _average(precision):
     return float(np.mean(np.maximum(precision[FIRST:] - LOWEST_PRECISION, 0))) / (1.0 - LOWEST_PRECISION)
 
 
-def _errors(real, found, period):
+def _errors(real, detected, period):
     """Error -> (n,) of n matches, by falling score; NaN where it is unknown."""
-    l, h, w = (np.minimum(real.size[:, axis], found.size[:, axis]) for axis in range(3))
+    l, h, w = (np.minimum(real.size[:, axis], detected.size[:, axis]) for axis in range(3))
     both = l * h * w
-    yaw_real, yaw_found = (np.arctan2(boxes.rotation[:, 1, 0], boxes.rotation[:, 0, 0]) for boxes in (real, found))
-    turn = (yaw_real - yaw_found + period / 2) % period - period / 2
+    true_yaw, yaw = (np.arctan2(boxes.rotation[:, 1, 0], boxes.rotation[:, 0, 0]) for boxes in (real, detected))
+    turn = (true_yaw - yaw + period / 2) % period - period / 2
     return {
-        "trans_err": _norm(found.center[:, :2] - real.center[:, :2]),
-        "scale_err": 1 - both / (real.size.prod(1) + found.size.prod(1) - both),
+        "trans_err": _norm(detected.center[:, :2] - real.center[:, :2]),
+        "scale_err": 1 - both / (real.size.prod(1) + detected.size.prod(1) - both),
         "orient_err": np.abs(turn),
-        "vel_err": _norm(found.velocity[:, :2] - real.velocity[:, :2]),
-        "attr_err": np.where(real.attribute == "", np.nan, real.attribute != found.attribute),
+        "vel_err": _norm(detected.velocity[:, :2] - real.velocity[:, :2]),
+        "attr_err": np.where(real.attribute == "", np.nan, real.attribute != detected.attribute),
     }
 
 
 def _mean_error(error, score, confidence):
-    """Mean of the running mean of an error, read off at the confidences of the recalls that count; 1 where none of them is reached.
+    """Mean of an error's running mean, read off at the confidences of the recalls that count; 1 if none is reached.
 
     The running mean leaves NaN out and is 0 until the first number; where all are NaN, the error is 1.
     """
@@ -208,18 +263,51 @@ def _mean_error(error, score, confidence):
     return float(np.mean(at_recall[FIRST : reached[-1] + 1]))
 
 
-def format_table(metrics: Mapping) -> str:
-    """The result as text: a row per class with AP, AP by distance and errors, which may be None; their means; NDS."""
+def table(metrics: Mapping) -> str:
+    """The metrics as text: a row per class with AP, AP by distance and errors, which may be None; their means; NDS."""
     titles = ("AP", *(f"@{distance:g} m" for distance in DISTANCES), "ATE m", "ASE", "AOE rad", "AVE m/s", "AAE")
+    aps, errors = metrics["label_aps"], metrics["label_tp_errors"]
+    rows = {name: [metrics["mean_dist_aps"][name], *aps[name].values(), *errors[name].values()] for name in RANGE}
+    means = [np.mean([aps[name][str(distance)] for name in RANGE]) for distance in DISTANCES]
+    rows["mean"] = [metrics["mean_ap"], *means, *metrics["tp_errors"].values()]
     lines = ["".join([f"{'class':20}", *(f"{title:>9}" for title in titles)])]
-
-    def line(title, numbers):
+    for title, numbers in rows.items():
         texts = ["-" if number is None or np.isnan(number) else f"{number:.4f}" for number in numbers]
         lines.append("".join([f"{title:20}", *(f"{text:>9}" for text in texts)]))
-
-    aps, errors = metrics["label_aps"], metrics["label_tp_errors"]
-    for name in RANGE:
-        line(name, [metrics["mean_dist_aps"][name], *aps[name].values(), *errors[name].values()])
-    means = [np.mean([aps[name][str(distance)] for name in RANGE]) for distance in DISTANCES]
-    line("mean", [metrics["mean_ap"], *means, *metrics["tp_errors"].values()])
     return "\n".join([*lines, f"mAP {metrics['mean_ap']:.4f}   NDS {metrics['nd_score']:.4f}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table of a result file. Returns 0, or 2 after one sentence on stderr."""
+    parser = argparse.ArgumentParser("metrics.nuscenes", description="nuScenes' detection score of a result file.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help shows all)\n")
+    parser.add_argument("root", metavar="ROOT", help="nuScenes folder, whose tables are in ROOT/v1.0-*")
+    parser.add_argument("results", metavar="RESULTS.json", help="detections in the official format")
+    parser.add_argument("--split", required=True, help="such as val or mini_val")
+    parser.add_argument("--version", default="", help="of the tables, such as v1.0-mini; default: the only one")
+    parser.add_argument("--json", metavar="OUT", help="write what the official metrics_summary.json holds here")
+    options = parser.parse_args(arguments)
+    try:
+        check_writable(options.json)
+        truth = read_truth(options.root, (options.split,), options.version)
+        if not len(truth.boxes):
+            raise UserError(f"{options.root}: split {options.split} holds no annotation to evaluate against")
+        results, meta = read_results(options.results, truth.tokens)
+        start = time.perf_counter()
+        metrics = nuscenes_metrics(truth, results)
+        print(table(metrics))
+        mixed = np.flatnonzero(results.sample != results.listed)
+        if len(mixed):
+            count = f"{len(mixed)} boxes name another sample than the one they are listed under"
+            print(f"{count}, and count there; the first is under {truth.tokens[results.listed[mixed[0]]]}")
+        if options.json:
+            metrics |= {"meta": meta, "eval_time": time.perf_counter() - start}
+            Path(options.json).write_text(json.dumps(metrics, indent=1))
+    except (UserError, OSError) as error:
+        print(f"{parser.prog}: {sentence_of(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

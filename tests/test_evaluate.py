@@ -17,15 +17,18 @@ from accelerate import Accelerator
 from PIL import Image
 
 import evaluate
-from config import Config, read_config, to_dict
+from config import Config, read_config
 from data import DataConfig, Source, build_dataset
-from engine.checkpoint import save_weights
+from engine.checkpoint import save_weights, verify
+from engine.mirror import Mirrored
 from formats.jsonl import read_frames
 from formats.kitti import read_labels, write_labels
+from metrics import kitti, kitti_files
 from metrics.kitti import kitti_ap
 from model import Detector, ModelConfig
 from scene.draw import best_score, frame_quality
 from scene.frames import make_labels
+from tools.submit import write_submission
 
 ROOT = Path(__file__).parents[1]
 INVENTED = ROOT / "tests" / "data" / "kitti_invented"
@@ -43,8 +46,8 @@ def folders(tmp_path):
     return tmp_path
 
 
-def run_files(folder, *more, labels="label_2", results="results"):
-    evaluate.main(["--labels", str(folder / labels), "--results", str(folder / results), *more])
+def run_files(folder, *more):
+    assert kitti.main([str(folder / "label_2"), str(folder / "results"), *more]) == 0
 
 
 def test_files_mode_prints_the_table_and_writes_the_expected_layout(tmp_path, capsys):
@@ -61,6 +64,9 @@ def test_files_mode_prints_the_table_and_writes_the_expected_layout(tmp_path, ca
     assert "AP_R40, per cent: 120 frames" in text
     assert "51.80" in text
     assert "10-20" in text
+    files = ["--labels", str(INVENTED / "label_2"), "--results", str(INVENTED / "results"), "--errors"]
+    assert evaluate.main(files) == 0  # as it was called before
+    assert capsys.readouterr().out == text
 
 
 def test_split_repeat_and_metric(folders, capsys):
@@ -81,9 +87,11 @@ def test_missing_results_count_as_empty_and_are_reported(folders, capsys):
 
 def fail(capsys, *arguments):
     """The one sentence that a wrong command line ends with."""
-    with pytest.raises(SystemExit) as caught:
-        evaluate.main([str(argument) for argument in arguments])
-    assert caught.value.code == 2
+    try:
+        code = evaluate.main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     return message
@@ -103,43 +111,27 @@ def test_malformed_line_is_named(folders, capsys, text, message):
 
 
 def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
-    labels, results = folders / "label_2", folders / "results"
-    assert "expected either a run folder, or --labels DIR and --results DIR" in fail(capsys)
-    assert "an evaluation of files needs --results as well" in fail(capsys, "--labels", labels)
-    assert "an evaluation of files needs --labels as well" in fail(capsys, "--results", results)
-    assert "a run folder does not go with an evaluation of files" in fail(
-        capsys, "runs/x", "--labels", labels, "--results", results
-    )
-    expected = "--out does not go with an evaluation of files, which takes --labels, --results, --split, --classes, --metric, --overlap, --repeat"
-    assert expected in fail(capsys, "--labels", labels, "--results", results, "--out", folders)
-    assert "--flip does not go with an evaluation of files" in fail(
-        capsys, "--labels", labels, "--results", results, "--flip"
-    )
-    assert "--repeat is 0" in fail(capsys, "--labels", labels, "--results", results, "--repeat", 0)
-    assert f"--labels {folders / 'nowhere'}: no such folder" in fail(
-        capsys, "--labels", folders / "nowhere", "--results", results
-    )
+    labels, results, split = folders / "label_2", folders / "results", folders / "val.txt"
+    files = ("--labels", labels, "--results", results)
+    assert "the following arguments are required: RUN" in fail(capsys)
+    for one in (("--labels", labels), ("--results", results)):
+        assert "an evaluation of files needs --labels DIR or --nuscenes ROOT, and --results" in fail(capsys, *one)
+    for more in (["runs/x"], ["--out", "x"], ["--flip"]):
+        assert f"metrics.kitti: unrecognized arguments: {' '.join(more)}" in fail(capsys, *files, *more)
+    assert "--repeat is 0" in fail(capsys, *files, "--repeat", 0)
+    missing = folders / "nowhere"
+    assert f"LABELS {missing}: no such folder" in fail(capsys, "--labels", missing, "--results", results)
     assert f"did you mean {labels}?" in fail(capsys, "--labels", folders, "--results", results)
     assert f"did you mean {results}?" in fail(capsys, "--labels", labels, "--results", folders)
-    assert "no such split file" in fail(
-        capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt"
-    )
-    assert "--labels is empty, expected a folder" in fail(capsys, "--labels", "", "--results", "")
-    assert "--classes names 'Bus', which no file does; there are " in fail(
-        capsys, "--labels", labels, "--results", results, "--classes", "Bus"
-    )
-    (folders / "val.txt").write_bytes(b"\xff")
-    assert "val.txt: not a text file" in fail(
-        capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt"
-    )
-    (folders / "val.txt").write_text("000000 000007")
-    assert "000007.txt: no label file" in fail(
-        capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt"
-    )
-    (folders / "val.txt").write_text("000000 000000")
-    assert "frame 000000 is listed twice" in fail(
-        capsys, "--labels", labels, "--results", results, "--split", folders / "val.txt"
-    )
+    assert "no such split file" in fail(capsys, *files, "--split", split)
+    assert "LABELS is empty, expected a folder" in fail(capsys, "--labels", "", "--results", "")
+    assert "--classes names 'Bus', which no file does; there are " in fail(capsys, *files, "--classes", "Bus")
+    split.write_bytes(b"\xff")
+    assert "val.txt: not a text file" in fail(capsys, *files, "--split", split)
+    split.write_text("000000 000007")
+    assert "000007.txt: no label file" in fail(capsys, *files, "--split", split)
+    split.write_text("000000 000000")
+    assert "frame 000000 is listed twice" in fail(capsys, *files, "--split", split)
     assert "runs/nowhere: no such folder, expected a run or a checkpoint" in fail(capsys, "runs/nowhere")
     assert "no weights there" in fail(capsys, folders)
 
@@ -152,9 +144,10 @@ def test_a_full_disk_is_one_sentence(folders, capsys):
     )
 
 
-def test_files_mode_needs_neither_timm_nor_accelerate(folders):
+def test_files_need_neither_timm_nor_accelerate(folders):
+    files = [str(folders / "label_2"), str(folders / "results")]
     code = (
-        f"import sys, evaluate; evaluate.main(['--labels', {str(folders / 'label_2')!r}, '--results', {str(folders / 'results')!r}]); "
+        f"import sys, evaluate; evaluate.main(['--labels', {files[0]!r}, '--results', {files[1]!r}]); "
         "assert not {'timm', 'accelerate', 'model'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
@@ -173,16 +166,18 @@ def run(tmp_path_factory):
     )  # fmt: skip
     source = (Source(kind="synthetic", split=("val",), world_frames=5),)
     data = DataConfig(root=str(folder / "world"), train=source, val=source, workers=0)
-    build_dataset(data, source, model.classes, model.size, training=False)  # rendered
     config = Config(out=str(folder), data=data, model=model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2))
+    build_dataset(config, training=False)  # rendered
     torch.manual_seed(0)
-    save_weights(folder / "best", Detector(model), to_dict(config), {}, {})
+    save_weights(folder / "best", Detector(model), config, {}, {})
     return folder
 
 
 def run_processes(count, *arguments):
-    """Outputs of evaluate.py in as many processes, joined as `accelerate launch` joins them, without its own seconds of start."""
+    """Outputs of evaluate.py in as many processes, joined as `accelerate launch` joins them, without its own seconds of
+    start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -210,10 +205,11 @@ def run_processes(count, *arguments):
 
 
 def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
-    evaluate.main([str(run), "--out", str(run / "one"), "--curves", str(run / "one/also.png")])
-    assert (run / "one/also.png").exists()
+    root = f"data.root={run / 'world'}"
+    assert evaluate.main([str(run), root, "--out", str(run / "one"), "--json", str(run / "one.json")]) == 0
     assert "AP_R40, per cent: 5 frames" in capsys.readouterr().out
-    outputs = run_processes(2, str(run), "--out", str(run / "two"))
+    assert (run / "one.json").read_text() == (run / "one/metrics.json").read_text()
+    outputs = run_processes(2, str(run), root, "--out", str(run / "two"))
     assert [text.count("AP_R40, per cent: 5 frames") for text in outputs] == [1, 0]
     one, two = (json.loads((run / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one["settings"]["frames"] == two["settings"]["frames"] == 5
@@ -237,10 +233,10 @@ def test_a_run_is_evaluated_with_mirror_images_on_request(run, monkeypatch):
     monkeypatch.setattr(
         evaluate, "write_evaluation", lambda out, dataset, metrics, found: seen.append((dataset.frames, found))
     )
-    evaluate.main([str(run), "--flip"])
+    assert evaluate.main([str(run), f"data.root={run / 'world'}", "--flip"]) == 0
     [(frames, found)] = seen
     detector = Detector.from_pretrained(run / "best")
-    plain, both = (detector.predict(frames[0].image, frames[0].K, flip=flip) for flip in (False, True))
+    plain, both = (one.predict(frames[0].image, frames[0].K) for one in (detector, Mirrored(detector)))
     np.testing.assert_allclose(found[frames[0].id].score, both.score, atol=1e-4)
     assert not np.allclose(plain.score, both.score, atol=1e-4)
     assert len(found) == 5
@@ -249,8 +245,8 @@ def test_a_run_is_evaluated_with_mirror_images_on_request(run, monkeypatch):
 def test_a_process_count_that_was_not_granted_is_an_error(run, capsys, monkeypatch):
     accelerator = Accelerator(cpu=True)  # before the environment says that there are more
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("guard.Accelerator", lambda **_: accelerator)
-    message = fail(capsys, run)
+    monkeypatch.setattr("engine.guard.Accelerator", lambda **_: accelerator)
+    message = fail(capsys, run, f"data.root={run / 'world'}")
     assert "launched 3 processes, but Accelerate joins only 1" in message
 
 
@@ -270,7 +266,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.dataset, self.next, self.config = dataset, 0, ModelConfig()
 
-    def detect(self, image, K, flip=False):
+    def detect(self, image, K):
         found = []
         for _ in image:
             labels = self.dataset.frames[self.next].labels
@@ -292,16 +288,16 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.skipif(not KITTI.is_dir(), reason=f"{KITTI} is absent: KITTI's images are not part of this project")
 def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
-    config = DataConfig(root=str(KITTI), val=(Source(split=("val",)),))
-    classes = ("Car", "Pedestrian", "Cyclist")
-    dataset = build_dataset(config, config.val, classes, (384, 1280), training=False)
-    metrics, predictions = evaluate.evaluate(
-        Oracle(dataset), dataset, Accelerator(cpu=True), Config(data=config), repeat=41
+    config = Config(
+        data=DataConfig(root=str(KITTI), val=(Source(split=("val",)),)), model=ModelConfig(size=(384, 1280))
     )
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_repeat=41))
+    classes, dataset = config.model.classes, build_dataset(config, training=False)
+    metrics, predictions = evaluate.evaluate(Oracle(dataset), dataset, Accelerator(cpu=True), config, folder=tmp_path)
     evaluate.write_evaluation(tmp_path, dataset, metrics, predictions)
     for id, labels in predictions.items():
         write_labels(tmp_path / f"{id}.txt", labels, scores=True)  # with KITTI's two digits too
-    truth = {id: dataset.truth(i) for i, id in enumerate(dataset.ids)}
+    truth = {frame.id: dataset.truth(index) for index, frame in enumerate(dataset.frames)}
     again = [
         {id: read_labels(folder / f"{id}.txt", scores=True) for id in truth}
         for folder in (tmp_path, tmp_path / "results")
@@ -327,7 +323,9 @@ def test_ground_truth_through_the_whole_path_gives_100(tmp_path):
 
 
 def test_sigma_is_calibrated_class_by_class():
-    """By the ratio of its errors; a class with few objects, or none that tells one, keeps its own; no factors at all for nuScenes."""
+    """By the ratio of its errors; a class with few objects, or none that tells one, keeps its own; no factors at all
+    for nuScenes.
+    """
     errors = {
         name: {"all": {"matched": n, "sigma_ratio": 1.5}}
         for name, n in (("Car", 100), ("Pedestrian", 99), ("Cyclist", 0))
@@ -345,9 +343,10 @@ def test_a_strangers_run_writes_nowhere_unasked(run, capsys, tmp_path):
     config = read_config(run / "best" / "config.json")
     data = dataclasses.replace(config.data, root=str(tmp_path / "elsewhere"), cache=str(tmp_path / "cache"))
     model = Detector(config.model)
-    save_weights(folder / "best", model, to_dict(dataclasses.replace(config, data=data)), {}, {})
-    assert f"would render the built-in world into {tmp_path / 'elsewhere'}; data.root=FOLDER" in fail(capsys, folder)
-    evaluate.main([str(folder), f"data.root={run / 'world'}"])
+    save_weights(folder / "best", model, dataclasses.replace(config, data=data), {}, {})
+    place = tmp_path / "elsewhere"
+    assert f"would render its world into {place}; data.root={place} allows that" in fail(capsys, folder)
+    assert evaluate.main([str(folder), f"data.root={run / 'world'}"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["stranger"]
 
 
@@ -356,46 +355,52 @@ def test_changed_weights_are_refused_by_name(run, capsys, tmp_path):
     content = (tmp_path / "best/model.safetensors").read_bytes()
     (tmp_path / "best/model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "model.safetensors is damaged" in fail(capsys, tmp_path)
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        Detector.from_pretrained(tmp_path / "best")
 
 
 def test_an_evaluation_deletes_nobodys_files(run, capsys, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/notes.txt").write_text("mine")
-    assert "holds results of something else; --out chooses another folder" in fail(capsys, run, "--out", tmp_path)
+    given = (run, f"data.root={run / 'world'}", "--out", tmp_path)
+    assert "holds results of something else; --out chooses another folder" in fail(capsys, *given)
     assert (tmp_path / "results/notes.txt").read_text() == "mine"
 
 
 def test_flags_that_a_run_would_ignore_are_refused(run, capsys):
-    assert "--classes does not go with a run folder, which takes key=value, --flip, --out, --metric" in fail(
-        capsys, run, "--classes", "Car"
-    )
+    assert "unrecognized arguments: --classes" in fail(capsys, run, "--classes", "Car")
     sources = 'data.val=[{"root": "/data/mine", "split": ["val"]}]'
     assert "data.root=/data/kitti: no source reads it" in fail(capsys, run, sources, "data.root=/data/kitti")
 
 
 def test_outputs_that_cannot_be_are_told_before_the_work(run, folders, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", None)
-    monkeypatch.setattr(evaluate, "compute_metrics", None)
+    monkeypatch.setattr(kitti, "compute_metrics", lambda truth, results, classes: {})  # of nothing, to learn the names
     (folders / "taken").write_text("")
-    files = ("--labels", folders / "label_2", "--results", folders / "results")
-    for given in ((run,), files):
-        assert f"it cannot be written, as there is no folder {folders / 'no'}" in fail(
-            capsys, *given, "--json", folders / "no/x.json"
-        )
-        assert f"{folders}: there is a folder of that name" in fail(capsys, *given, "--json", folders)
-        assert "not a picture's suffix, expected a name such as curves.png" in fail(
-            capsys, *given, "--curves", folders / "c.psd"
-        )
-    assert f"{folders / 'taken'} is a file, expected a folder to write into" in fail(
-        capsys, run, "--out", folders / "taken/out"
-    )
+    files, no = ("--labels", folders / "label_2", "--results", folders / "results"), folders / "no"
+    assert f"it cannot be written, as there is no folder {no}" in fail(capsys, *files, "--json", no / "x.json")
+    assert f"{folders}: there is a folder of that name" in fail(capsys, *files, "--json", folders)
+    given = (run, f"data.root={run / 'world'}", "--out", folders / "taken/out")
+    assert f"--out {folders / 'taken/out'}: no folder can be made there: Not a directory" in fail(capsys, *given)
+    given = (*given[:-1], folders / "out", "--json", no / "x.json")
+    assert f"it cannot be written, as there is no folder {no}" in fail(capsys, *given)
+
+
+def test_a_mistake_in_code_keeps_its_traceback(run, folders, monkeypatch):
+    def broken(*_):
+        raise PermissionError("by a mistake")
+
+    monkeypatch.setattr(evaluate, "open_run", broken)
+    monkeypatch.setattr(kitti_files, "read_folder", broken)
+    files = ["--labels", str(folders / "label_2"), "--results", str(folders / "results")]
+    for arguments in ([str(run)], files):
+        with pytest.raises(PermissionError, match="by a mistake"):
+            evaluate.main(arguments)
 
 
 @pytest.fixture(scope="module")
 def testing_half(run, tmp_path_factory):
-    """Three images and calibrations of the run's world as the testing half of a KITTI folder, one of them of another size."""
+    """Three images and calibrations of the run's world as the testing half of a KITTI folder, one of them of another
+    size.
+    """
     folder = tmp_path_factory.mktemp("testing")
     for name in ("image_2", "calib"):
         (folder / "testing" / name).mkdir(parents=True)
@@ -412,14 +417,14 @@ def testing_half(run, tmp_path_factory):
 def test_a_submission_is_what_the_server_takes(run, testing_half, capsys, tmp_path, monkeypatch):
     detect = Detector.detect
 
-    def blind_once(self, image, K, flip):  # the first frame holds nothing
-        found = detect(self, image, K, flip)
+    def blind_once(self, image, K):  # the first frame holds nothing
+        found = detect(self, image, K)
         return [{key: value[:0] for key, value in found[0].items()}, *found[1:]] if len(found) == 2 else found
 
     monkeypatch.setattr(Detector, "detect", blind_once)
     out = tmp_path / "submission"
     (out / "data").mkdir(parents=True)  # as a run that was killed leaves it
-    evaluate.main([str(run), "--submission", str(out), f"data.root={testing_half}"])
+    assert evaluate.main([str(run), "--submission", str(out), f"data.root={testing_half}"]) == 0
     text = capsys.readouterr().out
     assert f"{out / 'data'}: 40 detections in 3 files, 1 of them empty" in text
     assert "the server expects 7518 files, as many as" in text
@@ -440,9 +445,10 @@ def test_a_submission_is_what_the_server_takes(run, testing_half, capsys, tmp_pa
         assert (box <= np.tile([width - 1, height - 1], 2)).all()
         alpha = numbers[:, 11] - np.arctan2(location[:, 0], location[:, 2])
         assert np.abs(np.sin((alpha - numbers[:, 0]) / 2)).max() < 1e-3
-    assert f"--submission {out}: it holds something else already" in fail(capsys, run, "--submission", out)
+    assert f"{out}: it holds something else already" in fail(capsys, run, "--submission", out)
     own = 'data.val=[{"root": "/data/mine", "split": ["val"]}]'  # whose root gives way to the one that is asked for
-    evaluate.main([str(run), "--submission", str(tmp_path / "again"), own, f"data.root={testing_half}"])
+    again = ["--submission", str(tmp_path / "again"), own, f"data.root={testing_half}"]
+    assert evaluate.main([str(run), *again]) == 0
     assert "detections in 3 files" in capsys.readouterr().out
 
 
@@ -451,7 +457,9 @@ def test_classes_of_a_submission(tmp_path, capsys, run, testing_half):
     labels = make_labels(
         ["Van", "Car", "Pedestrian"], box, np.ones((3, 3)), np.ones((3, 3)), np.zeros(3), score=[0.9, 0.2, 0.3]
     )
-    assert evaluate.write_submission(tmp_path, {"000003": labels}) == (2, 1)
+    (tmp_path / "data").mkdir()
+    sentence = "2 detections in 1 files, 0 of them empty; 1 of classes that the server does not know are left out"
+    assert write_submission(tmp_path, {"000003": labels}) == f"{tmp_path / 'data'}: {sentence}"
     assert [line.split()[0] for line in (tmp_path / "data/000003.txt").read_text().splitlines()] == [
         "Pedestrian",
         "Car",
@@ -463,22 +471,9 @@ def test_classes_of_a_submission(tmp_path, capsys, run, testing_half):
 
 
 def test_submissions_that_make_no_sense(run, testing_half, capsys, tmp_path):
-    for given in (
-        "--json x",
-        "--curves x",
-        "--labels x",
-        "--out x",
-        "--metric R40",
-        "--overlap strict",
-        "--errors",
-        "--repeat 1",
-    ):
-        message = fail(capsys, run, "--submission", tmp_path / "a", *given.split())
-        assert (
-            f"{given.split()[0]} does not go with --submission DIR, which takes a run folder, key=value, --split, --flip\n"
-            in message
-        )
-    assert "--submission DIR needs a run folder as well" in fail(capsys, "--submission", tmp_path / "a")
+    assert "unrecognized arguments: --errors" in fail(capsys, run, "--submission", tmp_path / "a", "--errors")
+    assert "unrecognized arguments: --split val" in fail(capsys, run, "--split", "val")
+    assert "expected a run and a folder, got " in fail(capsys, "--submission", tmp_path / "a")
     assert "expected a KITTI folder with testing/image_2" in fail(
         capsys, run, "--submission", tmp_path / "a", f"data.root={tmp_path}"
     )
@@ -497,7 +492,7 @@ def test_submissions_that_make_no_sense(run, testing_half, capsys, tmp_path):
 
 def test_one_number_of_an_evaluation_by_its_path():
     truth = read_labels(INVENTED / "label_2" / "000005.txt")
-    metrics = evaluate.compute_metrics({"0": truth}, {"0": truth}, ("Car", "Pedestrian", "Tram"), repeat=41)
+    metrics = kitti.compute_metrics({"0": truth}, {"0": truth}, ("Car", "Pedestrian", "Tram"), repeat=41)
     car = evaluate.read_metric(metrics, "Car/3d/moderate/AP_R40")
     assert evaluate.read_metric(metrics, "Car/bbox/hard/AP_R11") > 0
     assert evaluate.read_metric(metrics, "-errors/Car/all/depth_error") == 0
@@ -521,21 +516,42 @@ def test_one_number_of_an_evaluation_by_its_path():
     numbers = evaluate.flat_metrics(metrics)
     assert numbers["Car/3d/moderate/AP_R40"] == car
     assert numbers["errors/Car/all/depth_error"] == 0
-    empty = evaluate.compute_metrics({}, {}, ("Car",))
+    empty = kitti.compute_metrics({}, {}, ("Car",))
     assert evaluate.read_metric(empty, "mean/3d/moderate/AP_R40") == 0
-    own = evaluate.compute_metrics({"0": truth}, {"0": truth}, ("Car", "Tram"), own_overlap={"Tram": (0.4, 0.3, 0.2)})
+    own = kitti.compute_metrics({"0": truth}, {"0": truth}, ("Car", "Tram"), own_overlap={"Tram": (0.4, 0.3, 0.2)})
     assert own["settings"]["min_overlap"] == {"Car": [0.7, 0.7, 0.7], "Tram": [0.4, 0.3, 0.2]}
 
 
 def test_evaluation_leaves_the_random_state_and_the_mode_alone(run):
-    config = dataclasses.replace(DataConfig(), root=str(run / "world"))
-    source = (Source(kind="synthetic", split=("val",), world_frames=5),)
-    dataset = build_dataset(config, source, ("Car",), (96, 320), training=False)
+    dataset = build_dataset(read_config(run / "best/config.json"), training=False)
     oracle = Oracle(dataset)
     before = torch.get_rng_state()
-    evaluate.predict_dataset(oracle, dataset, Accelerator(cpu=True), batch_size=4, progress=False)
+    evaluate.predict_dataset(oracle, dataset, Accelerator(cpu=True), batch_size=4)
     assert torch.equal(before, torch.get_rng_state())
     assert oracle.training
+
+
+def test_a_frame_that_cannot_be_read_has_no_detections(run, tmp_path):
+    """With data.skip_bad; and whose place in the order another frame has taken."""
+    config = read_config(run / "best/config.json")
+    shutil.copytree(run / "world", tmp_path / "world")
+    data = dataclasses.replace(config.data, root=str(tmp_path / "world"), skip_bad=True)
+    dataset = build_dataset(dataclasses.replace(config, data=data), training=False)
+    bad = dataset.frames[2]
+    detector = Detector.from_pretrained(run / "best")
+    for content in (bad.image.read_bytes()[:2000], b""):  # the second has no header either
+        bad.image.write_bytes(content)
+        predictions = evaluate.predict_dataset(detector, dataset, Accelerator(cpu=True), batch_size=2)
+        assert list(predictions) == [frame.id for frame in dataset.frames]
+        assert [len(predictions[frame.id]) for frame in dataset.frames] == [20, 20, 0, 20, 20]
+
+
+def test_a_folder_of_weights_is_still_one_after_its_evaluation(run, tmp_path):
+    shutil.copytree(run / "best", tmp_path / "best")
+    for _ in range(2):
+        assert evaluate.main([str(tmp_path / "best"), f"data.root={run / 'world'}"]) == 0
+    assert (tmp_path / "best/evaluation/metrics.json").is_file()
+    verify(tmp_path / "best")
 
 
 def test_frame_quality_and_best_score():

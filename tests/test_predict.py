@@ -1,4 +1,6 @@
-"""The prediction command: what it writes agrees with `Detector.predict`, and a mistake of the user's is one sentence and an exit code."""
+"""The prediction command: what it writes agrees with `Detector.predict`, and a mistake of the user's is one sentence
+and an exit code.
+"""
 
 import dataclasses
 import json
@@ -6,9 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,15 +17,17 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
+import data
 import predict
-from config import Config, to_dict
-from engine import checkpoint
+from config import Config
+from engine import weights
 from engine.checkpoint import save_weights
+from engine.mirror import Mirrored
 from formats import jsonl, video
 from formats.jsonl import read_frames
 from formats.kitti import read_calib, read_labels, split_projection, write_calib
 from model import Detector, ModelConfig
-from predict import find_inputs, in_order, load_detector, main
+from predict import find_inputs, load_detector, main
 from scene.frames import load_image
 from scene.geometry import yaw_to_alpha
 
@@ -54,7 +55,7 @@ def run(tmp_path_factory):
     torch.manual_seed(2)
     detector = Detector(MODEL)
     torch.nn.init.normal_(detector.class_predictor.weight, std=0.1)  # so that scores and classes vary
-    save_weights(folder / "best", detector, to_dict(Config(model=MODEL)), {}, {})
+    save_weights(folder / "best", detector, Config(model=MODEL), {}, {})
     return folder
 
 
@@ -172,7 +173,7 @@ def test_any_image_becomes_rgb(tmp_path, kind):
         assert np.array_equal(np.asarray(image), np.stack([ramp] * 3, -1))
 
 
-def test_a_turned_photograph_is_seen_upright(run, tmp_path, capsys):
+def test_a_turned_photograph_is_seen_upright(run, tmp_path):
     """By predict.py, and by Detector.predict from a path or an image: K is that of the picture as viewers show it."""
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side
@@ -184,28 +185,24 @@ def test_a_turned_photograph_is_seen_upright(run, tmp_path, capsys):
     for image in (tmp_path / "phone.png", Image.open(tmp_path / "phone.png")):
         np.testing.assert_array_equal(detector.predict(image, K).box, expected.box)
     assert call(run, tmp_path / "phone.png", make_image(tmp_path / "plain.png"), *ALL, "--out", tmp_path / "o") == 0
-    assert (
-        "1 of them were turned as their EXIF says; the camera given counts as that of the turned picture"
-        in capsys.readouterr().out
-    )
     np.testing.assert_allclose(read_frames(tmp_path / "o/predictions.jsonl")[0].labels.box, expected.box, atol=1e-4)
 
 
 def test_errors_about_the_camera(run, image, tmp_path, capsys):
-    assert (
-        "expected one of --calib FILE, --intrinsics FX FY CX CY, --hfov DEG and --cameras FILE.jsonl, got none"
-        in fails(capsys, run, image)
-    )
-    assert "got --intrinsics and --hfov" in fails(capsys, run, image, "--hfov", 80, "--intrinsics", 1, 2, 3, 4)
+    expected = "one of the arguments --calib --intrinsics --hfov --cameras is required"
+    assert expected in fails(capsys, run, image)
+    both = fails(capsys, run, image, "--hfov", 80, "--intrinsics", 1, 2, 3, 4)
+    assert "argument --intrinsics: not allowed with argument --hfov" in both
     for angle in (0, 180, -5, "nan"):
         assert "expected degrees between 0 and 180" in fails(capsys, run, image, "--hfov", angle)
-    assert "--intrinsics is 0 140 160 48, expected" in fails(capsys, run, image, "--intrinsics", 0, 140, 160, 48)
+    wrong = fails(capsys, run, image, "--intrinsics", 0, 140, 160, 48)
+    assert "--intrinsics is [0.0, 140.0, 160.0, 48.0], expected" in wrong
     assert "frame.png: the camera given does not suit it" in fails(
         capsys, run, image, "--intrinsics", 140, 140, 5000, 48
     )
     (tmp_path / "calib.txt").write_text("P0: 1 2 3\n")
     assert "calib.txt: no line 'P2: ...'" in fails(capsys, run, image, "--calib", tmp_path / "calib.txt")
-    assert "none.txt: no such file" in fails(capsys, run, image, "--calib", tmp_path / "none.txt")
+    assert "none.txt" in fails(capsys, run, image, "--calib", tmp_path / "none.txt")
     assert not Path("predictions").exists()
 
 
@@ -223,9 +220,7 @@ def test_errors_about_paths_come_before_anything_is_written(run, image, tmp_path
     assert "--min-score is 1.5, expected a number from 0 to 1" in fails(
         capsys, run, image, "--hfov", 80, "--min-score", 1.5
     )
-    for device in ("gpu", "meta"):
-        expected = f"--device is '{device}', expected cpu, cuda, cuda:1 and so on"
-        assert expected in fails(capsys, run, image, "--hfov", 80, "--device", device)
+    assert "--device gpu: " in fails(capsys, run, image, "--hfov", 80, "--device", "gpu")
     expected = "--classes names 'Tram', this detector knows Car, Pedestrian, Cyclist"
     assert expected in fails(capsys, run, image, "--hfov", 80, "--classes", "Car", "Tram")
     assert not Path("predictions").exists()
@@ -246,7 +241,7 @@ def test_outputs_that_cannot_be_are_told_before_the_work(run, image, tmp_path, c
     (tmp_path / "file/results").write_text("mine")
     for name, words in (
         ("taken", "predictions.jsonl: there is a folder of that name"),
-        ("file", "results is a file, expected a folder"),
+        ("file", "results: no folder can be made there: File exists"),
     ):
         assert words in fails(capsys, run, image, *ALL, "--out", tmp_path / name)
     assert (tmp_path / "taken/results/mine.txt").exists()
@@ -274,8 +269,8 @@ def test_links_are_followed(run, tmp_path, capsys):
     (tmp_path / "runs").symlink_to(tmp_path / "far/away/runs")
     lines = tmp_path / "runs/out/predictions.jsonl"
     assert call(run, tmp_path / "in", *ALL, "--out", lines.parent) == 0
-    assert "they have 2 sizes, such as 320x96 and 640x192, and one camera was given for all" in capsys.readouterr().out
-    assert [frame.id for frame in read_frames(lines)] == ["link/2", "link/deep/1"]
+    assert "pictures of 2 sizes, such as 320x96 and 640x192, have one camera" in capsys.readouterr().out
+    assert [frame.id for frame in read_frames(lines)] == ["2", "deep/1"]
     assert call(run, tmp_path / "in", "--cameras", lines, "--out", tmp_path / "again", "--no-pictures") == 0
     assert "sizes" not in capsys.readouterr().out
     for name, focal in (("a", 140), ("b", 150)):  # two frames of one picture
@@ -312,16 +307,9 @@ def test_what_cannot_be_read_is_passed_over(run, image, tmp_path, capsys, batch)
     Image.fromarray(np.zeros((96, 320), np.float32)).save(folder / "o.tif")
     assert call(run, folder, *ALL, "--batch", batch) == 1
     told = capsys.readouterr()
-    for text in (
-        "b.png: cannot read the image",
-        "c.png: cannot read the image",
-        "n.jpg: the camera given does not suit it: focal lengths",
-    ):
-        assert text in told.err
-    assert (
-        "o.tif: cannot read the image: its pixels are floating-point numbers of unknown range, expected 8 or 16 bits"
-        in told.err
-    )
+    for name in ("b.png", "c.png", "o.tif"):
+        assert f"{name}: cannot read the image" in told.err
+    assert "n.jpg: the camera given does not suit it: focal lengths" in told.err
     assert "4 were passed over, the first: " in told.err
     assert "in 3 pictures" in told.out
     assert [frame.id for frame in read_frames("predictions/predictions.jsonl")] == ["a", "m", "z"]
@@ -329,7 +317,7 @@ def test_what_cannot_be_read_is_passed_over(run, image, tmp_path, capsys, batch)
 
 
 def test_folders_patterns_and_names(tmp_path):
-    """A name is the place below what was given; longer where it has to be; nothing is taken twice, hidden, or from the outputs."""
+    """A name is the place below the folder that holds all; nothing is taken twice, hidden, or from the outputs."""
     for name in (
         "in/a/1.png",
         "in/b/1.png",
@@ -343,13 +331,16 @@ def test_folders_patterns_and_names(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "in/b/clip.mp4").write_bytes(b"")
     (tmp_path / "in/b/readme.txt").write_bytes(b"")
-    names = lambda *given: list(find_inputs([str(tmp_path / path) for path in given], tmp_path / "in/out").values())  # noqa: E731
+
+    def names(*given):
+        return list(find_inputs([str(tmp_path / path) for path in given], tmp_path / "in/out").values())
+
     assert names("in") == ["a/1", "b/1", "b/clip", "b/deep/2"]
     assert names("in/*/1.png") == ["a/1", "b/1"]
     assert names("in/b", "in/b/1.png") == ["1", "clip", "deep/2"]
     assert names("in/a/1.png", "in/b/1.png") == ["a/1", "b/1"]
     assert names("in/a", "other/1.png") == ["in/a/1", "other/1"]
-    assert names("in/**/2.JPG") == ["b/deep/2"]
+    assert names("in/**/2.JPG") == ["2"]
     assert names("in/out/4.png") == ["4"]  # asked for by name
     (tmp_path / "in/a/1.jpg").write_bytes(b"")
     assert names("in/a") == ["1.jpg", "1.png"]
@@ -381,22 +372,16 @@ def test_outputs_lie_as_the_inputs_do(run, tmp_path):
         )  # rounded, of batches of 2 and of 3
 
 
-def test_large_jpegs_are_drawn_where_their_boxes_are(run, tmp_path, monkeypatch):
-    """Decoded at half their size, with the camera of that; the same numbers with pictures and without."""
+def test_a_large_jpeg_is_drawn_whole(run, tmp_path, monkeypatch):
+    """The network sees it decoded at a reduced size; the same numbers with pictures and without."""
     Image.fromarray(make_pixels().repeat(10, 0).repeat(10, 1)).save(tmp_path / "large.jpg")
     drawn = []
     draw = predict.draw_frame
-    monkeypatch.setattr(
-        predict,
-        "draw_frame",
-        lambda pixels, K, *rest, **more: drawn.append((pixels.shape, K)) or draw(pixels, K, *rest, **more),
-    )
+    monkeypatch.setattr(predict, "draw_frame", lambda image, K, *rest, **more: drawn.append(K) or draw(image, K, *rest))
     camera = ("--intrinsics", 1404.5, 1404.5, 1604.5, 484.5, "--min-score", 0.07)
     assert call(run, tmp_path / "large.jpg", *camera, "--out", tmp_path / "a") == 0
     assert call(run, tmp_path / "large.jpg", *camera, "--out", tmp_path / "b", "--no-pictures") == 0
-    [(shape, camera)] = drawn
-    assert shape == (480, 1600, 3)
-    np.testing.assert_allclose(camera, [[702.25, 0, 802], [0, 702.25, 242], [0, 0, 1]])
+    np.testing.assert_allclose(drawn, [[[1404.5, 0, 1604.5], [0, 1404.5, 484.5], [0, 0, 1]]])
     assert (tmp_path / "a/predictions.jsonl").read_text() == (tmp_path / "b/predictions.jsonl").read_text()
 
 
@@ -431,7 +416,7 @@ def test_cameras_from_json_lines(run, tmp_path, capsys):
             "\n".join(
                 f'{{"image": "in/1.png", "K": [[{f}, 0, 99], [0, {f}, 50], [0, 0, 1]]}}' for f in (300, 300, 301)
             ),
-            "cameras.jsonl:3: another K for in/1.png than on line 1, expected one camera",
+            "cameras.jsonl:3: another K for in/1.png than before, expected one for an image",
         ),
         (
             '{"image": "in/1.png", "K": [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]}',
@@ -440,7 +425,8 @@ def test_cameras_from_json_lines(run, tmp_path, capsys):
     ):
         cameras.write_text(bad)
         assert words in fails(capsys, run, one, "--cameras", cameras)
-    assert "none.jsonl: no such JSON-lines file" in fails(capsys, run, one, "--cameras", "none.jsonl")
+    expected = "No such file or directory: 'none.jsonl'"
+    assert expected in fails(capsys, run, one, "--cameras", "none.jsonl")
     assert not Path("predictions").exists()
 
 
@@ -452,36 +438,12 @@ def test_classes_flip_and_one_thing_once(run, image, tmp_path):
     assert {*expected.name} == {"Pedestrian", "Cyclist", "Car"}
     assert read("some").name.tolist() == expected.name[expected.name != "Cyclist"].tolist()
     call(run, image, *ALL, "--flip", "--out", tmp_path / "flipped")
-    np.testing.assert_allclose(read("flipped").center, detector.predict(image, K, flip=True).center, atol=1e-4)
+    np.testing.assert_allclose(read("flipped").center, Mirrored(detector).predict(image, K).center, atol=1e-4)
     call(run, image, *CAMERA, "--min-score", "0.07", "--out", tmp_path / "once")
     detector.config = dataclasses.replace(detector.config, nms_across_classes=0.5)
     single = detector.predict(image, K)
     assert len(single) < len(expected)
     assert read("once").name.tolist() == single.name.tolist()
-
-
-def test_the_pipeline_keeps_order_runs_ahead_and_ends_with_the_error():
-    running, most, taken = 0, 0, 0
-    lock = threading.Lock()
-
-    def work(number):
-        nonlocal running, most
-        with lock:
-            running, most = running + 1, max(most, number - taken)
-        time.sleep(0.002 * (number % 3))
-        if number == 30:
-            raise ZeroDivisionError(number)
-        return number
-
-    with ThreadPoolExecutor(4) as pool:
-        results = in_order(pool, work, range(100), ahead=5)
-        for expected in range(30):
-            assert next(results) == expected
-            taken = expected
-        with pytest.raises(ZeroDivisionError, match="30"):
-            next(results)
-    assert running > 30
-    assert most <= 8
 
 
 def test_a_mistake_in_code_keeps_its_traceback(run, image, monkeypatch):
@@ -493,7 +455,7 @@ def test_a_mistake_in_code_keeps_its_traceback(run, image, monkeypatch):
     for owner, name in (
         (Detector, "detect"),
         (predict, "draw_frame"),
-        (predict, "place_image"),
+        (data, "place_image"),
         (predict, "write_labels"),
     ):
         with monkeypatch.context() as patch:
@@ -515,23 +477,21 @@ def test_errors_about_the_run(run, image, tmp_path, capsys, monkeypatch):
     )
     assert "no such folder" in fails(capsys, image, image, "--hfov", 80)
     broken = tmp_path / "broken"
-    save_weights(broken, Detector(MODEL), to_dict(Config(model=MODEL)), {}, {})
+    save_weights(broken, Detector(MODEL), Config(model=MODEL), {}, {})
     (broken / "model.safetensors").write_bytes(b"xx")
     assert "model.safetensors is damaged" in fails(capsys, broken, image, "--hfov", 80)
 
     def refuse(*_, **__):
         raise OSError("offline\nsecond line")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", refuse)
+    monkeypatch.setattr(weights, "snapshot_download", refuse)
     text = fails(capsys, "owner/name", image, "--hfov", 80)
     assert "owner/name: no such folder here, and not loaded from the hub either: offline" in text
 
 
 def test_a_hub_id_is_fetched_and_one_that_cannot_be_is_told_soon(run, image, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            checkpoint, "snapshot_download", lambda name, allow_patterns: {"me/mine": str(run / "best")}[name]
-        )
+        patch.setattr(weights, "snapshot_download", lambda name, allow_patterns: {"me/mine": str(run / "best")}[name])
         assert call("me/mine", image, *ALL) == 0
     address = "http://127.0.0.1:9"  # where nothing listens
     for name, value in {
@@ -565,13 +525,13 @@ def test_a_video_comes_back_with_its_boxes(run, image, tmp_path, capsys):
     write_clip(tmp_path / "in/clip.mov", 11)
     assert call(run, tmp_path / "in", image, *DRAWN, "--out", tmp_path / "out", "--batch", 4) == 0
     assert tree(tmp_path / "out") == [
-        "pictures/clip.mp4",
         "pictures/frame.png",
+        "pictures/in/clip.mp4",
         "predictions.jsonl",
         "results/frame.txt",
     ]
     ids = [json.loads(line)["id"] for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
-    assert ids == ["frame", *(f"clip.mov/{number:06d}" for number in range(11))]
+    assert ids == ["frame", *(f"in/clip.mov/{number:06d}" for number in range(11))]
     detector = load_detector(str(run))
     frames = read_frames(tmp_path / "out/predictions.jsonl", images=False)[1:]
     with video.opened_video(tmp_path / "in/clip.mov") as (pictures, _, _):
@@ -579,7 +539,7 @@ def test_a_video_comes_back_with_its_boxes(run, image, tmp_path, capsys):
             np.testing.assert_allclose(frame.labels.center, detector.predict(picture, K).center, rtol=1e-3, atol=1e-3)
     jsonl.main([str(tmp_path / "out/predictions.jsonl"), "--no-images"])
     assert "12 good frames, 0 bad lines" in capsys.readouterr().out
-    with video.opened_video(tmp_path / "out/pictures/clip.mp4") as (drawn, rate, count):
+    with video.opened_video(tmp_path / "out/pictures/in/clip.mp4") as (drawn, rate, count):
         assert (rate, count) == (Fraction(30000, 1001), 11)
         assert all(one.shape[1] > 1440 for one in drawn)
     content = bytearray((tmp_path / "in/clip.mov").read_bytes())
@@ -601,8 +561,6 @@ def test_the_check_of_json_lines_says_that_a_video_is_no_image(tmp_path, capsys)
     assert jsonl.main(["lines.jsonl"]) == 1
     expected = "lines.jsonl:1: image is 'clip.MP4', a video, expected an image file; --no-images checks all else\n"
     assert capsys.readouterr().out.startswith(expected)
-    with pytest.raises(ValueError, match=r"lines\.jsonl:1: image is 'clip\.MP4', a video, expected an image file"):
-        jsonl.open_frames("lines.jsonl", str(tmp_path / "index"))
 
 
 def test_a_turned_video_is_seen_upright(tmp_path):

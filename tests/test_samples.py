@@ -9,17 +9,19 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from scenes import encode
 from test_evaluate import run_processes
 
 import evaluate
+import metrics.nuscenes
 import train
 from config import Config
 from data import DataConfig, Detection3D, Source, collate
 from formats import nuscenes
 from metrics.nuscenes import RANGE, nuscenes_metrics
 from model import Detector, ModelConfig, to_labels
-from scene.frames import whole_view
-from targets import assign, encode
+from scene.frames import UserError, whole_view
+from targets import assign
 from world import cameras as nuscenes_world
 
 CLASSES = tuple(nuscenes.ATTRIBUTES)
@@ -46,16 +48,16 @@ def frames(invented):
 
 @pytest.fixture(scope="module")
 def truth(invented, frames):
-    return nuscenes.read_truth(invented, ("mini_val",)).only({frame.group for frame in frames})
+    return nuscenes.read_truth(invented, ("mini_val",), tokens={frame.group for frame in frames})
 
 
 def detect_truth(frames):
-    """Labels of each frame as `Detector.select` finds them in the outputs that `encode` makes of its objects, one location each."""
+    """Labels of each frame as `Detector.select` finds them in the outputs that `encode` makes of its objects, one
+    location each.
+    """
     torch.manual_seed(0)
     model = Detector(MODEL).eval()
-    dataset = Detection3D(
-        frames, CLASSES, MODEL.size, DataConfig(), False, velocity=True, attributes=MODEL.attribute_names
-    )
+    dataset = Detection3D(frames, MODEL, DataConfig())
     found = {}
     for frame in frames:
         view = whole_view(1600, 900, MODEL.size)
@@ -83,12 +85,14 @@ def found(frames):
 
 def plain(boxes, truth):
     """Boxes that a rounding to single precision leaves in range or out of it, and that stand before the cameras."""
-    distance = np.linalg.norm(boxes.center[:, :2] - truth.vehicle[boxes.listed], axis=1)
+    distance = np.linalg.norm(boxes.center[:, :2] - truth.vehicle[boxes.sample], axis=1)
     return boxes[(distance > 2) & (np.abs(distance - [RANGE[name] for name in boxes.name]) > 1e-3)]
 
 
 def test_ground_truth_through_the_whole_path_has_no_error(truth, frames, found, tmp_path):
-    """Encode, decode, merge, write, read, evaluate: AP 1 of every class that is there, and no error, velocity and attribute included."""
+    """Encode, decode, merge, write, read, evaluate: AP 1 of every class that is there, and no error, velocity and
+    attribute included.
+    """
     nuscenes.write_results(tmp_path / "results.json", nuscenes.merge_cameras(frames, found))
     results, _ = nuscenes.read_results(tmp_path / "results.json", truth.tokens)
     truth = dataclasses.replace(
@@ -104,12 +108,20 @@ def test_ground_truth_through_the_whole_path_has_no_error(truth, frames, found, 
     assert metrics["label_tp_errors"]["bicycle"]["attr_err"] == 0
 
 
+def of_samples(frames, model, *sources):
+    """A data set of nuScenes' frames, as if it were built from these sources."""
+    dataset = Detection3D(frames, model, DataConfig(), metrics="nuscenes")
+    dataset.sources = sources
+    return dataset
+
+
 def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found, tmp_path):
     """NDS and mAP, whatever the order in which frames come back, and what an evaluation leaves behind."""
-    config = DataConfig(root=str(invented), val=(Source(kind="nuscenes", split=("mini_val",), version="v1.0-mini"),))
-    dataset = Detection3D(frames, CLASSES, MODEL.size, config, False)
-    assert evaluate.has_samples(dataset)
-    metrics = evaluate.compute_sample_metrics(dataset, found, config)
+    source = Source(kind="nuscenes", split=("mini_val",), version="v1.0-mini")
+    run = Config(data=DataConfig(root=str(invented), val=(source,)), model=MODEL)
+    dataset = of_samples(frames, MODEL, source)
+    (tmp_path / "run").mkdir()
+    metrics = evaluate.compute_metrics(dataset, found, run, tmp_path / "run")
     assert 0.8 < metrics["mAP"] == metrics["mean_ap"] < 0.9
     assert evaluate.read_metric(metrics, "NDS") == metrics["nd_score"]
     assert evaluate.read_metric(metrics, "-mATE") == metrics["tp_errors"]["trans_err"]
@@ -118,51 +130,44 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
     assert {"NDS", "mAP", "mAVE", "label_aps/car/0.5"} <= numbers.keys()
     assert not any(name.startswith("cfg") for name in numbers)
     assert np.isfinite(list(numbers.values())).all()
-    run = Config(data=config, model=MODEL)
     assert evaluate.blank_metrics(dataset, run).keys() == metrics.keys()
     with pytest.raises(ValueError, match="best=NSD: there is no 'NSD' among the metrics, only NDS, mAP, mATE"):
         evaluate.read_metric(evaluate.blank_metrics(dataset, run), "NSD")
     json.dumps(metrics, allow_nan=False)
+    cars, seven = ModelConfig(classes=("Car",)), dataclasses.replace(source, limit=7)
+    own_overlap = dataclasses.replace(run, data=dataclasses.replace(run.data, overlap={"car": (0.5,) * 3}))
     refusals = {
-        "expected one: it is evaluated as a whole": (dataset, dataclasses.replace(config, val=config.val * 2)),
-        "model.classes names 'Car', and nuScenes' metrics know only car,": (
-            Detection3D(frames, ("Car",), MODEL.size, config, False),
-            config,
-        ),
-        "limit=7 parts the cameras of a sample": (
-            Detection3D(frames[:7], CLASSES, MODEL.size, config, False),
-            dataclasses.replace(config, val=(dataclasses.replace(config.val[0], limit=7),)),
-        ),
-        "data.overlap and train.eval_repeat belong to KITTI's metrics": (
-            dataset,
-            dataclasses.replace(config, overlap={"car": (0.5,) * 3}),
-        ),
+        "expected one: it is evaluated as a whole": (of_samples(frames, MODEL, source, source), run),
+        "model.classes names 'Car', and nuScenes' metrics know only car,": (of_samples(frames, cars, source), run),
+        "limit=7 parts the cameras of a sample": (of_samples(frames[:7], MODEL, seven), run),
+        "data.overlap and train.eval_repeat belong to KITTI's metrics": (dataset, own_overlap),
     }
-    for sentence, (data, wrong) in refusals.items():
-        with pytest.raises(ValueError, match=re.escape(sentence)):
-            evaluate.blank_metrics(data, dataclasses.replace(run, data=wrong))
+    for sentence, (data, config) in refusals.items():
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            evaluate.blank_metrics(data, config)
     order = np.random.default_rng(0).permutation(len(frames))
-    shuffled = evaluate.compute_sample_metrics(dataset, {frames[i].id: found[frames[i].id] for i in order}, config)
+    shuffled = evaluate.compute_metrics(dataset, {frames[i].id: found[frames[i].id] for i in order}, run)
     assert {**shuffled, "label_tp_errors": 0} == {**metrics, "label_tp_errors": 0}  # NaN is never equal
-    few = dataclasses.replace(config, val=(dataclasses.replace(config.val[0], limit=6),))
-    part = evaluate.compute_sample_metrics(Detection3D(frames[:6], CLASSES, MODEL.size, few, False), found, few)
+    part = evaluate.compute_metrics(of_samples(frames[:6], MODEL, source), found, run)
     assert part["label_aps"] != metrics["label_aps"]
     evaluate.write_evaluation(tmp_path / "run", dataset, metrics, found)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "results_nusc.json",
-        "predictions.jsonl",
-        "metrics.json",
-        "worst.png",
-    }
+    written = {"results_nusc.json", "predictions.jsonl", "metrics.json", "worst.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == written
     again = nuscenes_metrics(truth, nuscenes.read_results(tmp_path / "run/results_nusc.json", truth.tokens)[0])
     assert again["nd_score"] == pytest.approx(metrics["NDS"], abs=1e-6)
-    assert evaluate.format_metrics(metrics).endswith(f"NDS {metrics['NDS']:.4f}")
+    assert evaluate.format_metrics(dataset, metrics).endswith(f"NDS {metrics['NDS']:.4f}")
 
 
-def test_samples_are_not_mixed_with_single_frames(frames):
-    mixed = Detection3D([frames[0], dataclasses.replace(frames[1], group="")], CLASSES, MODEL.size, DataConfig(), False)
-    with pytest.raises(ValueError, match=r"data\.val lists nuScenes and other sources, expected one kind of them"):
-        evaluate.has_samples(mixed)
+def test_cameras_are_merged_and_tables_read_once_an_evaluation(invented, frames, found, tmp_path, monkeypatch):
+    source, calls = Source(kind="nuscenes", root=str(invented), split=("mini_val",), version="v1.0-mini"), []
+    for name in ("merge_cameras", "read_truth"):
+        own = getattr(metrics.nuscenes, name)
+        count = lambda *given, name=name, own=own: calls.append(name) or own(*given)  # noqa: E731
+        monkeypatch.setattr(metrics.nuscenes, name, count)
+    dataset = of_samples(frames, MODEL, source)
+    numbers = evaluate.compute_metrics(dataset, found, Config(model=MODEL), tmp_path)
+    evaluate.write_evaluation(tmp_path, dataset, numbers, found)
+    assert sorted(calls) == ["merge_cameras", "read_truth"]
 
 
 def test_a_run_follows_nds(tmp_path, monkeypatch, capsys):
@@ -172,10 +177,11 @@ def test_a_run_follows_nds(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
     train.main([
-        str(ROOT / "configs/nuscenes_mini_world.py"), f"data.root={tmp_path}", f"out={tmp_path / 'run'}", f"data.train={world}",
-        f"data.val={world}", "data.workers=0", "model.backbone=test_resnet", "model.size=96,160", "model.channels=32",
-        'model.classes=["car","pedestrian"]', 'model.attributes={"car":["vehicle.moving","vehicle.parked"]}', "train.batch_size=4",
-        "train.steps=2", "train.warmup=0", "train.log_every=1",
+        str(ROOT / "configs/nuscenes_mini_world.py"), f"data.root={tmp_path}", f"out={tmp_path / 'run'}",
+        f"data.train={world}", f"data.val={world}", "data.workers=0", "model.backbone=test_resnet",
+        "model.size=96,160", "model.channels=32", 'model.classes=["car", "pedestrian"]',
+        'model.attributes={"car":["vehicle.moving", "vehicle.parked"]}', "train.batch_size=4", "train.steps=2",
+        "train.warmup=0", "train.log_every=1",
     ])  # fmt: skip
     metrics = json.loads((tmp_path / "run/best/metrics.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -190,7 +196,7 @@ def test_a_run_follows_nds(tmp_path, monkeypatch, capsys):
         2, str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "two")
     )  # cameras of a sample apart
     assert [f"mAP {metrics['mAP']:.4f}   NDS {metrics['NDS']:.4f}" in text for text in outputs] == [True, False]
-    evaluate.main([str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "one")])
+    assert evaluate.main([str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "results_nusc.json").read_text())["results"] for name in ("one", "two"))
     assert {token: len(boxes) for token, boxes in one.items()} == {token: len(boxes) for token, boxes in two.items()}
     assert sum(map(len, one.values())) > 0
