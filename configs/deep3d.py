@@ -1,4 +1,4 @@
-"""All twelve losses on KITTI: the stack of the system that deep3d succeeds, each of its old switches as a key (token in brackets).
+"""All twelve losses on KITTI: the stack of the system that deep3d succeeds, each old switch a key (token in brackets).
 
 accelerate launch --num_processes 8 train.py configs/deep3d.py data.root=/data/kitti
 """

@@ -2,8 +2,9 @@
 
 accelerate launch --num_processes 8 train.py configs/kitti.py data.root=/data/kitti
 
-Optimizer and learning rate did best on 60 real frames at a global batch of 4, width 128 and the scale on the yardsticks (RESULTS.md);
-schedule, levels and colour are customary. On all of KITTI, and at a global batch of 64, they were not tried.
+Optimizer and learning rate did best on 60 real frames at a global batch of 4, width 128 and the scale on the yardsticks
+(RESULTS.md); schedule, levels and colour are customary. On all of KITTI, and at a global batch of 64, they were not
+tried.
 """
 
 from config import Config, TrainConfig

@@ -1,10 +1,10 @@
-"""16 real KITTI frames learnt by heart, from scratch and without augmentation: what a wrong sign or half pixel would make impossible.
+"""16 real KITTI frames learnt by heart, from scratch, without augmentation: impossible with one wrong sign.
 
 accelerate launch train.py configs/kitti_overfit.py data.root=/data/kitti
 
-Each frame counts 40 times in evaluation, because R40 of n counted objects cannot exceed (n - 1) / 40. 300 steps of 4 images are the
-budget that mmdetection3d's FCOS3D was measured with; train.steps sets another one. The corner loss is on, as it was for the figures of
-RESULTS.md, "Exactness".
+Each frame counts 40 times in evaluation, because R40 of n counted objects cannot exceed (n - 1) / 40. 300 steps of 4
+images are the budget that mmdetection3d's FCOS3D was measured with; train.steps sets another one. The corner loss is
+on, as it was for the figures of RESULTS.md, "Exactness".
 """
 
 from config import Config, TrainConfig

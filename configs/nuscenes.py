@@ -1,13 +1,12 @@
-"""nuScenes, ten classes with velocity and attribute, one detector for all six cameras: ResNet-50 with ImageNet weights, bf16.
+"""nuScenes, ten classes with velocity and attribute, all six cameras: ResNet-50 with ImageNet weights, bf16.
 
 accelerate launch --num_processes 8 train.py configs/nuscenes.py data.root=/data/nuscenes
 sbatch sbatch.sh configs/nuscenes.py data.root=/data/nuscenes
 
-data.root holds v1.0-trainval/, samples/ and, for other splits, v1.0-mini/ or v1.0-test/. This run was never made: no accuracy is claimed.
-Estimated, not measured: 4 GB a GPU (240 MB an image of what backward needs, counted on a CPU and halved for bf16), and 2 to 3 hours on
-eight A100 (68 GMAC an image and forward pass, 4 million images in all), as long as the loader's workers give 1500 images a second.
-Where other detectors are named, the values are those of their published configs: FCOS3D and PGD (mmdetection3d), DD3D (TRI-ML/dd3d,
-dd3d_nusc_dla34), EPro-PnP (tjiiv-cprg, epropnp_det_v1b_220411).
+data.root holds v1.0-trainval/ and samples/. This run was never made: no accuracy is claimed. Estimated, not measured:
+4 GB a GPU, and 2 to 3 hours on eight A100, as long as the loader's workers give 1500 images a second. Where other
+detectors are named, the values are those of their published configs: FCOS3D and PGD (mmdetection3d), DD3D
+(TRI-ML/dd3d, dd3d_nusc_dla34), EPro-PnP (tjiiv-cprg, epropnp_det_v1b_220411).
 """
 
 from config import Config, TrainConfig
@@ -32,10 +31,9 @@ config = Config(
         backbone="resnet50",  # FCOS3D and EPro-PnP: ResNet-101 with deformable convolutions; DD3D: DLA-34 and VoVNet-99
         pretrained=True,
         norm="frozen",  # all four
-        # 896 x 504 px and padding, a third of the pixels that all four see; model.size=896,1600 shows all of them, at three times the cost.
-        size=(512, 896),
-        # All four have strides 64 and 128, too; FCOS3D, PGD and EPro-PnP pass from 8 to 16 and 32 where the farthest side of the box is 48
-        # and 96 px from the cell: boxes of about twice that, here at 0.56 of the size.
+        size=(512, 896),  # a third of the pixels that all four see; model.size=896,1600 costs three times as much
+        # FCOS3D, PGD and EPro-PnP pass from stride 8 to 16 and 32 where the farthest side of the box is 48 and 96 px
+        # from the cell: boxes of about twice that, here at 0.56 of the size. All four have strides 64 and 128, too.
         level_sizes=(54.0, 108.0),
         channels=256,  # all four
         classes=tuple(ATTRIBUTES),

@@ -1,9 +1,9 @@
-"""The built-in world from six cameras, in nuScenes' layout and splits, from scratch: training, merge and NDS without any download.
+"""The built-in world from six cameras, in nuScenes' layout, from scratch: training and NDS without any download.
 
 accelerate launch train.py configs/nuscenes_mini_world.py
 
-Small as configs/synthetic.py is, for minutes on 2 CPU cores. A class without an object counts with AP 0, and these 240 pictures of
-mini_val show no truck, no trailer and no construction vehicle: mAP is at most 0.7.
+Small as configs/synthetic.py is, for minutes on 2 CPU cores. A class without an object counts with AP 0, and these 240
+pictures of mini_val show no truck, no trailer and no construction vehicle: mAP is at most 0.7.
 """
 
 from config import Config, TrainConfig

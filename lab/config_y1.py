@@ -1,9 +1,9 @@
-"""The yardstick: one short, fixed job on the built-in world that every choice of the head is measured with (RESULTS.md).
+"""Y1: one short, fixed job on the built-in world that every choice of the head is measured with (RESULTS.md).
 
 accelerate launch train.py lab/config_y1.py seed=0
 
-World 0, 1600 frames to train on and 400 held-out ones; ResNet-18 from scratch, 500 steps of 4 images. A difference counts only beyond
-twice the spread over seeds that RESULTS.md states.
+World 0, 1600 frames to train on and 400 held-out ones; ResNet-18 from scratch, 500 steps of 4 images. A difference
+counts only beyond twice the spread over seeds that RESULTS.md states.
 """
 
 from config import Config, TrainConfig

