@@ -121,8 +121,9 @@ def load_config(path, overrides=()):
     """Config of a run file (its `config`), with `section.key=value` overrides. Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        near = ", ".join(sorted(str(p) for p in (Path(__file__).parent / "configs").glob("*.py")))
-        raise UserError(f"{path}: no such config file; there are {near}")
+        folder = Path(__file__).parent / "configs"
+        names = ", ".join(sorted(path.name for path in folder.glob("*.py")))
+        raise UserError(f"{path}: no such config file; in {folder} are {names}")
     if path.suffix != ".py":
         raise UserError(f"{path}: expected a Python run file that defines `config`")
     spec = importlib.util.spec_from_file_location(f"run_{path.stem}", path)

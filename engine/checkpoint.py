@@ -272,7 +272,8 @@ def load_checkpoint(accelerator, folder, optimizer):
 
 def near(path, pattern="*"):
     """'; near it are ...' with the names beside a path that resemble it, or nothing."""
-    names = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob(pattern)], 3, 0.4)
+    beside = [p.name for p in path.parent.glob(pattern) if p.name[0] != "."]
+    names = difflib.get_close_matches(path.name, beside, 3, 0.4)
     return f"; near it are {', '.join(names)}" if names else ""
 
 

@@ -147,7 +147,7 @@ def test_all_twelve_losses_run_in_deep3d():
 
 
 def test_wrong_run_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.py: no such config file; there are .*kitti\.py"):
+    with pytest.raises(ValueError, match=r"none\.py: no such config file; in .* are .*kitti\.py"):
         load_config(tmp_path / "none.py")
     (tmp_path / "a.yaml").write_text("lr: 1")
     with pytest.raises(ValueError, match=r"a\.yaml: expected a Python run file"):

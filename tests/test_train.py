@@ -649,7 +649,7 @@ def test_two_config_files_are_too_many(here):
     )
     code, _, err = here("configs/none.py")
     assert code == 2
-    assert re.search(r"configs/none\.py: no such config file; there are .*synthetic\.py", err)
+    assert re.search(r"configs/none\.py: no such config file; in .* are .*synthetic\.py", err)
 
 
 def test_lr_is_a_pure_function_of_the_step():
