@@ -224,6 +224,8 @@ def run(arguments):
         if result is None:
             logger.info(f"stopped by {signals.received or 'a signal to another process'}; the same command goes on")
             (out / "STOPPED").touch()
+            if accelerator.num_processes > 1 and not signals.waiting:
+                sys.exit(1)  # the others may be at work, and wait for this one: upon this the launcher ends them
 
 
 def main(arguments=None):

@@ -2,8 +2,8 @@
 a list of them.
 
 {"what": "loss" | "gradient" | "camera" | "label" | "statistics" | "raise" | "kill" | "hang" | "signal" | "empty" |
-"kill in save" | "signal in save" | "signal in evaluation" | "slow", "steps": [...], "rank": R}: steps are counted from
-1, as in the log; no rank means every rank.
+"kill in save" | "signal in save" | "signal in evaluation" | "hang in evaluation" | "slow", "steps": [...], "rank": R}:
+steps are counted from 1, as in the log; no rank means every rank.
 """
 
 import json
@@ -82,6 +82,8 @@ def publish(aside, final, *rest):
 def to_source(*arguments):
     if struck("signal in evaluation"):
         os.kill(os.getpid(), signal.SIGTERM)
+    if struck("hang in evaluation"):
+        time.sleep(600)
     return normal_source(*arguments)
 
 

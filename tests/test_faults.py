@@ -710,6 +710,22 @@ def test_a_signal_while_saving_or_evaluating(tiny_run, tmp_path, here, what):  #
     assert training_state(out) == training_state(tiny_run[1])
 
 
+def test_a_signal_to_one_process_that_evaluates_ends_all(tiny_run, tmp_path, here):  # noqa: F811
+    """Also one that is busy for long, and would only then wait for it."""
+    out = tmp_path / "out"
+    faults = [{"what": "signal in evaluation", "steps": [4], "rank": 1}]
+    faults.append({"what": "hang in evaluation", "steps": [4], "rank": 0})
+    arguments = tiny(tiny_run[0], out, "train.eval_every=0.5", "data.workers=0")
+    process = start(json.dumps(faults), *arguments, processes=2, script="tests/faulty.py")
+    wait_for_step(out, 4, process)
+    began = time.monotonic()
+    finish(process, timeout=30)
+    assert time.monotonic() - began < 10
+    assert (out / "STOPPED").exists()
+    assert list_checkpoints(out / "checkpoints")[0].name == "step_00000004"
+    assert not (out / "DONE").exists()
+
+
 @pytest.mark.parametrize(
     ("whom", "name"),
     [
