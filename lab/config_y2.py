@@ -7,24 +7,10 @@ Y1 (lab/config_y1.py) is blind to augmentation, averaging and regularisation: it
 counts only beyond twice the spread over seeds that RESULTS.md states.
 """
 
-from config import Config, TrainConfig
-from data import DataConfig, Source
-from losses import LossConfig
-from model import ModelConfig
+import dataclasses
 
-config = Config(
-    out="runs/yardstick_few",
-    data=DataConfig(
-        root="data/synthetic",
-        train=(Source(kind="synthetic", split=("train",), world_frames=160),),
-        val=(Source(kind="synthetic", split=("val",), world_frames=400),),
-        min_height=12.0,
-        max_occlusion=2,
-        workers=1,
-    ),
-    model=ModelConfig(backbone="resnet18", size=(128, 416), strides=(8, 16), level_sizes=(64.0,), channels=64),
-    loss=LossConfig(loss_bbox=2.0, loss_location=0.5, loss_centerness=0.5),
-    train=TrainConfig(
-        batch_size=4, steps=500, optimizer="muon", lr=8e-3, warmup=40, eval_every=0, log_every=20, save_every=500
-    ),
-)
+from data import Source
+from lab.config_y1 import config as y1
+
+few = (Source(kind="synthetic", split=("train",), world_frames=160),)
+config = dataclasses.replace(y1, out="runs/yardstick_few", data=dataclasses.replace(y1.data, train=few))
