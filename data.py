@@ -41,6 +41,8 @@ class Source:
     limit: int = 0  # use only the first frames of the list; 0: all
     rename: dict[str, str] = field(default_factory=dict)  # class names of the source -> the model's
     version: str = ""  # of nuScenes' tables, such as v1.0-mini; empty: the only one that root holds
+    dialect: str = ""  # of nuScenes' tables: 'truckscenes', 't4', a JSON file; empty: nuScenes
+    pose: str = "image"  # of nuScenes' tables: the ego pose that an image names, or 'sample': that nearest its sample
     cameras: tuple[str, ...] = ()  # of nuScenes, such as CAM_FRONT; empty: all
     world_frames: int = 600  # of the built-in world: 'train', 'val' from one camera, 'mini_train', 'mini_val' from six
     world_seed: int = 0  # another world for every number
@@ -90,7 +92,7 @@ def open_source(source, config, problems=None):
     place = f"data source {root}"
     if source.repeat < 1 or source.limit < 0:
         raise UserError(f"{place}: repeat {source.repeat} and limit {source.limit}, expected >= 1 and >= 0")
-    for name in ("split", "version", "cameras", "world_frames", "world_seed"):
+    for name in ("split", "version", "cameras", "dialect", "pose", "world_frames", "world_seed"):
         if name not in reader.FIELDS and getattr(source, name) != getattr(Source(), name):
             raise UserError(f"{place}: {name} means nothing to kind={source.kind}")
     try:

@@ -22,8 +22,11 @@ from scene.frames import make_labels
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {
-    "formats": ("jsonl", "nuscenes", "omni3d", "index", "tar", "cache", "video", "synthetic", "files", "columns"),
-    "metrics": ("nuscenes",),
+    "formats": (
+        *("jsonl", "nuscenes", "tables", "truckscenes", "t4", "omni3d", "index", "tar", "cache", "video", "synthetic"),
+        *("files", "columns"),
+    ),
+    "metrics": ("nuscenes", "nuscenes_files"),
 }  # that a run which does not ask for them never imports; beside these, all of some folders
 EXTRA_FOLDERS = ("world", "tools", "lab")
 AIMS = {  # the most that each may be; for the last one, what it has to be

@@ -1,6 +1,6 @@
 """nuScenes' detection metrics: mAP, five errors of true positives, NDS; equal to nuscenes-devkit 1.2.0, without it.
 
-    python -m metrics.nuscenes ROOT RESULTS.json --split NAME [--version NAME] [--json OUT]
+    python -m metrics.nuscenes ROOT RESULTS.json --split NAME [--version NAME] [--dialect NAME] [--json OUT]
 
 ROOT holds the tables in v1.0-*; boxes are compared in the global frame. Settings are those of detection_cvpr_2019.
 
@@ -10,7 +10,10 @@ ground truth counts as AP 0, errors 1.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -19,37 +22,24 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.nuscenes import (
-    ATTRIBUTES,
-    MOST_BOXES,
-    Boxes,
-    Truth,
-    merge_cameras,
-    parse_results,
-    read_results,
-    read_truth,
-    write_results,
-)
+from formats.nuscenes import Truth, find_dialect, read_truth
+from formats.tables import Boxes
+from metrics.nuscenes_files import MOST_BOXES, merge_cameras, parse_results, read_results, write_results
 from scene.frames import Labels, UserError, check_writable, sentence_of
 
-RANGE = {  # m from the vehicle, per class, in the official order
-    "car": 50, "truck": 50, "bus": 50, "trailer": 50, "construction_vehicle": 50, "pedestrian": 40, "motorcycle": 40,
-    "bicycle": 40, "traffic_cone": 30, "barrier": 30,
-}  # fmt: skip
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, between centres seen from above: a match is nearer
 ERROR_DISTANCE = 2.0  # m, of the matches whose errors count
 ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
-UNDEFINED = {"traffic_cone": ("orient_err", "vel_err", "attr_err"), "barrier": ("vel_err", "attr_err")}
 IN_RACKS = ("motorcycle", "bicycle")  # left out where they stand in a bicycle rack
+LOW_SHARE = 0.05  # of boxes near any object, below which their frame is in doubt
 DETECTIONS_AT_ONCE = 100_000  # whose distances stand in memory together
 RECALL = np.linspace(0, 1, 101)  # not arange(101) / 100: some differ in the last bit, and with them what is reached
 FIRST = 11  # index of the lowest recall that counts, above 0.1
 LOWEST_PRECISION = 0.1
 AP_WEIGHT = 5  # of mAP in NDS, beside the five errors
-SETTINGS = {  # as metrics_summary.json holds them
-    "class_range": RANGE, "dist_fcn": "center_distance", "dist_ths": list(DISTANCES), "dist_th_tp": ERROR_DISTANCE,
-    "min_recall": 0.1, "min_precision": LOWEST_PRECISION, "max_boxes_per_sample": MOST_BOXES,
-    "mean_ap_weight": AP_WEIGHT,
+SETTINGS = {  # as metrics_summary.json holds them, after the ranges of classes
+    "dist_fcn": "center_distance", "dist_ths": list(DISTANCES), "dist_th_tp": ERROR_DISTANCE, "min_recall": 0.1,
+    "min_precision": LOWEST_PRECISION, "max_boxes_per_sample": MOST_BOXES, "mean_ap_weight": AP_WEIGHT,
 }  # fmt: skip
 
 
@@ -62,34 +52,49 @@ def evaluate(dataset, predictions: dict[str, Labels], config, folder=None, overl
     """
     if overlap:
         raise UserError(f"overlap is {overlap!r}, which means nothing to nuScenes' metrics")
+    truth = _truth_of(dataset, config)
+    merged = merge_cameras(dataset.frames, predictions, truth.dialect)
+    truth = truth.of(merged.keys())
+    if folder is not None:
+        write_results(folder / "results_nusc.json", merged)
+    return name_metrics(nuscenes_metrics(truth, parse_results(merged, truth.tokens, truth.dialect)))
+
+
+def _truth_of(dataset, config):
+    """The `Truth` of the one source of a data set."""
     [source] = dataset.sources
     root = Path(source.root or config.data.root)
     if source.kind != "nuscenes":  # the built-in world: it has been rendered into a folder below that
         root = Path(str(dataset.frames[0].image)).parents[2]  # samples/CAM_FRONT/...
-    merged = merge_cameras(dataset.frames, predictions)
-    truth = read_truth(root, source.split, source.version, merged.keys())
-    if folder is not None:
-        write_results(folder / "results_nusc.json", merged)
-    return name_metrics(nuscenes_metrics(truth, parse_results(merged, truth.tokens)))
+    return _read_once(root, source.split, source.version, source.dialect)
+
+
+@functools.lru_cache(maxsize=1)  # the tables of nuScenes take a minute to read: not at each evaluation
+def _read_once(root, splits, version, dialect):
+    return read_truth(root, splits, version, find_dialect(dialect))
 
 
 def blank(dataset, config) -> dict:
     """The metrics of a data set without objects and detections: every name that there will be.
 
-    Raises UserError for what nuScenes' metrics would ignore, or count wrongly.
+    Raises UserError for what nuScenes' metrics would ignore, or count wrongly, and for tables that lack something.
     """
     sources = dataset.sources
     if len(sources) > 1 or (sources[0].kind == "synthetic" and len(sources[0].split) > 1):
         raise UserError("data.val lists several nuScenes sources or worlds, expected one: it is evaluated as a whole")
-    if unknown := [name for name in dataset.classes if name not in ATTRIBUTES]:
-        raise UserError(f"model.classes names {unknown[0]!r}, and nuScenes' metrics know only {', '.join(ATTRIBUTES)}")
-    limit = sources[0].limit
-    if limit and len({*Counter(frame.group for frame in dataset.frames).values()}) > 1:
+    dialect = find_dialect(sources[0].dialect)
+    if unknown := [name for name in dataset.classes if name not in dialect.ranges]:
+        known = ", ".join(dialect.ranges)
+        raise UserError(f"model.classes names {unknown[0]!r}, and the metrics of data.val know only {known}")
+    limit, images = sources[0].limit, Counter(frame.group for frame in dataset.frames)
+    if limit and [*images.values()][-1] < max(images.values()):
         raise UserError(f"data.val: limit={limit} parts the cameras of a sample, which are evaluated together")
     if config.data.overlap or config.train.eval_repeat > 1:
         raise UserError("data.overlap and train.eval_repeat belong to KITTI's metrics, and data.val is nuScenes'")
-    boxes = parse_results({}, [])
-    nothing = Truth([], boxes, np.zeros((0, 2)), np.zeros((0, 4, 3)), np.zeros(0, int))
+    if os.environ.get("RANK", "0") == "0":  # the main process alone, which evaluates: the tables fill gigabytes
+        _truth_of(dataset, config)  # what is missing is told before training
+    boxes, poses = parse_results({}, []), np.zeros((0, 4, 4))
+    nothing = Truth([], boxes, poses, poses, np.zeros((0, 4, 3)), np.zeros(0, int), dialect)
     return name_metrics(nuscenes_metrics(nothing, boxes))
 
 
@@ -115,8 +120,8 @@ def nuscenes_metrics(truth: Truth, results: Boxes) -> dict:
     recall stays below 1, which the official evaluator refuses too.
     """
     detected, annotated = _counted(results, truth), _counted(truth.boxes, truth)
-    aps, errors = {}, {}
-    for name in RANGE:
+    dialect, aps, errors = truth.dialect, {}, {}
+    for name in dialect.ranges:
         own, real = detected[results.name[detected] == name], annotated[truth.boxes.name[annotated] == name]
         own = own[np.argsort(results.score[own], kind="stable")[::-1]]  # of equal scores the later one comes first
         matches = _match(truth, results, own, real)
@@ -124,10 +129,11 @@ def nuscenes_metrics(truth: Truth, results: Boxes) -> dict:
         aps[name] = {str(distance): _average(precision) for distance, (precision, _) in curves.items()}
         match, (_, confidence) = matches[ERROR_DISTANCE], curves[ERROR_DISTANCE]
         rows = own[match >= 0]
-        parts = _errors(truth.boxes[match[match >= 0]], results[rows], np.pi if name == "barrier" else 2 * np.pi)
+        period = np.pi if name in dialect.half_turns else 2 * np.pi
+        parts = _errors(truth.boxes[match[match >= 0]], results[rows], period)
         errors[name] = {error: _mean_error(parts[error], results.score[rows], confidence) for error in ERRORS}
-        errors[name] |= dict.fromkeys(UNDEFINED.get(name, ()), np.nan)
-    return _summary(aps, errors)
+        errors[name] |= dict.fromkeys(dialect.undefined.get(name, ()), np.nan)
+    return _summary(aps, errors) | {"cfg": {"class_range": dict(dialect.ranges), **SETTINGS}}
 
 
 def _summary(aps, errors):
@@ -144,14 +150,13 @@ def _summary(aps, errors):
         "tp_errors": tp_errors,
         "tp_scores": tp_scores,
         "nd_score": float(AP_WEIGHT * mean_ap + np.sum(list(tp_scores.values()))) / (AP_WEIGHT + len(tp_scores)),
-        "cfg": SETTINGS,
     }
 
 
 def _counted(boxes, truth):
     """Rows of the boxes that count: in their class's range, not without points, not in a rack of their sample."""
-    offset = boxes.center[:, :2] - truth.vehicle[boxes.listed]
-    reach = np.array([RANGE[name] for name in boxes.name], float)
+    offset = boxes.center[:, :2] - truth.vehicle[boxes.listed, :2, 3]
+    reach = np.array([truth.dialect.ranges[name] for name in boxes.name], float)
     counted = (np.sqrt((offset**2).sum(1)) < reach) & (boxes.points != 0)
     parkable = counted & np.isin(boxes.name.astype(str), IN_RACKS) & np.isin(boxes.listed, truth.rack_sample)
     for row in np.flatnonzero(parkable):
@@ -263,12 +268,39 @@ def _mean_error(error, score, confidence):
     return float(np.mean(at_recall[FIRST : reached[-1] + 1]))
 
 
+def doubt(truth: Truth, results: Boxes) -> str:
+    """What is likely wrong with results that meet nothing, in one sentence; "" where enough of them lie near objects.
+
+    Boxes in the frame of the vehicle or of the lidar, as detectors give them, would count as mAP 0 without a word.
+    """
+
+    def share(poses):
+        center = (poses[results.listed] @ np.pad(results.center, ((0, 0), (0, 1)), constant_values=1)[..., None])[
+            ..., 0
+        ]
+        moved = dataclasses.replace(results, center=center[:, :3])
+        return len(np.unique(_near_pairs(truth, moved, *rows)[0])) / len(results)
+
+    rows = np.arange(len(results)), np.arange(len(truth.boxes))
+    near = share(np.broadcast_to(np.eye(4), truth.vehicle.shape)) if len(results) and len(truth.boxes) else 1.0
+    if near >= LOW_SHARE:
+        return ""
+    sensor = " or ".join(truth.dialect.reference)
+    shares = {"the vehicle's": share(truth.vehicle), f"{sensor}'s": share(truth.sensor)}
+    frame, most = max(shares.items(), key=lambda pair: pair[1])
+    reach = f"{near:.0%} of the boxes lie within {DISTANCES[-1]:g} m of an object"
+    if most > 4 * LOW_SHARE:
+        return f"{reach}, {most:.0%} would in {frame} frame: results must be in the global frame"
+    places = (boxes.center[:, :2].mean(0).round().tolist() for boxes in (results, truth.boxes))
+    return "{}: they lie about {}, objects about {} in the global frame, in m".format(reach, *places)
+
+
 def table(metrics: Mapping) -> str:
     """The metrics as text: a row per class with AP, AP by distance and errors, which may be None; their means; NDS."""
     titles = ("AP", *(f"@{distance:g} m" for distance in DISTANCES), "ATE m", "ASE", "AOE rad", "AVE m/s", "AAE")
     aps, errors = metrics["label_aps"], metrics["label_tp_errors"]
-    rows = {name: [metrics["mean_dist_aps"][name], *aps[name].values(), *errors[name].values()] for name in RANGE}
-    means = [np.mean([aps[name][str(distance)] for name in RANGE]) for distance in DISTANCES]
+    rows = {name: [metrics["mean_dist_aps"][name], *aps[name].values(), *errors[name].values()] for name in aps}
+    means = [np.mean([aps[name][str(distance)] for name in aps]) for distance in DISTANCES]
     rows["mean"] = [metrics["mean_ap"], *means, *metrics["tp_errors"].values()]
     lines = ["".join([f"{'class':20}", *(f"{title:>9}" for title in titles)])]
     for title, numbers in rows.items():
@@ -285,14 +317,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", metavar="RESULTS.json", help="detections in the official format")
     parser.add_argument("--split", required=True, help="such as val or mini_val")
     parser.add_argument("--version", default="", help="of the tables, such as v1.0-mini; default: the only one")
+    parser.add_argument("--dialect", default="", help="of the tables, such as truckscenes or t4, or its JSON file")
     parser.add_argument("--json", metavar="OUT", help="write what the official metrics_summary.json holds here")
     options = parser.parse_args(arguments)
     try:
         check_writable(options.json)
-        truth = read_truth(options.root, (options.split,), options.version)
+        dialect = find_dialect(options.dialect)
+        truth = read_truth(options.root, (options.split,), options.version, dialect)
         if not len(truth.boxes):
             raise UserError(f"{options.root}: split {options.split} holds no annotation to evaluate against")
-        results, meta = read_results(options.results, truth.tokens)
+        results, meta = read_results(options.results, truth.tokens, dialect)
         start = time.perf_counter()
         metrics = nuscenes_metrics(truth, results)
         print(table(metrics))
@@ -300,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(mixed):
             count = f"{len(mixed)} boxes name another sample than the one they are listed under"
             print(f"{count}, and count there; the first is under {truth.tokens[results.listed[mixed[0]]]}")
+        if sentence := doubt(truth, results):
+            print(sentence)
         if options.json:
             metrics |= {"meta": meta, "eval_time": time.perf_counter() - start}
             Path(options.json).write_text(json.dumps(metrics, indent=1))

@@ -35,6 +35,9 @@ CORE = (
 EXTRAS = (
     "formats/jsonl",
     "formats/nuscenes",
+    "formats/tables",
+    "formats/truckscenes",
+    "formats/t4",
     "formats/omni3d",
     "formats/index",
     "formats/tar",
@@ -44,6 +47,7 @@ EXTRAS = (
     "formats/files",
     "formats/columns",
     "metrics/nuscenes",
+    "metrics/nuscenes_files",
     "world",
     "tools",
     "lab",
@@ -141,12 +145,16 @@ def test_deleting_an_extra_breaks_nothing_else(extra, kitti, tmp_path):
         ],
         tmp_path,
     )
+    dialects = {"formats.truckscenes", "formats.t4"}
+    tables = {"formats.nuscenes", *dialects, "metrics.nuscenes", "metrics.nuscenes_files", "world.cameras"}
     goes_along = {
-        "formats/nuscenes": {"metrics.nuscenes", "world.cameras", "configs.nuscenes"},
+        "formats/nuscenes": tables,
+        "formats/tables": tables,
+        "metrics/nuscenes_files": {"metrics.nuscenes"},
         "world": {"formats.synthetic"},
         "formats/files": {"formats.index", "formats.cache", "world.street", "world.cameras"},
         "formats/jsonl": {"formats.omni3d"},
-        "formats/columns": {"formats.jsonl", "formats.omni3d", "formats.nuscenes", "metrics.nuscenes", "world.cameras"},
+        "formats/columns": {"formats.jsonl", "formats.omni3d", "formats.tables", *tables},
     }.get(extra, set())
     paths = [path for folder in ("formats", "metrics", "world") for path in (tmp_path / folder).glob("*.py")]
     modules = [".".join(path.relative_to(tmp_path).with_suffix("").parts) for path in [*tmp_path.glob("*.py"), *paths]]

@@ -9,7 +9,6 @@ import dataclasses
 import gzip
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import nuscenes_cases
@@ -19,8 +18,11 @@ from PIL import Image
 from test_index import assert_same
 
 import evaluate
+from data import DataConfig, Source
 from formats import nuscenes
-from metrics.nuscenes import RANGE, main, nuscenes_metrics
+from formats.tables import read_annotations, read_samples
+from metrics import nuscenes_files
+from metrics.nuscenes import main, nuscenes_metrics
 from scene.frames import UserError, join, make_labels
 from scene.geometry import box_iou, wrap_angle
 
@@ -81,8 +83,8 @@ def test_every_row_of_the_official_transforms_agrees(invented, frames):
 
 
 def test_every_velocity_is_the_official_one(invented):
-    samples = nuscenes.read_samples(invented / "v1.0-mini", ("mini_train", "mini_val"))
-    boxes, _ = nuscenes.read_annotations(invented / "v1.0-mini", samples)
+    samples = read_samples(invented / "v1.0-mini", ("mini_train", "mini_val"), nuscenes.NUSCENES)
+    boxes, _ = read_annotations(invented / "v1.0-mini", samples, nuscenes.NUSCENES)
     expected = json.loads((invented / "velocities.json").read_text())
     tokens = [
         row["token"] for s in samples for row in table(invented, "sample_annotation") if row["sample_token"] == s.token
@@ -206,7 +208,7 @@ def test_mistakes_in_the_tables_are_one_sentence(invented, tmp_path, name, chang
 def test_a_version_split_or_camera_that_is_not_there_is_named(invented, tmp_path):
     with pytest.raises(UserError, match=r"there is no version 'v1.0-trainval', only v1.0-mini"):
         nuscenes.read_frames(invented, ("train",), "v1.0-trainval")
-    with pytest.raises(UserError, match=r"expected a nuScenes folder with its tables in v1.0-mini"):
+    with pytest.raises(UserError, match=r"expected a folder with nuScenes' tables in v1.0-\*; version= names any"):
         nuscenes.read_frames(tmp_path, ("train",))
     for split in ("val", "nonsense"):
         with pytest.raises(ValueError, match=rf"v1.0-mini: there is no split '{split}', expected mini_train, mini_val"):
@@ -244,8 +246,8 @@ def pictured(invented, frames, tmp_path_factory):
 
 @pytest.mark.parametrize("folder", ["", "none"])
 def test_a_source_reads_any_cameras(pictured, folder):
-    cameras, config = ("CAM_FRONT", "CAM_BACK"), SimpleNamespace(root=str(pictured), index=folder)
-    source = SimpleNamespace(root="", split=("mini_train",), version="", cameras=cameras, limit=0)
+    cameras, config = ("CAM_FRONT", "CAM_BACK"), DataConfig(root=str(pictured), index=folder)
+    source = Source(kind="nuscenes", split=("mini_train",), cameras=cameras)
     frames = nuscenes.frames(source, config)
     assert isinstance(frames, list) == (folder == "none")
     assert [frame.id.split("/")[1] for frame in frames[:2]] == ["CAM_FRONT", "CAM_BACK"]
@@ -254,7 +256,7 @@ def test_a_source_reads_any_cameras(pictured, folder):
     expected = nuscenes.read_frames(pictured, source.split, cameras=cameras)
     for one, two in zip(expected, frames, strict=True):
         assert_same(one, two)
-    source.limit = 3
+    source = dataclasses.replace(source, limit=3)
     assert [frame.id for frame in nuscenes.frames(source, config)] == [frame.id for frame in expected[:3]]
 
 
@@ -387,7 +389,7 @@ def test_every_number_is_the_official_one(invented, truths, tmp_path, job):
         path = tmp_path / "scale.json"
         path.write_bytes(gzip.decompress(packed.read_bytes()))
     truth = truths[expected["eval_set"]]
-    metrics = nuscenes_metrics(truth, nuscenes.read_results(path, truth.tokens)[0])
+    metrics = nuscenes_metrics(truth, nuscenes_files.read_results(path, truth.tokens)[0])
     found, official = numbers_of(metrics), numbers_of(expected)
     assert found.keys() == official.keys()
     assert len(found) == 10 * (4 + 1 + 5) + 12
@@ -400,21 +402,22 @@ def test_a_truth_of_some_samples(invented, truths):
     whole = truths["mini_val"]
     results = json.loads((invented / "results_noisy.json").read_text())["results"]
     tokens = whole.tokens[5:30]
-    part = nuscenes.read_truth(invented, ("mini_val",), tokens=tokens)
+    part = whole.of(tokens)
     assert part.tokens == tokens
     assert 0 < len(part.boxes) < len(whole.boxes)
     some = {token: results[token] for token in tokens}
-    metrics = nuscenes_metrics(part, nuscenes.parse_results(some, tokens))
+    metrics = nuscenes_metrics(part, nuscenes_files.parse_results(some, tokens))
     padded = {token: some.get(token, []) for token in results}
-    expected = nuscenes_metrics(whole, nuscenes.parse_results(padded, whole.tokens))
-    for name in RANGE:  # the same hits and misses, of fewer objects
+    expected = nuscenes_metrics(whole, nuscenes_files.parse_results(padded, whole.tokens))
+    for name in nuscenes.NUSCENES.ranges:  # the same hits and misses, of fewer objects
         assert metrics["mean_dist_aps"][name] >= expected["mean_dist_aps"][name]
     assert metrics["mean_ap"] > expected["mean_ap"]
 
 
 def test_readers_and_metrics_know_the_same_classes():
-    assert list(RANGE) == list(nuscenes.ATTRIBUTES)
-    assert set(nuscenes.CLASS_OF.values()) == set(RANGE)
+    dialect = nuscenes.NUSCENES
+    assert list(dialect.ranges) == list(dialect.attributes) == list(dialect.usual)
+    assert set(dialect.classes.values()) == set(dialect.ranges)
 
 
 def patched(content, ops):
@@ -452,7 +455,7 @@ SENTENCES = {  # name in errors.json: what is said here
     "sample_of_another_split": r"1 samples are none of the split's, the first is 16936b12",
     "sample_unknown": r"1 samples are none of the split's, the first is ffffffff",
     "class_unknown": r"sample 54854a83\w+, box 0: detection_name is 'tram', expected one of car, truck",
-    "attribute_unknown": r"sample 54854a83\w+, box 0: attribute_name is 'vehicle.flying', expected one of ped",
+    "attribute_unknown": r"sample 54854a83\w+, box 0: attribute_name is 'vehicle.flying', expected one of cycle",
     "attribute_missing": r"sample 54854a83\w+, box 0: attribute_name is 'missing'",
     "velocity_missing": r"sample 54854a83\w+, box 0: velocity is 'missing', expected 2 numbers",
     "velocity_three_numbers": r"sample 54854a83\w+, box 0: velocity is '\[0.0, 0.0, 0.0\]', expected 2 numbers",
@@ -477,13 +480,13 @@ def test_what_the_official_evaluator_refuses_is_refused(invented, truths, tmp_pa
     case, truth, path = cases[name], truths["mini_val"], tmp_path / "results.json"
     path.write_text(json.dumps(patched(json.loads((invented / case["base"]).read_text()), case["ops"])))
     if SENTENCES[name] is None:
-        metrics = nuscenes_metrics(truth, nuscenes.read_results(path, truth.tokens)[0])
+        metrics = nuscenes_metrics(truth, nuscenes_files.read_results(path, truth.tokens)[0])
         assert metrics["nd_score"] == pytest.approx(case["nd_score"], abs=1e-9)
         assert metrics["tp_errors"] == pytest.approx(case["tp_errors"], abs=1e-9)
     else:
         assert case["exception"]
         with pytest.raises(ValueError, match=SENTENCES[name]):
-            nuscenes_metrics(truth, nuscenes.read_results(path, truth.tokens)[0])
+            nuscenes_metrics(truth, nuscenes_files.read_results(path, truth.tokens)[0])
 
 
 @pytest.mark.parametrize(
@@ -503,18 +506,18 @@ def test_a_malformed_box_is_named(invented, truths, change, sentence):
     token = list(results)[3]
     results[token][2] |= change
     with pytest.raises(ValueError, match=f"sample {token}, box 2: {sentence}"):
-        nuscenes.parse_results(results, truths["mini_val"].tokens)
+        nuscenes_files.parse_results(results, truths["mini_val"].tokens)
     results[token] = "none"
     with pytest.raises(ValueError, match=f"sample {token} holds none, expected a list of boxes"):
-        nuscenes.parse_results(results, truths["mini_val"].tokens)
+        nuscenes_files.parse_results(results, truths["mini_val"].tokens)
     results[token] = [7]
     with pytest.raises(ValueError, match=rf"sample {token} holds \[7\], expected a list of boxes"):
-        nuscenes.parse_results(results, truths["mini_val"].tokens)
+        nuscenes_files.parse_results(results, truths["mini_val"].tokens)
 
 
 def test_results_without_a_box_score_nothing(truths):
     truth = truths["mini_val"]
-    metrics = nuscenes_metrics(truth, nuscenes.parse_results({token: [] for token in truth.tokens}, truth.tokens))
+    metrics = nuscenes_metrics(truth, nuscenes_files.parse_results({token: [] for token in truth.tokens}, truth.tokens))
     assert metrics["mean_ap"] == metrics["nd_score"] == 0
     assert set(metrics["tp_errors"].values()) == {1.0}
 
@@ -527,7 +530,7 @@ def test_the_command_prints_a_table_and_writes_the_official_keys(invented, tmp_p
     official = json.loads((invented / "expected.json").read_text())["results_noisy"]
     assert printed[0].split() == re.findall(r"\S+", "class AP @0.5 m @1 m @2 m @4 m ATE m ASE AOE rad AVE m/s AAE")
     rows = {line.split()[0]: line.split()[1:] for line in printed[1:12]}
-    assert list(rows) == [*RANGE, "mean"]
+    assert list(rows) == [*nuscenes.NUSCENES.ranges, "mean"]
     aps = official["mean_dist_aps"]["car"], *official["label_aps"]["car"].values()
     assert rows["car"] == [f"{number:.4f}" for number in (*aps,
                                                           *official["label_tp_errors"]["car"].values())]  # fmt: skip
@@ -558,7 +561,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(invented, tmp_path, capsy
         ([*files, "--results", "x", "--labels", "y"], "needs --labels DIR or --nuscenes ROOT"),
         ([*files, "--results", "x", "--errors"], "unrecognized arguments: --errors"),
         (["--nuscenes", "x", "--results", "y"], "the following arguments are required: --split"),
-        (["--nuscenes", tmp_path, "--split", "val", "--results", "b"], "expected a nuScenes folder with its tables"),
+        (["--nuscenes", tmp_path, "--split", "val", "--results", "b"], "expected a folder with nuScenes' tables"),
         ([*files, "--results", tmp_path / "b"], f"{tmp_path / 'b'}: no such result file"),
         ([*files, "--results", invented / "expected.json"], "found no 'results'"),
     ):
@@ -579,7 +582,7 @@ def found_in(frames, **columns):
     """The objects of the ten classes as detections: frame id -> Labels; columns: name -> function of the Labels."""
     found = {}
     for frame in frames:
-        labels = frame.labels[np.isin(frame.labels.name.astype(str), list(RANGE))]
+        labels = frame.labels[np.isin(frame.labels.name.astype(str), list(nuscenes.NUSCENES.ranges))]
         found[frame.id] = dataclasses.replace(labels, **{name: column(labels) for name, column in columns.items()})
     return found
 
@@ -588,13 +591,13 @@ def test_ground_truth_through_cameras_merge_and_file_is_perfect(frames, truths, 
     truth = truths["mini_val"]
     own = [frame for frame in frames if frame.group in truth.tokens]
     found = found_in(own)
-    merged = nuscenes.merge_cameras(own, found)
+    merged = nuscenes_files.merge_cameras(own, found)
     views, objects = sum(map(len, found.values())), sum(map(len, merged.values()))
     assert (views, objects) == (1264, 1012)  # an object seen by two cameras counts once, and none is lost
-    nuscenes.write_results(tmp_path / "results.json", merged)
-    results, meta = nuscenes.read_results(tmp_path / "results.json", truth.tokens)
+    nuscenes_files.write_results(tmp_path / "results.json", merged)
+    results, meta = nuscenes_files.read_results(tmp_path / "results.json", truth.tokens)
     metrics = nuscenes_metrics(truth, results)
-    present = [name for name in RANGE if name != "construction_vehicle"]  # mini_val has none
+    present = [name for name in nuscenes.NUSCENES.ranges if name != "construction_vehicle"]  # mini_val has none
     assert meta == {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
     assert all(ap == pytest.approx(1, abs=1e-9) for name in present for ap in metrics["label_aps"][name].values())
     for name in present:
@@ -604,7 +607,7 @@ def test_ground_truth_through_cameras_merge_and_file_is_perfect(frames, truths, 
         assert not errors["vel_err"] > 1e-3  # and moving ones their vertical speed
         assert not errors["attr_err"] > 0
     double = nuscenes_metrics(
-        truth, nuscenes.parse_results(nuscenes.merge_cameras(own, found, distance=0), truth.tokens)
+        truth, nuscenes_files.parse_results(nuscenes_files.merge_cameras(own, found, distance=0), truth.tokens)
     )
     assert double["mean_ap"] < 0.75
 
@@ -615,8 +618,8 @@ def test_the_order_of_frames_does_not_matter(frames):
     found = found_in(
         own, score=lambda labels: rng.choice([0.25, 0.5], len(labels)), center=lambda labels: labels.center * 1.02
     )
-    merged = nuscenes.merge_cameras(own, found)
-    assert merged == nuscenes.merge_cameras([own[i] for i in rng.permutation(60)], dict(reversed(found.items())))
+    merged = nuscenes_files.merge_cameras(own, found)
+    assert merged == nuscenes_files.merge_cameras([own[i] for i in rng.permutation(60)], dict(reversed(found.items())))
     assert len(merged) == 10
 
 
@@ -631,7 +634,7 @@ def test_of_two_views_the_better_score_wins_and_then_the_smaller_sigma(frames):
         )
 
     def heights(a, b, **options):
-        merged = nuscenes.merge_cameras([front, right], {front.id: a, right.id: b}, **options)
+        merged = nuscenes_files.merge_cameras([front, right], {front.id: a, right.id: b}, **options)
         return [box["size"][2] for box in merged[front.group]]
 
     assert heights(seen(front, 0.5, 9, 1.5), seen(right, 0.6, 9, 1.6)) == [1.6]
@@ -650,7 +653,7 @@ def test_what_a_detector_does_not_tell_is_filled_and_500_boxes_are_kept(frames):
     center = np.stack([np.linspace(-300, 300, n), np.zeros(n), np.full(n, 20.0)], -1)
     names = ["car", "pedestrian", "barrier", "Van"] * (n // 4)
     labels = make_labels(names, np.zeros((n, 4)), np.ones((n, 3)), center, np.zeros(n), score=np.linspace(0, 1, n))
-    boxes = nuscenes.merge_cameras([frame], {frame.id: labels})[frame.group]
+    boxes = nuscenes_files.merge_cameras([frame], {frame.id: labels})[frame.group]
     assert len(boxes) == 500
     assert [box["detection_score"] for box in boxes] == sorted((box["detection_score"] for box in boxes), reverse=True)
     assert {box["detection_name"]: box["attribute_name"] for box in boxes} == {
@@ -660,12 +663,12 @@ def test_what_a_detector_does_not_tell_is_filled_and_500_boxes_are_kept(frames):
     told = dataclasses.replace(
         labels, attribute=np.full(n, "vehicle.moving", object), velocity=np.tile([1.0, np.nan, 0.0], (n, 1))
     )
-    boxes = nuscenes.merge_cameras([frame], {frame.id: told})[frame.group]
+    boxes = nuscenes_files.merge_cameras([frame], {frame.id: told})[frame.group]
     assert {box["attribute_name"] for box in boxes} == {"vehicle.moving", "pedestrian.moving", ""}
     ahead = frame.pose[:2, 0]
     np.testing.assert_allclose(boxes[0]["velocity"], ahead, atol=1e-3)
     with pytest.raises(ValueError, match=f"frame {frame.id} has no group or no pose"):
-        nuscenes.merge_cameras([dataclasses.replace(frame, pose=None)], {frame.id: labels})
+        nuscenes_files.merge_cameras([dataclasses.replace(frame, pose=None)], {frame.id: labels})
 
 
 # ---- the devkit itself

@@ -10,6 +10,7 @@ from PIL import Image
 from config import Config
 from data import DataConfig, Source
 from formats import nuscenes, synthetic
+from formats.tables import read_annotations, read_samples
 from model import ModelConfig
 from tools.check_data import check
 from world import cameras as nuscenes_world
@@ -108,8 +109,8 @@ def test_boxes_cover_what_is_drawn(root):
 
 
 def test_the_official_velocity_and_attribute_are_the_simulated_ones(root):
-    samples = nuscenes.read_samples(root / "v1.0-mini", ("mini_val",))
-    boxes, _ = nuscenes.read_annotations(root / "v1.0-mini", samples)
+    samples = read_samples(root / "v1.0-mini", ("mini_val",), nuscenes.NUSCENES)
+    boxes, _ = read_annotations(root / "v1.0-mini", samples, nuscenes.NUSCENES)
     scenes, moving = {}, 0
     for row in np.flatnonzero(np.isfinite(boxes.velocity[:, 0])):
         sample = samples[boxes.sample[row]]
@@ -144,8 +145,8 @@ def test_hidden_objects_have_no_points(root, tables):
 
 def test_an_object_on_the_border_is_annotated_once_and_seen_by_two_cameras(root):
     frames = frames_of(root)
-    samples = nuscenes.read_samples(root / "v1.0-mini", ("mini_val",))
-    boxes, _ = nuscenes.read_annotations(root / "v1.0-mini", samples)
+    samples = read_samples(root / "v1.0-mini", ("mini_val",), nuscenes.NUSCENES)
+    boxes, _ = read_annotations(root / "v1.0-mini", samples, nuscenes.NUSCENES)
     tokens = [sample.token for sample in samples]
     centers = {}
     for frame in frames:

@@ -18,7 +18,8 @@ import train
 from config import Config
 from data import DataConfig, Detection3D, Source, collate
 from formats import nuscenes
-from metrics.nuscenes import RANGE, nuscenes_metrics
+from metrics import nuscenes_files
+from metrics.nuscenes import nuscenes_metrics
 from model import Detector, ModelConfig, to_labels
 from scene.frames import UserError, whole_view
 from targets import assign
@@ -48,7 +49,7 @@ def frames(invented):
 
 @pytest.fixture(scope="module")
 def truth(invented, frames):
-    return nuscenes.read_truth(invented, ("mini_val",), tokens={frame.group for frame in frames})
+    return nuscenes.read_truth(invented, ("mini_val",)).of({frame.group for frame in frames})
 
 
 def detect_truth(frames):
@@ -85,16 +86,16 @@ def found(frames):
 
 def plain(boxes, truth):
     """Boxes that a rounding to single precision leaves in range or out of it, and that stand before the cameras."""
-    distance = np.linalg.norm(boxes.center[:, :2] - truth.vehicle[boxes.sample], axis=1)
-    return boxes[(distance > 2) & (np.abs(distance - [RANGE[name] for name in boxes.name]) > 1e-3)]
+    distance = np.linalg.norm(boxes.center[:, :2] - truth.vehicle[boxes.sample, :2, 3], axis=1)
+    return boxes[(distance > 2) & (np.abs(distance - [nuscenes.NUSCENES.ranges[name] for name in boxes.name]) > 1e-3)]
 
 
 def test_ground_truth_through_the_whole_path_has_no_error(truth, frames, found, tmp_path):
     """Encode, decode, merge, write, read, evaluate: AP 1 of every class that is there, and no error, velocity and
     attribute included.
     """
-    nuscenes.write_results(tmp_path / "results.json", nuscenes.merge_cameras(frames, found))
-    results, _ = nuscenes.read_results(tmp_path / "results.json", truth.tokens)
+    nuscenes_files.write_results(tmp_path / "results.json", nuscenes_files.merge_cameras(frames, found))
+    results, _ = nuscenes_files.read_results(tmp_path / "results.json", truth.tokens)
     truth = dataclasses.replace(
         truth, boxes=plain(truth.boxes, truth), racks=truth.racks[:0], rack_sample=truth.rack_sample[:0]
     )
@@ -153,7 +154,7 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
     evaluate.write_evaluation(tmp_path / "run", dataset, metrics, found)
     written = {"results_nusc.json", "predictions.jsonl", "metrics.json", "worst.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == written
-    again = nuscenes_metrics(truth, nuscenes.read_results(tmp_path / "run/results_nusc.json", truth.tokens)[0])
+    again = nuscenes_metrics(truth, nuscenes_files.read_results(tmp_path / "run/results_nusc.json", truth.tokens)[0])
     assert again["nd_score"] == pytest.approx(metrics["NDS"], abs=1e-6)
     assert evaluate.format_metrics(dataset, metrics).endswith(f"NDS {metrics['NDS']:.4f}")
 
@@ -164,6 +165,7 @@ def test_cameras_are_merged_and_tables_read_once_an_evaluation(invented, frames,
         own = getattr(metrics.nuscenes, name)
         count = lambda *given, name=name, own=own: calls.append(name) or own(*given)  # noqa: E731
         monkeypatch.setattr(metrics.nuscenes, name, count)
+    metrics.nuscenes._read_once.cache_clear()
     dataset = of_samples(frames, MODEL, source)
     numbers = evaluate.compute_metrics(dataset, found, Config(model=MODEL), tmp_path)
     evaluate.write_evaluation(tmp_path, dataset, numbers, found)
