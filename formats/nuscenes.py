@@ -156,7 +156,7 @@ def frames(source, config, problems: list[str] | None = None) -> Sequence[Frame]
     def made_from():
         files = sorted(tables.glob("*.json"))
         if skip:  # pictures may come later
-            files += sorted(path for path in tables.parent.glob("*/*") if path.is_dir())
+            files += sorted(path for path in tables.parent.glob("*/*") if path.is_dir() and ".index" not in path.name)
         stats = [(file.name, file.stat()) for file in files]
         return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 

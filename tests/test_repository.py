@@ -24,7 +24,7 @@ BELOW = ROOMS["scene"]
 MAY_IMPORT = {  # module, or all of a room: the project's modules that it may import; core never an extra
     "scene": BELOW,
     "formats": BELOW | ROOMS["formats"] | ROOMS["world"],
-    "metrics": BELOW | ROOMS["formats"] | {"metrics.kitti"},
+    "metrics": BELOW | ROOMS["formats"] | ROOMS["metrics"],
     "world": BELOW | ROOMS["world"] | ROOMS["formats"],
     "targets": BELOW,
     "losses": BELOW,

@@ -139,7 +139,7 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
     own_overlap = dataclasses.replace(run, data=dataclasses.replace(run.data, overlap={"car": (0.5,) * 3}))
     refusals = {
         "expected one: it is evaluated as a whole": (of_samples(frames, MODEL, source, source), run),
-        "model.classes names 'Car', and nuScenes' metrics know only car,": (of_samples(frames, cars, source), run),
+        "model.classes names 'Car', and the metrics of data.val know only": (of_samples(frames, cars, source), run),
         "limit=7 parts the cameras of a sample": (of_samples(frames[:7], MODEL, seven), run),
         "data.overlap and train.eval_repeat belong to KITTI's metrics": (dataset, own_overlap),
     }

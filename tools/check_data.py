@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from config import load_config
 from data import Detection3D, Frames, build_dataset, find_metrics, open_source
+from evaluate import blank_metrics
 from scene.draw import draw_frame, draw_sheet
 from scene.frames import UserError, join, load_image, usable_cores, whole_view
 from scene.geometry import clip_boxes
@@ -57,7 +58,9 @@ def check(config, draw=0, out=None):
             problems += [f"{place}: {sentence}" for sentence in doubts]
         if len(problems) == before:  # what only all sources together show: a class in none, or a frame listed twice
             try:
-                build_dataset(config, title == "train")
+                whole = build_dataset(config, title == "train")
+                if title == "val":
+                    blank_metrics(whole, config)  # what an evaluation needs beside the frames, such as lidar rows
             except UserError as error:
                 problems.append(str(error))
     return problems, lines
