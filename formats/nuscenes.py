@@ -191,18 +191,17 @@ def read_frames(
     rows_of = np.split(np.arange(len(boxes)), np.searchsorted(boxes.sample, np.arange(1, len(samples))))
     key_frames = [one for one in read_key_frames(tables, samples, cameras, dialect, pose) if one.valid]
     paths = [tables.parent / one.file for one in key_frames]
-    folders = {path.parent for path in paths}
+    folders = {path.parent for one, path in zip(key_frames, paths, strict=True) if one.file}
     files = {path for folder in folders if folder.is_dir() for path in folder.iterdir()} if images else {*paths}
     tell = log.warning if problems is None else problems.append
     for doubt in _doubts(boxes):
         tell(f"{tables}/sample_annotation.json: {doubt}")
-    frames, absent, measured = [], [], set() if images else {one.channel for one in key_frames}
+    frames, absent = [], []
+    measured = set() if images else {one.channel for one in key_frames}
     for one, path in zip(key_frames, paths, strict=True):
-        sample, rows, missing = samples[one.sample], rows_of[one.sample], not one.file or path not in files
-        problem = one.problem or (f"no such image {path}" if missing else None)
-        if not problem and one.channel not in measured:  # of the others the loader tells
-            measured.add(one.channel)
-            problem = _size_problem(one, path)
+        sample, rows = samples[one.sample], rows_of[one.sample]
+        missing = not one.file or path not in files
+        problem = one.problem or _picture_problem(one, path, missing, measured)
         sentence = f"{tables}: {one.channel} of sample {sample.token}: {problem}"
         if not problem:
             id, labels = f"{sample.scene}/{one.channel}/{one.time}", _labels_in(boxes[rows], occlusion[rows], one)
@@ -212,7 +211,7 @@ def read_frames(
         elif missing and skip:
             absent.append(sentence)
         else:
-            raise UserError(sentence + "; data.skip_bad=true leaves such frames out" * missing)
+            raise UserError(f"{sentence}; data.skip_bad=true leaves such frames out" if missing else sentence)
     if absent:
         log.warning(f"{len(absent)} of {len(key_frames)} frames are left out, as data.skip_bad allows: {absent[0]}")
     return frames
@@ -227,13 +226,17 @@ def _doubts(boxes):
         yield f"none of {len(boxes)} annotations has a lidar or radar point, so that none counts; -1 says unknown"
 
 
-def _size_problem(key_frame, path):
-    """That a picture has not the size that its table says, or None."""
-    with contextlib.suppress(OSError):  # which the loader tells, or passes over
-        size = image_size(path)
-        if size != key_frame.size:
-            sizes = "{}x{}, and sample_data.json says {}x{}".format(*size, *key_frame.size)
-            return f"{path} is {sizes}: write its size there, and K of that size into camera_intrinsic"
+def _picture_problem(key_frame, path, missing, measured):
+    """Why a key frame's picture cannot be used, or None. Of a channel that is not in `measured` its size is checked."""
+    if missing:
+        return f"no such image {path}"
+    if key_frame.channel not in measured:
+        measured.add(key_frame.channel)
+        with contextlib.suppress(OSError):  # which the loader tells, or passes over; so it does with the other sizes
+            size = image_size(path)
+            if size != key_frame.size:
+                sizes = "{}x{}, and sample_data.json says {}x{}".format(*size, *key_frame.size)
+                return f"{path} is {sizes}: write its size there, and K of that size into camera_intrinsic"
     return None
 
 
