@@ -274,6 +274,10 @@ def read_truth(root: str | Path, splits: Sequence[str], version: str = "", diale
     folder = find_version(root, version, dialect)
     samples = read_samples(folder, splits, dialect)
     boxes, _ = read_annotations(folder, samples, dialect)
+    if dialect.several:  # names are free: what no detection of the class can have is unknown
+        pairs = zip(boxes.attribute, boxes.name, strict=True)
+        known = [state if state in dialect.attributes.get(name, ()) else "" for state, name in pairs]
+        boxes = dataclasses.replace(boxes, attribute=np.array(known, dtype=object))
     racks = boxes[boxes.name == RACK]
     references = read_references(folder, samples, dialect)
     return Truth(

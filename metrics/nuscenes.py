@@ -1,8 +1,11 @@
 """nuScenes' detection metrics: mAP, five errors of true positives, NDS; equal to nuscenes-devkit 1.2.0, without it.
 
+Of TruckScenes' tables they are equal to truckscenes-devkit 1.2.0.
+
     python -m metrics.nuscenes ROOT RESULTS.json --split NAME [--version NAME] [--dialect NAME] [--json OUT]
 
-ROOT holds the tables in v1.0-*; boxes are compared in the global frame. Settings are those of detection_cvpr_2019.
+ROOT holds the tables where the dialect looks for them, nuScenes' in v1.0-*; boxes are compared in the global frame.
+Settings are those of detection_cvpr_2019.
 
 Caesar et al., nuScenes, CVPR 2020, section 3.1. Details that change numbers are marked where they are decided: of equal
 scores the later box in the file comes first; of equal distances the first annotation in the table; a class without
