@@ -229,9 +229,6 @@ def read_annotations(folder, samples, dialect):
     category, instances = read_names(folder, "category"), read_names(folder, "instance", "category_token")
     attribute, level = read_names(folder, "attribute"), read_names(folder, "visibility", "level")
     place = f"{folder}/sample_annotation.json"
-    for row, several in enumerate(attributes):
-        if len(several) > 1 and not dialect.several:
-            raise UserError(f"{place}: annotation {token[row]} has {len(several)} attributes, expected at most one")
     row_of = {key: row for row, key in enumerate(token)}
     try:
         names = [category[instances[key]] for key in instance]
@@ -241,6 +238,9 @@ def read_annotations(folder, samples, dialect):
         last = np.array([row_of[key or own] for key, own in zip(after, token, strict=True)], int)
     except KeyError as error:
         raise UserError(f"{place}: an annotation refers to {error}, which no table of {folder} holds") from None
+    for key, several, name in zip(token, states, names, strict=True):
+        if len(several) > 1 and not dialect.several and name in dialect.ranges:  # officially others may have them
+            raise UserError(f"{place}: annotation {key} has {len(several)} attributes, expected at most one")
     at = np.array([index[key] for key in sample], int)
     seconds = np.array([1e-6 * samples[row].time for row in at])  # rounded before they are subtracted, as officially
     center = read_column(center, (3,), "translation", token, place)

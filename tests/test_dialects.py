@@ -26,12 +26,12 @@ import train
 from config import Config
 from data import DataConfig, Detection3D, Source
 from formats import nuscenes
-from formats.tables import read_annotations, read_samples
+from formats.tables import read_annotations, read_samples, rotations
 from metrics.nuscenes import nuscenes_metrics
 from metrics.nuscenes_files import merge_cameras, parse_results, write_results
 from model import ModelConfig
 from scene.frames import UserError
-from scene.geometry import wrap_angle
+from scene.geometry import CORNER_SIGNS, wrap_angle
 from tools import check_data
 
 CASES = ("noisy", "range", "yaw_flipped")  # that are kept here
@@ -314,6 +314,61 @@ def test_distorted_pictures_are_refused_and_undistorted_as_the_page_shows(relati
     assert len(frames) == 7
     assert before.shape == after.shape
     assert np.abs(before - after).mean() > 1
+
+
+# ---- what one angle cannot hold
+
+
+def corner_shifts(root, dialect):
+    """Of each labelled box of a set the largest shift of a corner, m, that making it upright in the camera costs."""
+    [folder] = [path for pattern in dialect.tables for path in root.glob(pattern)]
+    samples = read_samples(folder, ("all",), dialect)
+    boxes, _ = read_annotations(folder, samples, dialect)
+    index, shifts = {sample.token: i for i, sample in enumerate(samples)}, []
+    for frame in nuscenes.read_frames(
+        root, ("all",), images=False, dialect=dataclasses.replace(dialect, rectified=True)
+    ):
+        own, turn = boxes[boxes.sample == index[frame.group]], frame.pose[:3, :3]
+        center = (own.center - frame.pose[:3, 3]) @ turn
+        for one in frame.labels[frame.labels.is_3d]:
+            forward, left, up = own.rotation[np.abs(center - one.center).sum(1).argmin()].T @ turn
+            tilted = CORNER_SIGNS * one.size @ np.stack([forward, -up, left])
+            shifts.append(np.linalg.norm(one.corners() - one.center - tilted, axis=1).max())
+    return shifts
+
+
+def test_the_page_says_what_is_lost_by_one_angle(invented, relatives):
+    page = (ROOT / "docs/formats.md").read_text()
+    sets = {
+        "nuScenes, invented": (invented, nuscenes.NUSCENES),
+        "TruckScenes, invented": (relatives / "truckscenes", TRUCKS),
+        "T4, invented": (relatives / "t4/invented", T4),
+    }
+    for name, (root, dialect) in sets.items():
+        shifts = corner_shifts(root, dialect)
+        [(count, *quantiles)] = re.findall(rf"\| {name}.* \| (\d+) \| (\.\d+) m \| (\.\d+) m", page)
+        assert int(count) == len(shifts)
+        np.testing.assert_allclose(np.quantile(shifts, (0.5, 0.95)), [*map(float, quantiles)], atol=6e-4)
+
+
+def test_the_page_says_what_is_lost_in_real_pictures():
+    """Boxes of mini_val, upright in the global frame, in cameras that look a little up or down."""
+    file = SHARED / "nuscenes_sample/mini_val_mono3d.coco.json.gz"
+    if not file.is_file():
+        pytest.skip(f"the real boxes are not here: {file}")
+    content, shifts = json.loads(gzip.decompress(file.read_bytes())), []
+    mounts = {row["id"]: rotations([row["ego2global_rotation"]])[0] @ rotations([row["cam2ego_rotation"]])[0]
+              for row in content["images"]}  # fmt: skip
+    for row in content["annotations"]:
+        up, (size, yaw) = mounts[row["image_id"]][2], (np.array(row["bbox_cam3d"][3:6]), row["bbox_cam3d"][6])
+        level = np.array([np.cos(yaw), 0, -np.sin(yaw)])
+        ahead = level - [0, level @ up / up[1], 0]  # the level direction of the global frame that is seen there
+        ahead /= np.linalg.norm(ahead)
+        plain = np.stack([level, [0, 1, 0], np.cross([0, -1, 0], level)])
+        shift = CORNER_SIGNS * size @ (np.stack([ahead, -up, np.cross(up, ahead)]) - plain)
+        shifts.append(np.linalg.norm(shift, axis=1).max())
+    assert len(shifts) == 5441
+    np.testing.assert_allclose(np.quantile(shifts, (0.5, 0.95)), [0.043, 0.125], atol=6e-4)
 
 
 # ---- dialects and splits of one's own

@@ -182,7 +182,7 @@ def put(key, value):
         ("sample_annotation", put("rotation", [0, 0, 0, 0]), r"rotation of \w+ is \[0, 0, 0, 0\], expected 4 finite"),
         (
             "sample_annotation",
-            put("attribute_tokens", ["a", "b"]),
+            lambda rows: [row.update(attribute_tokens=2 * row["attribute_tokens"]) for row in rows],
             r"annotation \w+ has 2 attributes, expected at most one",
         ),
         ("sample_annotation", put("instance_token", "x"), r"an annotation refers to 'x', which no table of .* holds"),
