@@ -233,14 +233,14 @@ def read_annotations(folder, samples, dialect):
     try:
         names = [category[instances[key]] for key in instance]
         names = [dialect.classes.get(name, name) for name in names]
-        states = [[attribute[key] for key in several] for several in attributes]
+        states = [attribute[several[0]] if several else "" for several in attributes]
+        for row, several in enumerate(attributes):
+            if len(several) > 1:
+                states[row] = _state([attribute[key] for key in several], names[row], token[row], dialect, place)
         first = np.array([row_of[key or own] for key, own in zip(before, token, strict=True)], int)
         last = np.array([row_of[key or own] for key, own in zip(after, token, strict=True)], int)
     except KeyError as error:
         raise UserError(f"{place}: an annotation refers to {error}, which no table of {folder} holds") from None
-    for key, several, name in zip(token, states, names, strict=True):
-        if len(several) > 1 and not dialect.several and name in dialect.ranges:  # officially others may have them
-            raise UserError(f"{place}: annotation {key} has {len(several)} attributes, expected at most one")
     at = np.array([index[key] for key in sample], int)
     seconds = np.array([1e-6 * samples[row].time for row in at])  # rounded before they are subtracted, as officially
     center = read_column(center, (3,), "translation", token, place)
@@ -258,7 +258,7 @@ def read_annotations(folder, samples, dialect):
         size=read_column(size, (3,), "size", token, place, TINY)[:, [1, 2, 0]],  # file: w, l, h
         rotation=rotations(read_column(rotation, (4,), "rotation", token, place)),
         velocity=velocity,
-        attribute=np.array([_state(*pair, dialect) for pair in zip(states, names, strict=True)], dtype=object),
+        attribute=np.array(states, dtype=object),
         score=np.full(len(token), -1.0),
         points=(lidar + radar).astype(int),
     )
@@ -266,10 +266,10 @@ def read_annotations(folder, samples, dialect):
     return boxes[order], np.array([dialect.occlusion.get(level.get(key), -1) for key in visibility], int)[order]
 
 
-def _state(states, name, dialect):
-    """The attribute of an object of a class: the first that the class may have, else the first, "" without any."""
-    if len(states) < 2:
-        return states[0] if states else ""
+def _state(states, name, token, dialect, place):
+    """Which of several attributes an object of a class gets: the first that the class may have, else the first."""
+    if not dialect.several and name in dialect.ranges:  # officially others may have them
+        raise UserError(f"{place}: annotation {token} has {len(states)} attributes, expected at most one")
     return next((state for state in states if state in dialect.attributes.get(name, ())), states[0])
 
 
