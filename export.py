@@ -73,7 +73,7 @@ def select_rows(boxes, K, config):
     flat["label"] = (boxes["label"] + len(config.classes) * first).flatten()  # of other images: other classes
     rows = nms(flat["box"] + flat["label"][:, None] * apart, flat["score"], config.nms_iou)
     if config.nms_across_classes:
-        parted = flat["box"] + (flat["label"] // len(config.classes))[:, None] * apart
+        parted = flat["box"] + flat["label"].div(len(config.classes), rounding_mode="floor")[:, None] * apart
         rows = rows[nms(parted[rows], flat["score"][rows], config.nms_across_classes)]
     stays = torch.zeros_like(flat["score"]).scatter(0, rows, 1.0)
     score = flat["score"] * stays * (flat["score"] > config.score_threshold)
@@ -88,6 +88,13 @@ def select_rows(boxes, K, config):
     yaw = alpha_to_yaw(detections.pop("alpha"), center)
     label = detections["label"] % len(config.classes)
     return {**detections, "label": label, "score": best, "center": center, "yaw": yaw}
+
+
+def log_sum_exp(values, axes, keepdim=False):
+    """aten.logsumexp of values near 0, such as `decode` has, without the operator that `quant_pre_process` dies of."""
+    from onnxscript import opset18
+
+    return opset18.Log(opset18.ReduceSum(opset18.Exp(values), axes, keepdims=keepdim))
 
 
 def export(detector: Detector, folder: str | Path, suppress: bool = False, half: bool = False) -> Path:
@@ -106,6 +113,7 @@ def export(detector: Detector, folder: str | Path, suppress: bool = False, half:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         rows(image, K)  # fills in the names
         names = {"input_names": ["image", "K"], "output_names": rows.names, "dynamic_shapes": ({0: batch}, {0: batch})}
+        names["custom_translation_table"] = {torch.ops.aten.logsumexp.default: log_sum_exp}
         program = torch.onnx.export(rows, (image, K), opset_version=OPSET, dynamo=True, verbose=False, **names)
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.value_info, model.graph):

@@ -217,9 +217,9 @@ def loss_velocity(decoded, targets):
 
 
 def loss_attribute(decoded, targets, possible):
-    """Cross-entropy of the attribute, where it is known and possible (C, A) bool for the class."""
+    """Cross-entropy of the attribute, where it is known and possible (C, A) for the class."""
     truth = targets.attribute.clamp(min=0)
-    allowed = possible[targets.label].gather(-1, truth[..., None]).squeeze(-1)
+    allowed = possible[targets.label].gather(-1, truth[..., None]).squeeze(-1) > 0
     mask = targets.positive & (targets.attribute >= 0) & allowed
     logits = choose(mask, decoded.attribute, torch.zeros_like(decoded.attribute))
     return (F.cross_entropy(logits.transpose(1, 2), truth, reduction="none") * mask).sum()

@@ -186,7 +186,7 @@ class Detector(
         if model.attributes:
             families = [model.attributes.get(name, ()) for name in model.classes]
             possible = [[attribute in family for attribute in model.attribute_names] for family in families]
-            constants["attribute_possible"] = torch.tensor(possible)  # (C, A) bool
+            constants["attribute_possible"] = torch.tensor(possible).byte()  # (C, A); OpenCV gathers no booleans
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
         self.train()
@@ -318,7 +318,7 @@ class Detector(
         center_pixel = pixel + stride * out["offset"]
         attribute = out.get("attribute")
         if attribute is not None:
-            attribute = torch.where(self.attribute_possible[label], attribute, IMPOSSIBLE)
+            attribute = torch.where(self.attribute_possible[label] > 0, attribute, IMPOSSIBLE)
         return Decoded(
             box=box,
             full_box=full_box,
@@ -376,7 +376,7 @@ class Detector(
         centerness = raw[..., :1].float()  # the first field
         score = logits.sigmoid() ** (1 - share) * centerness.sigmoid() ** share
         best, flat = score.flatten(1).topk(min(self.config.candidates, score[0].numel()))
-        location, label = flat // classes, flat % classes
+        location, label = flat.div(classes, rounding_mode="floor"), flat % classes  # `//` is exported with booleans
         decoded = self.decode(raw.gather(1, location[..., None].expand(-1, -1, raw.shape[-1])), location, label, K)
         sigma = decoded.log_sigma[..., 0].exp()
         trust = 1 - torch.exp(-math.sqrt(2) * self.config.depth_tolerance / sigma)  # Laplace: P(|error| < tolerance)
@@ -395,7 +395,7 @@ class Detector(
             along_x, along_z = decoded.velocity.unbind(-1)
             boxes["velocity"] = torch.stack([along_x, torch.zeros_like(along_x), along_z], -1)
         if decoded.attribute is not None:  # however unsure: a default below a probability of .5 or .7 raised the error
-            boxes["attribute"] = torch.where(self.attribute_possible[label].any(-1), decoded.attribute.argmax(-1), -1)
+            boxes["attribute"] = decoded.attribute.argmax(-1).where(self.attribute_possible[label].sum(-1) > 0, -1)
         return boxes
 
     def predict(self, image, K, min_score=0.0):
