@@ -186,7 +186,7 @@ class Detector(
         if model.attributes:
             families = [model.attributes.get(name, ()) for name in model.classes]
             possible = [[attribute in family for attribute in model.attribute_names] for family in families]
-            constants["attribute_possible"] = torch.tensor(possible).byte()  # (C, A); OpenCV gathers no booleans
+            constants["attribute_possible"] = torch.tensor(possible).long()  # (C, A); OpenCV gathers no booleans
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
         self.train()

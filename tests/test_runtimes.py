@@ -1,8 +1,12 @@
 """The exported graph in runtimes other than onnxruntime: each row of docs/export.md, where the runtime is installed."""
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_export import make_detector
 
 import export
@@ -77,3 +81,80 @@ def test_opencv_runs_it_at_any_batch(exported):
         for name, value in each(inputs).items():
             net.setInput(value, name)
         check(dict(zip(expected, net.forward([*expected]), strict=True)), each(expected))
+
+
+def test_openvino_runs_it_at_any_batch_and_equals_in_float32(exported):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    _, path, inputs, expected = exported
+    net = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for each in (lambda values: values, first):
+        rows = net(each(inputs))
+        check({name: rows[name] for name in expected}, each(expected))
+    score = openvino.Core().compile_model(str(path), "CPU")(inputs)["score"]  # as it comes: bf16 where native
+    assert np.abs(np.sort(score) - np.sort(expected["score"])).mean() < 0.02
+
+
+NODE = """
+const fs = require("fs");
+const [library, folder] = process.argv.slice(1);
+const ort = require(library);
+const read = (name) => fs.readFileSync(`${folder}/${name}`);
+(async () => {
+  const session = await ort.InferenceSession.create(read("model.onnx"));
+  const [batch, height, width] = JSON.parse(read("shape.json"));
+  const image = new ort.Tensor("uint8", new Uint8Array(read("image")), [batch, height, width, 3]);
+  const K = new ort.Tensor("float32", new Float32Array(new Uint8Array(read("K")).buffer), [batch, 3, 3]);
+  for (const [name, { data }] of Object.entries(await session.run({ image, K })))
+    fs.writeFileSync(`${folder}/${name}.out`, Buffer.from(data.buffer, data.byteOffset, data.byteLength));
+})();
+"""
+
+
+def test_onnxruntime_web_runs_it_in_node(exported, tmp_path):
+    library = ROOT / "examples/web/node_modules/onnxruntime-web"
+    if not shutil.which("node") or not library.is_dir():
+        pytest.skip("needs node, and npm install --prefix examples/web onnxruntime-web")
+    _, path, inputs, expected = exported
+    for each in (lambda values: values, first):
+        shutil.copy(path, tmp_path / "model.onnx")
+        for name, value in each(inputs).items():
+            (tmp_path / name).write_bytes(value.tobytes())
+        (tmp_path / "shape.json").write_text(str(list(each(inputs)["image"].shape[:3])))
+        done = subprocess.run(["node", "-e", NODE, library, tmp_path], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        rows = {}
+        for name, value in each(expected).items():
+            rows[name] = np.fromfile(tmp_path / f"{name}.out", value.dtype).reshape(value.shape)
+        check(rows, each(expected))
+
+
+def of_one_image(detector, inputs):
+    """What is converted without ONNX: the module with its rows, and tensors of one image, which fix the batch."""
+    module = export.Rows(detector, False, False).eval().requires_grad_(False)
+    return module, tuple(torch.from_numpy(first(inputs)[name]) for name in ("image", "K"))
+
+
+def test_litert_runs_it_at_a_fixed_batch(exported, tmp_path):
+    litert_torch = pytest.importorskip("litert_torch", reason="litert-torch is not installed")
+    from ai_edge_litert.interpreter import Interpreter
+
+    detector, _, inputs, expected = exported
+    module, tensors = of_one_image(detector, inputs)
+    litert_torch.convert(module, tensors).export(str(tmp_path / "model.tflite"))
+    runner = Interpreter(str(tmp_path / "model.tflite")).get_signature_runner()
+    rows = runner(args_0=tensors[0].numpy(), args_1=tensors[1].numpy())
+    check({name: rows[f"output_{n}"] for n, name in enumerate(expected)}, first(expected))
+
+
+def test_executorch_runs_it_at_a_fixed_batch(exported, tmp_path):
+    pytest.importorskip("executorch.runtime", reason="executorch is not installed")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    detector, _, inputs, expected = exported
+    module, tensors = of_one_image(detector, inputs)
+    program = to_edge_transform_and_lower(torch.export.export(module, tensors), partitioner=[XnnpackPartitioner()])
+    (tmp_path / "model.pte").write_bytes(program.to_executorch().buffer)
+    rows = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward").execute(tensors)
+    check({name: value.numpy() for name, value in zip(expected, rows, strict=True)}, first(expected))
