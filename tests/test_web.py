@@ -144,6 +144,7 @@ def test_mistakes_are_one_sentence(site, page):
     assert status(page, "notes.txt") == "notes.txt is not a picture that this browser can read."
     page.set_input_files("#picture", image)
     status(page, "Give the focal length fx in pixels, or the field of view in degrees.")
+    assert [page.locator(canvas).is_visible() for canvas in ("#front", "#above")] == [True, False]
     page.fill("#focal", "5")
     page.press("#focal", "Enter")
     assert status(page, "implausible") == "A focal length of 5 px is implausible for a picture of 640 x 192."
