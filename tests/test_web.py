@@ -115,6 +115,20 @@ def test_boxes_and_picture_are_those_of_python(site, page):
         assert orange[0] == pytest.approx(orange[1], rel=0.25)
 
 
+def test_a_photo_is_turned_as_its_exif_says(site, page, tmp_path):
+    _, _, runtime, image, _ = site
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned right
+    Image.open(image).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    page.set_input_files("#picture", tmp_path / "turned.jpg")
+    page.fill("#focal", "370")
+    page.press("#focal", "Enter")
+    status(page, "turned.jpg: 192 x 640")
+    expected = runtime.predict(tmp_path / "turned.jpg", [[370, 0, 95.5], [0, 370, 319.5], [0, 0, 1]])
+    scores = [box["score"] for box in page.evaluate("detections")]
+    assert np.abs(np.array(scores[:20]) - expected["score"][:20]).max() < 0.02  # decoders differ by grey levels
+
+
 def test_files_are_dropped_and_the_score_is_moved_by_the_keyboard(site, page):
     _, folder, _, image, _ = site
     drop(page, "mine.onnx", (folder / "model.onnx").read_bytes())
@@ -170,6 +184,8 @@ def test_mistakes_are_one_sentence(site, page):
     assert "npm install --prefix examples/web onnxruntime-web" in status(
         page, "onnxruntime-web is not beside this page"
     )
+    page.goto(f"file://{folder}/index.html")
+    assert "python -m http.server --directory examples/web" in status(page, "This page must come from a server")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
