@@ -460,7 +460,13 @@ def _build_backbone(config):
         options["out_indices"] = tuple(last[stride] for stride in config.strides)
         backbone = timm.create_model(config.backbone, pretrained=config.pretrained, **options)
         dry = copy.deepcopy(backbone).to("meta")
-        sum(feature.sum() for feature in dry(torch.empty(2, 3, *config.size, device="meta"))).backward()
+        features = dry(torch.empty(2, 3, *config.size, device="meta"))
+        sum(feature.sum() for feature in features).backward()
+        pairs = zip(features, backbone.feature_info.channels(), strict=True)
+        sizes = [tuple(f.shape[2:] if f.shape[1] == c else f.shape[1:3]) for f, c in pairs]
+        if sizes != config.pyramid.shapes:
+            needed = f"{config.pyramid.shapes} are needed at model.strides: choose another one"
+            raise UserError(f"{name} has features of {sizes} cells, and {needed}")
     except (AssertionError, OSError, RuntimeError, TypeError) as error:  # huggingface_hub's are OSErrors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         problem = f"gives no features of {config.size} images in timm: {reason}"

@@ -30,29 +30,30 @@ except ImportError:  # Windows
 logger = logging.getLogger("deep3d")
 LOOK = {"cuda": 8}  # by device, else 1: steps between two looks at its numbers, as nobody waits for it in between
 OVERFLOWS = 40  # of fp16 in a row that are too many: its scale of 2^16 is then far below 1
+UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ACCELERATE_USE_... of the launcher
+OVERRIDDEN = {
+    "MIXED_PRECISION": "mixed_precision",
+    "GRADIENT_ACCUMULATION_STEPS": "accumulate",
+    "DYNAMO_BACKEND": "compile",
+}
 TWICE = 1.0  # s: a launcher forwards Ctrl-C to processes that had it from the terminal already; later ones are meant
 
 
-def start_accelerator(options, log_with=None, project_dir=None):
+def start_accelerator(options):
     """`Accelerator` of as many processes as were launched, for a `TrainConfig`'s precision, accumulation and timeout.
 
     Without a GPU the processes here share all cores, where accelerate launch would leave one thread to each;
     OMP_NUM_THREADS is kept where a user set it. Raises UserError when the processes did not join: each would train
     alone, and write over the others.
     """
-    wish = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = options.mixed_precision
-    if wish not in ("no", precision) and os.environ.get("RANK", "0") == "0":
-        logger.warning(
-            f"accelerate launch asks for mixed precision {wish}; train.mixed_precision={precision} is what counts"
-        )
+    heed_launcher(options)
     accelerator = Accelerator(
         mixed_precision=precision,
+        dynamo_backend="no",  # train.compile compiles more
         # as a number it would yield to the environment
         gradient_accumulation_plugin=GradientAccumulationPlugin(options.accumulate, sync_with_dataloader=False),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=options.timeout))],
-        log_with=log_with,
-        project_dir=project_dir,
     )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
@@ -68,6 +69,19 @@ def start_accelerator(options, log_with=None, project_dir=None):
     if accelerator.device.type == "cpu" and (threads is None or (launched() and threads == "1")):
         torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return accelerator
+
+
+def heed_launcher(options):
+    """Say which settings of `accelerate launch` yield to a `TrainConfig`. Raises UserError for what cannot be done."""
+    for name in UNSUPPORTED:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            advice = "launch with --multi_gpu, or run accelerate config anew"
+            raise UserError(f"accelerate launch asks for {name}, but each process holds the whole model here; {advice}")
+    for name, key in OVERRIDDEN.items():
+        wish, value = os.environ.get(f"ACCELERATE_{name}", "no"), getattr(options, key)
+        if wish.lower() not in ("no", "1", str(value)) and os.environ.get("RANK", "0") == "0":
+            words = name.replace("_", " ").lower()
+            logger.warning(f"accelerate launch asks for {words} {wish}; train.{key}={value} is what counts")
 
 
 def launched():
@@ -101,7 +115,7 @@ def lock_folder(out, main=True):
         yield
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt is: nobody who catches errors is to keep it
     """A signal ended the run; all that was done is saved."""
 
 

@@ -106,6 +106,10 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
             {"backbone": "resnet18", "strides": (8, 16, 64), "size": (128, 320)},
             r"backbone .* none at \[64\] of model\.strides",
         ),
+        (
+            {"backbone": "pit_ti_224"},
+            r"backbone .* has features of \[\(11, 39\), \(6, 20\), .* and \[\(12, 40\), \(6, 20\), .* are needed",
+        ),
         ({"backbone": "resnetv2_50d", "pretrained": True}, "backbone 'resnetv2_50d' .* No pretrained weights exist"),
         (
             {"backbone": "nest_base"},

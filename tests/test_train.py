@@ -549,14 +549,32 @@ def test_other_ways_to_train(tiny_run, tmp_path, here, more, close):
     assert (ours[0]["loss"] != theirs[0]["loss"]) == (close > 1e-3)
 
 
-def test_the_environment_changes_neither_accumulation_nor_precision(tiny_run, tmp_path, here, monkeypatch):
-    """A launcher's wish for another precision is told."""
+def test_a_launcher_changes_neither_accumulation_nor_precision_and_compiles_nothing(
+    tiny_run, tmp_path, here, monkeypatch
+):
+    """What it asks for is told."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setattr(torch, "compile", None)
     code, out, err = here(*tiny(tiny_run[0], tmp_path / "out"), "train.steps=2", "train.schedule=constant")
     assert code == 0, err
-    assert "asks for mixed precision bf16; train.mixed_precision=no is what counts" in out + err
+    for wish, counts in (
+        ("mixed precision bf16", "mixed_precision=no"),
+        ("gradient accumulation steps 2", "accumulate=1"),
+        ("dynamo backend INDUCTOR", "compile=False"),
+    ):
+        assert f"accelerate launch asks for {wish}; train.{counts} is what counts" in out + err
     assert losses_of(tmp_path / "out")[0] == losses_of(tiny_run[1])[0]
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_launcher_that_would_split_the_model_is_refused(tmp_path, here, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    code, _, err = here(*tiny(tmp_path / "world", tmp_path / "out"))
+    assert code == 2
+    assert f"error: accelerate launch asks for {name}, but each process holds the whole model here; launch with" in err
+    assert not (tmp_path / "world").exists()
 
 
 def test_fp16_without_a_gpu_is_refused(tiny_run, tmp_path, here):
