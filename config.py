@@ -69,7 +69,7 @@ class Config:
     load_from: str = ""
     # take the architecture of load_from along, such as backbone, size and channels; classes stay the config's
     load_model: bool = False
-    log_with: str = ""  # 'tensorboard', 'trackio' or 'wandb', beside log.jsonl
+    log_with: str = ""  # 'tensorboard', 'trackio', 'mlflow', 'wandb' or another of Accelerate's, beside log.jsonl
     # number of metrics.json that chooses best/; a '-' before it: lower is better
     best: str = "mean/3d/moderate/AP_R40"
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -5,6 +5,7 @@ accelerate launch --num_processes 8 train.py ...     many
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -167,8 +168,8 @@ def finish(config, accelerator, val_set, log, metrics, predictions):
     if accelerator.is_main_process:
         picture = draw_frames(val_set.frames, predictions, metrics, val_set.classes)
         picture.save(out / "predictions.png")
-        if config.log_with:
-            importlib.import_module("engine.trackers").show(accelerator, picture, log.total)
+        for tracker in accelerator.trackers:
+            tracker.show(picture, log.total)
         frame = val_set.frames[0]
         camera = " ".join(f"{frame.K[i]:.6g}" for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
         run, image = shlex.quote(str(out)), shlex.quote(str(frame.image)) if isinstance(frame.image, Path) else "PATH"
@@ -207,11 +208,13 @@ def run(arguments):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out={out}: no folder can be made there: {error.strerror}") from error
-    tracker = config.log_with and importlib.import_module("engine.trackers").find_tracker(config.log_with)
-    accelerator = start_accelerator(config.train, tracker or None, config.out)
+    accelerator = start_accelerator(config.train)
     if config.model.norm == "sync" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise UserError("model.norm=sync needs GPUs: torch synchronises no statistics between processes on CPUs")
-    with lock_folder(out, accelerator.is_main_process), Signals() as signals:
+    tracking = contextlib.nullcontext()
+    if config.log_with:
+        tracking = importlib.import_module("engine.trackers").tracking(accelerator, config)
+    with lock_folder(out, accelerator.is_main_process), tracking, Signals() as signals:
         if accelerator.is_main_process:
             (out / "STOPPED").unlink(missing_ok=True)  # now, as launch scripts start a run again that has it
         start_log(out, accelerator.is_main_process)

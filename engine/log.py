@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import importlib
 import json
 import logging
 import math
@@ -64,8 +63,8 @@ class Log:
             (self.out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
             if self.start < self.total:
                 (self.out / "DONE").unlink(missing_ok=True)
-        if config.log_with:
-            importlib.import_module("engine.trackers").start(accelerator, config)
+        for tracker in accelerator.trackers:
+            tracker.describe(config)
 
     def describe(self, net, train_set, val_set):
         """The first lines: what is trained, on what, for how long."""
@@ -152,7 +151,8 @@ class Log:
         epoch = math.ceil(step / self.steps_per_epoch - 1e-9)
         name = self.config.best
         line = f"Epoch(val) [{epoch}] step {step}  {name}: {value:.4f}, best: {best:.4f}"
-        self.record({"mode": "val", "epoch": epoch, "step": step, name: value}, line, numbers)
+        key = name if "/" in name else f"val/{name}"  # first, or mmdetection's analyze_logs takes the rest for training
+        self.record({key: value, "mode": "val", "epoch": epoch, "step": step}, line, numbers)
 
     def record(self, record, line, numbers=()):
         """One console line, one line of log.jsonl, and the trackers, which get further {name: number} too."""

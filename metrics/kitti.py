@@ -315,14 +315,14 @@ def object_errors(truth, results, classes=CLASSES) -> dict:
     truth, results: as for `kitti_ap`. Objects are the ground truths with a 3D box that count at "hard"; each takes, of
     the detections of its class with 2D overlap above .5, the one with the highest score.
 
-    Returns class -> band ("0-10" ... "50+", metres of the object's depth, and "all") -> {objects, matched, recall
+    Returns class -> band ("0-10" ... "50_and_more", metres of its depth, and "all") -> {objects, matched, recall
     (share), depth_error (mean absolute, m), depth_bias (mean of predicted - true, m), depth_percent (mean absolute, of
     the true depth), heading_error (mean absolute, degrees), heading_flipped (share above 90 degrees), length_error,
     height_error, width_error (mean absolute, m), within_1_sigma, within_2_sigma (share), sigma_ratio (the factor of
     sigma within which the share of errors would be `WITHIN_SIGMA`)}; None where nothing can be averaged.
     """
     data = _Pairs(truth, results, classes, MATCH_OVERLAP)
-    names = [f"{near}-{far}" for near, far in itertools.pairwise(BANDS)] + [f"{BANDS[-1]}+"]
+    names = [f"{near}-{far}" for near, far in itertools.pairwise(BANDS)] + [f"{BANDS[-1]}_and_more"]
     band = np.clip(np.searchsorted(BANDS, data.gt.center[:, 2], "right") - 1, 0, None)
     errors = {}
     for name in classes:

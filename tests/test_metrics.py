@@ -519,8 +519,8 @@ def test_object_errors_by_band():
     assert far["depth_bias"] == pytest.approx(-3)
     assert far["within_1_sigma"] == 1.0
     assert errors["all"]["objects"] == 3
-    assert errors["50+"] == {"objects": 0, "matched": 0} | {
-        key: None for key in errors["50+"] if key not in ("objects", "matched")
+    assert errors["50_and_more"] == {"objects": 0, "matched": 0} | {
+        key: None for key in errors["50_and_more"] if key not in ("objects", "matched")
     }
     without = object_errors({"0": truth}, {"0": found}, ("Car",))
     assert without["Car"]["all"]["within_1_sigma"] is without["Car"]["all"]["sigma_ratio"] is None
