@@ -187,7 +187,7 @@ def test_a_run_follows_nds(tmp_path, monkeypatch, capsys):
     ])  # fmt: skip
     metrics = json.loads((tmp_path / "run/best/metrics.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["NDS"] == metrics["NDS"] >= 0
+    assert lines[-1]["val/NDS"] == metrics["NDS"] >= 0
     assert all(line[name] > 0 for line in lines[:-1] for name in ("loss_velocity", "loss_attribute"))
     said = capsys.readouterr().out
     assert f"mAP {metrics['mAP']:.4f}   NDS {metrics['NDS']:.4f}" in said
