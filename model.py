@@ -462,11 +462,10 @@ def _build_backbone(config):
         dry = copy.deepcopy(backbone).to("meta")
         features = dry(torch.empty(2, 3, *config.size, device="meta"))
         sum(feature.sum() for feature in features).backward()
-        pairs = zip(features, backbone.feature_info.channels(), strict=True)
-        sizes = [tuple(f.shape[2:] if f.shape[1] == c else f.shape[1:3]) for f, c in pairs]
-        if sizes != config.pyramid.shapes:
-            needed = f"{config.pyramid.shapes} are needed at model.strides: choose another one"
-            raise UserError(f"{name} has features of {sizes} cells, and {needed}")
+        for feature, cells in zip(features, config.pyramid.shapes, strict=True):
+            if cells not in (feature.shape[2:], feature.shape[1:3]):  # channels may come last
+                shape = " x ".join(map(str, feature.shape[1:]))
+                raise UserError(f"{name} gives features of {shape}, and {cells} cells are needed: choose another one")
     except (AssertionError, OSError, RuntimeError, TypeError) as error:  # huggingface_hub's are OSErrors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         problem = f"gives no features of {config.size} images in timm: {reason}"

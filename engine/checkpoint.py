@@ -70,9 +70,8 @@ def save_checkpoint(accelerator, config, progress, modules):
     """
     broken = torch.tensor(float(not weights_finite(modules)), device=accelerator.device)
     if accelerator.reduce(broken) > 0:  # agreed on before one of them waits for the others in vain
-        raise FloatingPointError(
-            f"the weights are not finite after step {progress.step}; they are not saved (lower train.lr?)"
-        )
+        state = f"the weights are not finite after step {progress.step}"
+        raise FloatingPointError(f"{state}; they are not saved (lower train.lr?)")
     root = Path(config.out) / "checkpoints"
     aside = root / f".tmp_step_{progress.step:08d}"
     sentence = f"{root}: cannot write the checkpoint of step {progress.step}: {{}}; the older ones are whole"
@@ -215,11 +214,8 @@ def verify(folder, alone=False):
                     raise UserError(f"{folder}: {name} is not among the files of {META}")
                 if not (folder / name).exists():
                     raise UserError(f"{folder}: {name} is missing")
-                if (
-                    Path(name).name != name
-                    or not (folder / name).is_file()
-                    or digest_of(folder / name) != digests[name]
-                ):
+                beside = Path(name).name == name and (folder / name).is_file()
+                if not beside or digest_of(folder / name) != digests[name]:
                     raise UserError(f"{folder}: {name} is damaged")
             return meta
     except UserError:
@@ -305,10 +301,8 @@ def find_start(config, train_set, accelerator):
     kept = before["train"]["batch_size"] == config.train.batch_size  # else another batch was asked for
     now = dataclasses.replace(now, step=then.step, global_batch=then.global_batch if kept else now.global_batch)
     if now.global_batch % (now.processes * config.train.accumulate):
-        raise UserError(
-            f"{folder}: its global batch of {now.global_batch} does not divide over {now.processes} processes with "
-            f"train.accumulate={config.train.accumulate}"
-        )
+        shares = f"{now.processes} processes with train.accumulate={config.train.accumulate}"
+        raise UserError(f"{folder}: its global batch of {now.global_batch} does not divide over {shares}")
     changes = changed_keys(before, to_dict(config))
     for name, words in (("processes", "processes"), ("global_batch", "images a step")):
         if getattr(then, name) != getattr(now, name):
@@ -357,7 +351,5 @@ def find_named(resume):
     if not path.is_dir():
         raise UserError(f"resume={resume}: no such folder{near(path)}")
     if newest := list_checkpoints(path / "checkpoints"):
-        raise UserError(
-            f"resume={resume} is a run, expected one of its checkpoints, of which {newest[0]} is the newest"
-        )
+        raise UserError(f"resume={resume} is a run, expected one of its checkpoints; the newest is {newest[0]}")
     return path

@@ -30,12 +30,8 @@ except ImportError:  # Windows
 logger = logging.getLogger("deep3d")
 LOOK = {"cuda": 8}  # by device, else 1: steps between two looks at its numbers, as nobody waits for it in between
 OVERFLOWS = 40  # of fp16 in a row that are too many: its scale of 2^16 is then far below 1
-UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ACCELERATE_USE_... of the launcher
-OVERRIDDEN = {
-    "MIXED_PRECISION": "mixed_precision",
-    "GRADIENT_ACCUMULATION_STEPS": "accumulate",
-    "DYNAMO_BACKEND": "compile",
-}
+SPLITTING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # ACCELERATE_USE_... of the launcher
+OVERRIDDEN = dict(mixed_precision="MIXED_PRECISION", compile="DYNAMO_BACKEND", accumulate="GRADIENT_ACCUMULATION_STEPS")
 TWICE = 1.0  # s: a launcher forwards Ctrl-C to processes that had it from the terminal already; later ones are meant
 
 
@@ -57,14 +53,10 @@ def start_accelerator(options):
     )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
-        raise UserError(
-            f"launched {asked} processes, but Accelerate joins only {accelerator.num_processes} (without GPUs: "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N)"
-        )
+        advice = "without GPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        raise UserError(f"launched {asked} processes, but Accelerate joins only {accelerator.num_processes} ({advice})")
     if precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError(
-            "train.mixed_precision=fp16 needs a GPU: Accelerate would silently compute in fp32; bf16 works on a CPU"
-        )
+        raise UserError("train.mixed_precision=fp16 needs a GPU: Accelerate would compute in fp32; bf16 works on a CPU")
     threads = os.environ.get("OMP_NUM_THREADS")
     if accelerator.device.type == "cpu" and (threads is None or (launched() and threads == "1")):
         torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -73,15 +65,14 @@ def start_accelerator(options):
 
 def heed_launcher(options):
     """Say which settings of `accelerate launch` yield to a `TrainConfig`. Raises UserError for what cannot be done."""
-    for name in UNSUPPORTED:
+    for name in SPLITTING:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             advice = "launch with --multi_gpu, or run accelerate config anew"
             raise UserError(f"accelerate launch asks for {name}, but each process holds the whole model here; {advice}")
-    for name, key in OVERRIDDEN.items():
+    for key, name in OVERRIDDEN.items():
         wish, value = os.environ.get(f"ACCELERATE_{name}", "no"), getattr(options, key)
         if wish.lower() not in ("no", "1", str(value)) and os.environ.get("RANK", "0") == "0":
-            words = name.replace("_", " ").lower()
-            logger.warning(f"accelerate launch asks for {words} {wish}; train.{key}={value} is what counts")
+            logger.warning(f"accelerate launch asks for {name}={wish}; train.{key}={value} is what counts")
 
 
 def launched():

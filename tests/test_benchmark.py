@@ -17,7 +17,7 @@ from tools.benchmark import Step, main, make_batch, measure_variant, measure_var
 from world.street import build_world
 
 pytestmark = pytest.mark.usefixtures("one_thread_of_commands")
-FP16 = "train.mixed_precision=fp16 needs a GPU: Accelerate would silently compute in fp32; bf16 works on a CPU"
+FP16 = "train.mixed_precision=fp16 needs a GPU: Accelerate would compute in fp32; bf16 works on a CPU"
 
 
 @pytest.fixture(scope="module")

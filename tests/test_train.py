@@ -546,9 +546,9 @@ def test_a_launcher_changes_neither_accumulation_nor_precision_and_compiles_noth
     code, out, err = here(*tiny(tiny_run[0], tmp_path / "out"), "train.steps=2", "train.schedule=constant")
     assert code == 0, err
     for wish, counts in (
-        ("mixed precision bf16", "mixed_precision=no"),
-        ("gradient accumulation steps 2", "accumulate=1"),
-        ("dynamo backend INDUCTOR", "compile=False"),
+        ("MIXED_PRECISION=bf16", "mixed_precision=no"),
+        ("GRADIENT_ACCUMULATION_STEPS=2", "accumulate=1"),
+        ("DYNAMO_BACKEND=INDUCTOR", "compile=False"),
     ):
         assert f"accelerate launch asks for {wish}; train.{counts} is what counts" in out + err
     assert losses_of(tmp_path / "out")[0] == losses_of(tiny_run[1])[0]
@@ -580,7 +580,7 @@ def test_foreign_checkpoints_and_used_folders_are_refused(tiny_run, tmp_path, he
         ([f"resume={tmp_path / 'step_00000002'}", new], r"step_00000002: cannot resume .*: meta\.json is missing"),
         (
             [f"resume={whole}", new],
-            r"is a run, expected one of its checkpoints, of which .*step_00000006 is the newest",
+            r"is a run, expected one of its checkpoints; the newest is .*step_00000006",
         ),
     ):
         code, _, err = here(*tiny(world, whole), *overrides)
