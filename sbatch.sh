@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Train on Slurm: sbatch [--nodes=N] sbatch.sh CONFIG [key=value ...]      one node of 8 GPUs unless told otherwise
-# Three minutes before a time limit, and at a preemption, every process finishes its step, saves and ends; the job is then queued again
-# and goes on from there, at most DEEP3D_REQUEUES times (100), until the run folder holds DONE. The folder must be shared by the nodes.
+# Train on Slurm: sbatch [OPTIONS] sbatch.sh [CONFIG.py] [key=value ...]       8 GPUs of one node, a process on each, unless OPTIONS say
+#   --nodes=4                                           4 x 8 GPUs; the nodes share this folder and out=
+#   --gpus-per-node=1 --cpus-per-task=8                 one GPU, whose process has 8 cores
+#   --gpus-per-node=0 --ntasks-per-node=2               no GPUs, or none that Slurm knows of: two processes on the CPU
+# Three minutes before the time limit, and when a preemption's grace period begins, all processes finish their step, save and end, and
+# the job, an array's task alone, is queued again and goes on until out= holds DONE. scancel ends it; what 30 s suffice for is saved.
 #SBATCH --job-name=deep3d --nodes=1 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
-#SBATCH --output=%x-%j.log --open-mode=append --requeue --signal=B:USR1@180
-set -uo pipefail
-[ $# -ge 1 ] || { echo "usage: sbatch [--nodes=N] sbatch.sh CONFIG [key=value ...]" >&2; exit 2; }
-out=$(python -c 'import sys; from config import load_config; print(load_config(sys.argv[1], sys.argv[2:]).out)' "$@") || exit 2
-gpus=${SLURM_GPUS_ON_NODE:-8}
-MASTER_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_HOST MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) PROCESSES=$((SLURM_NNODES * gpus)) ARGUMENTS="$(printf '%q ' "$@")"
-# The launcher forwards these signals to its processes, and waits so many seconds for them before it kills them (30 by itself).
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=150
-# One launcher a node; --machine_rank must be expanded there, so the command is quoted. num_processes is the total.
-srun --kill-on-bad-exit=1 bash -c 'eval "exec accelerate launch --multi_gpu --num_machines $SLURM_NNODES --num_processes $PROCESSES \
-  --machine_rank $SLURM_NODEID --main_process_ip $MASTER_HOST --main_process_port $MASTER_PORT \
-  --mixed_precision no --dynamo_backend no train.py $ARGUMENTS"' &
-job=$!
-signalled=
-trap 'signalled=1; kill -USR1 $job 2>/dev/null' USR1 TERM
-code=0
-while kill -0 $job 2>/dev/null; do wait $job; code=$?; done # a trapped signal ends wait, not the job
-[ $code -eq 0 ] && [ -e "$out/DONE" ] && exit 0
-# Launchers end with 1 even when their processes were asked to stop and saved; a preemption may signal those only: STOPPED tells.
-if { [ -n "$signalled" ] || [ -e "$out/STOPPED" ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt "${DEEP3D_REQUEUES:-100}" ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+#SBATCH --output=%x-%j.log --open-mode=append --requeue --signal=USR1@180
+out=$(python -c 'import sys, train; print(train.load_config(*train.parse_arguments(sys.argv[1:])).out)' "$@") || exit 2
+rm -f "$out/STOPPED" # which a run leaves behind that a signal ended
+gpus=${SLURM_GPUS_ON_NODE:-0}
+[ "$gpus" -eq 0 ] && export ACCELERATE_USE_CPU=true
+tasks=$((gpus ? gpus : SLURM_NTASKS_PER_NODE)) cores=$((SLURM_CPUS_PER_TASK * SLURM_NTASKS_PER_NODE))
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) LOCAL_WORLD_SIZE=$tasks OMP_NUM_THREADS=$((cores / tasks))
+# srun is the launcher: a process's signals, exit code and last words are its own. One alone needs no variables to find the others.
+srun --ntasks=$((SLURM_NNODES * tasks)) --ntasks-per-node=$tasks --cpus-per-task=$((cores / tasks)) --kill-on-bad-exit=1 \
+  bash -c '[ $SLURM_NTASKS -eq 1 ] || export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  exec python train.py "$@"' bash "$@"
+code=$?
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
+[ -e "$out/DONE" ] && exit $code
+# 138 and 143: the signal came before Python had a handler. Slurm queues what it takes down itself, and that is no longer RUNNING.
+if { [ -e "$out/STOPPED" ] || [ $code -eq 138 ] || [ $code -eq 143 ]; } && [ "$(squeue -h -j "$id" -o %T)" = RUNNING ]; then
+  scontrol requeue "$id"
   exit 0
 fi
-exit "$((code ? code : 1))"
+exit $((code ? code : 1))

@@ -1,7 +1,6 @@
-"""How runs are launched: the Slurm script with a fake Slurm, and two machines in network namespaces."""
+"""How runs are launched: sbatch.sh with a fake Slurm (tests/slurm.sh: a real one), two machines in net namespaces."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,106 +10,113 @@ from conftest import ROOT, command_line, tiny
 from conftest import launch as launch_here
 from test_train import losses_of, records
 
-SRUN = """#!/usr/bin/env bash
-echo "srun $*" >> "$FAKE/calls"
-shift
-SLURM_NODEID=0 exec "$@"
-"""
-SCONTROL = """#!/usr/bin/env bash
-echo "scontrol $*" >> "$FAKE/calls"
-[ "$1" = show ] && printf 'node-a\\nnode-b\\n'
-exit 0
-"""
-ACCELERATE = """#!/usr/bin/env bash
-printf '%s\\n' "$@" > "$FAKE/arguments"
-echo "$PET_SIGNALS_TO_HANDLE $PET_SHUTDOWN_TIMEOUT" > "$FAKE/variables"
-trap 'echo saved > "$FAKE/saved"; exit 1' USR1
-[ -n "${FAKE_ENDS:-}" ] && { mkdir -p "$FAKE_OUT"; touch "$FAKE_OUT/DONE"; exit 0; }
-[ -n "${FAKE_FAILS:-}" ] && exit 1
-for _ in $(seq 200); do sleep 0.05; done
-"""
+TOOLS = {
+    "squeue": 'echo "squeue $*" >> "$FAKE/calls"; echo "$FAKE_STATE"',
+    "scontrol": 'echo "scontrol $*" >> "$FAKE/calls"; [ "$1" = show ] && printf "node-a\nnode-b\n"; exit 0',
+    "srun": """echo "srun $*" >> "$FAKE/calls"
+        while [[ $1 == --* ]]; do [[ $1 == --ntasks=* ]] && export SLURM_NTASKS=${1#*=}; shift; done
+        SLURM_PROCID=9 SLURM_LOCALID=1 exec "$@" """,
+    "python": """[ "$1" = -c ] && { [ -z "${FAKE_MISTAKE:-}" ] && echo "$FAKE/run"; exit; }
+        printf "%s\n" "$@" > "$FAKE/arguments"; env > "$FAKE/variables"
+        for name in $FAKE_LEAVES; do touch "$FAKE/run/$name"; done; exit "$FAKE_CODE" """,
+}  # stand-ins for Slurm's commands and for a training
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Starts sbatch.sh with a fake srun, scontrol and accelerate on the PATH. Returns the process; files show what was
-    called."""
-    python = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE), ("python", python)):
-        (tmp_path / name).write_text(text)
+    """Runs sbatch.sh where Slurm's commands and python are stand-ins. Returns (exit code, calls)."""
+    (tmp_path / "run").mkdir()
+    for name, text in TOOLS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
 
-    def run(*arguments, **variables):
+    def run(*arguments, leaves="", code=0, state="RUNNING", **variables):
         environment = {
-            **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "FAKE": str(tmp_path),
+            "FAKE_LEAVES": leaves,
+            "FAKE_CODE": str(code),
+            "FAKE_STATE": state,
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_JOB_ID": "41007",
             "SLURM_NNODES": "2",
+            "SLURM_NTASKS_PER_NODE": "1",
+            "SLURM_CPUS_PER_TASK": "64",
             "SLURM_GPUS_ON_NODE": "8",
             **variables,
         }
         command = ["bash", "sbatch.sh", *map(str, arguments)]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+        calls = tmp_path / "calls"
+        return ended.returncode, calls.read_text() if calls.exists() else ""
 
     run.folder = tmp_path
+    run.variables = lambda: dict(v.split("=", 1) for v in (tmp_path / "variables").read_text().splitlines() if "=" in v)
     return run
 
 
-def test_slurm_launches_one_launcher_a_node(slurm):
-    out = slurm.folder / "run"
-    process = slurm("configs/kitti.py", f"out={out}", "data.root=/a folder/kitti", FAKE_ENDS="1", FAKE_OUT=str(out))
-    assert process.wait(60) == 0, process.stderr.read()
-    arguments = (slurm.folder / "arguments").read_text().splitlines()
-    options = dict(zip(arguments[2:-4:2], arguments[3:-4:2], strict=True))
-    assert arguments[:2] == ["launch", "--multi_gpu"]
-    assert options == {
-        "--num_machines": "2",
-        "--num_processes": "16",
-        "--machine_rank": "0",
-        "--main_process_ip": "node-a",
-        "--main_process_port": "21007",
-        "--mixed_precision": "no",
-        "--dynamo_backend": "no",
-    }
-    assert arguments[-4:] == ["train.py", "configs/kitti.py", f"out={out}", "data.root=/a folder/kitti"]
-    assert (slurm.folder / "variables").read_text() == "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 150\n"
-    assert "requeue" not in (slurm.folder / "calls").read_text()
+def test_slurm_runs_a_process_on_each_gpu(slurm):
+    code, calls = slurm("configs/kitti.py", "data.root=/a folder/kitti", leaves="DONE")
+    assert code == 0
+    assert "srun --ntasks=16 --ntasks-per-node=8 --cpus-per-task=8 --kill-on-bad-exit=1 " in calls
+    assert (slurm.folder / "arguments").read_text().splitlines() == [
+        "train.py",
+        "configs/kitti.py",
+        "data.root=/a folder/kitti",
+    ]
+    expected = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "OMP_NUM_THREADS": "8"}
+    expected |= {"MASTER_ADDR": "node-a", "MASTER_PORT": "21007"}
+    variables = slurm.variables()
+    assert {name: variables.get(name) for name in expected} == expected
+    assert "ACCELERATE_USE_CPU" not in variables
+    assert "requeue" not in calls
 
 
-@pytest.mark.parametrize(("restarts", "requeued"), [("3", True), ("100", False)])
-def test_slurm_requeues_a_job_that_was_told_to_stop(slurm, restarts, requeued):
-    process = slurm("configs/kitti.py", f"out={slurm.folder / 'run'}", SLURM_RESTART_COUNT=restarts)
-    end = time.monotonic() + 60
-    while not (slurm.folder / "variables").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGUSR1)
-    code = process.wait(30)
-    assert (slurm.folder / "saved").exists()
-    assert ("scontrol requeue 41007" in (slurm.folder / "calls").read_text()) == requeued
-    assert (code == 0) == requeued
+@pytest.mark.parametrize("gpus", ["1", "0", ""])
+def test_slurm_runs_one_process_on_its_own(slurm, gpus):
+    """Without GPUs that Slurm knows of on the CPU, and with as many processes as it is given."""
+    where = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": gpus}
+    code, calls = slurm(leaves="DONE", **where)
+    assert (code, "--ntasks=1 --ntasks-per-node=1 --cpus-per-task=64 " in calls) == (0, True)
+    variables = slurm.variables()
+    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK"}.isdisjoint(variables)
+    assert variables.get("ACCELERATE_USE_CPU") == (None if gpus == "1" else "true")
+    if gpus != "1":
+        slurm(leaves="DONE", **where, SLURM_NTASKS_PER_NODE="2", SLURM_CPUS_PER_TASK="4")
+        assert "--ntasks=2 --ntasks-per-node=2 --cpus-per-task=4 " in (slurm.folder / "calls").read_text()
+        assert slurm.variables()["WORLD_SIZE"] == "2"
 
 
-def test_slurm_requeues_a_job_whose_processes_alone_were_told_to_stop_but_no_failure(slurm):
-    out = slurm.folder / "run"
-    out.mkdir()
-    (out / "DONE").touch()  # of an earlier run
-    process = slurm("configs/kitti.py", f"out={out}", FAKE_FAILS="1")
-    assert process.wait(60) == 1
-    assert "requeue" not in (slurm.folder / "calls").read_text()
-    (out / "STOPPED").touch()
-    assert slurm("configs/kitti.py", f"out={out}", FAKE_FAILS="1").wait(60) == 0
-    assert "scontrol requeue 41007" in (slurm.folder / "calls").read_text()
+@pytest.mark.parametrize(
+    ("leaves", "code", "state", "requeued"),
+    [
+        ("STOPPED", 0, "RUNNING", True),  # the warning before the time limit, a grace period
+        ("STOPPED", 1, "RUNNING", True),  # the same while it evaluated, with several processes
+        ("", 138, "RUNNING", True),  # SIGUSR1, before Python had a handler
+        ("", 143, "RUNNING", True),  # SIGTERM
+        ("STOPPED", 0, "COMPLETING", False),  # scancel, the time limit itself; what Slurm queues again by itself
+        ("STOPPED DONE", 0, "RUNNING", False),
+        ("", 1, "RUNNING", False),
+        ("", 137, "RUNNING", False),
+        ("", 0, "RUNNING", False),  # it says nothing of what it did
+    ],
+)
+def test_slurm_queues_again_what_was_told_to_stop(slurm, leaves, code, state, requeued):
+    """A mark that an earlier job left does not count."""
+    (slurm.folder / "run/STOPPED").touch()
+    ended, calls = slurm(leaves=leaves, code=code, state=state)
+    assert ("scontrol requeue 41007\n" in calls) == requeued
+    assert ended == (0 if requeued or "DONE" in leaves else code or 1)
+
+
+def test_slurm_queues_one_task_of_an_array_again(slurm):
+    """The last task's SLURM_JOB_ID is the array's: all of them would be queued."""
+    _, calls = slurm(leaves="STOPPED", SLURM_ARRAY_JOB_ID="41007", SLURM_ARRAY_TASK_ID="3")
+    assert "squeue -h -j 41007_3 -o %T\nscontrol requeue 41007_3\n" in calls
 
 
 def test_slurm_ends_at_a_mistake(slurm):
-    assert slurm().wait(60) == 2
-    process = slurm("configs/kitti.py", "train.learning_rate=1")
-    assert process.wait(60) == 2
+    assert slurm("configs/kitti.py", FAKE_MISTAKE="1") == (2, "")
 
 
 @pytest.fixture
