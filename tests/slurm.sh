@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sbatch.sh on a real Slurm of two nodes, brought up in a temporary folder from Debian's packages, which are not installed, and gone when
-# this ends:  bash tests/slurm.sh      twelve minutes; exit code 0 where all went as it should, 77 where it cannot run
+# this ends:  bash tests/slurm.sh      a quarter of an hour; exit code 0 where all went as it should, 77 where it cannot run
 # Each row is a job, or two where the first was to end early: what became of it, how often it was queued again, whether its last weights
 # and moments are those of a run that nobody stopped, to the last bit.
 set -u
@@ -95,8 +95,8 @@ submit() { # NAME [OPTION ...]
     sbatch.sh "$folder/config.py")
 }
 field() { scontrol -o show job "$1" | head -n 1 | grep -o " $2=[^ ]*" | cut -d= -f2; }
-await() { # CONDITION NAME [...], for at most five minutes
-  for _ in $(seq 300); do "$@" && return || sleep 1; done
+await() { # CONDITION NAME [...], for at most 15 minutes
+  for _ in $(seq 900); do "$@" && return || sleep 1; done
   echo "waited in vain: $*, $(field "${ids[$2]}" JobState)" && tail -n 20 "$folder/$2.log" "$folder/slurmctld.log"
 }
 running() { [ "$(field "${ids[$1]}" JobState)" = RUNNING ]; }
@@ -128,7 +128,7 @@ done
 printf '%-34s %-62s %s\n' job "what became of it" "same weights"
 
 # ---- one process
-for name in end 'one_gpu --gpus-per-node=1' 'limit --time=3 --signal=USR1@60' requeue kill; do submit $name; done
+for name in end 'one_gpu --gpus-per-node=1' 'limit --time=3 --signal=USR1@60 --export=ALL,PAUSE=2' requeue kill; do submit $name; done
 await reached requeue 15 && scontrol requeue "${ids[requeue]}"
 await reached kill 25 && kill -9 "$(pgrep -P "$(pgrep -f "slurmstepd: \[${ids[kill]}.0\]")" | head -n 1)"
 await over kill && killed=$(outcome kill) && submit kill
@@ -156,7 +156,7 @@ row "task 0 of an array" array0 alone1 "COMPLETED, queued again 0 " "$(outcome a
 row "task 1, signalled" array1 alone1 "COMPLETED, queued again 1 " "$(outcome array1)"
 
 # ---- two processes, on two nodes but for the first
-for name in 'one_node --ntasks-per-node=2' 'two_nodes --nodes=2' 'two_nodes_limit --nodes=2 --time=3 --signal=USR1@60'; do submit $name; done
+for name in 'one_node --ntasks-per-node=2' 'two_nodes --nodes=2' 'two_nodes_limit --nodes=2 --time=3 --signal=USR1@60 --export=ALL,PAUSE=2'; do submit $name; done
 for name in one_node two_nodes two_nodes_limit; do await over $name; done
 row "two processes on one node" one_node alone2 "COMPLETED, queued again 0 " "$(outcome one_node)"
 row "two nodes" two_nodes alone2 "COMPLETED, queued again 0 " "$(outcome two_nodes)"
