@@ -7,8 +7,7 @@
 # the job, an array's task alone, is queued again and goes on until out= holds DONE. scancel ends it; what 30 s suffice for is saved.
 #SBATCH --job-name=deep3d --nodes=1 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
 #SBATCH --output=%x-%j.log --open-mode=append --requeue --signal=USR1@180
-out=$(python -c 'import sys, train; print(train.load_config(*train.parse_arguments(sys.argv[1:])).out)' "$@") || exit 2
-rm -f "$out/STOPPED" # which a run leaves behind that a signal ended
+began=$(date +%s)
 gpus=${SLURM_GPUS_ON_NODE:-0}
 [ "$gpus" -eq 0 ] && export ACCELERATE_USE_CPU=true
 tasks=$((gpus ? gpus : SLURM_NTASKS_PER_NODE)) cores=$((SLURM_CPUS_PER_TASK * SLURM_NTASKS_PER_NODE))
@@ -19,11 +18,14 @@ srun --ntasks=$((SLURM_NNODES * tasks)) --ntasks-per-node=$tasks --cpus-per-task
   bash -c '[ $SLURM_NTASKS -eq 1 ] || export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   exec python train.py "$@"' bash "$@"
 code=$?
+out=$(python -c 'import sys, train; print(train.load_config(*train.parse_arguments(sys.argv[1:])).out)' "$@" 2>/dev/null) || exit $code
+[ -e "$out/DONE" ] && exit $code
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 id=${id:-$SLURM_JOB_ID}
-[ -e "$out/DONE" ] && exit $code
-# 138 and 143: the signal came before Python had a handler. Slurm queues what it takes down itself, and that is no longer RUNNING.
-if { [ -e "$out/STOPPED" ] || [ $code -eq 138 ] || [ $code -eq 143 ]; } && [ "$(squeue -h -j "$id" -o %T)" = RUNNING ]; then
+# A run that a signal ended leaves STOPPED; with 138 and 143 it came before Python had a handler. What Slurm itself takes down it
+# queues again, or not, by itself, and says COMPLETING.
+stopped=$(stat -c %Y "$out/STOPPED" 2>/dev/null || echo 0)
+if [[ $stopped -ge $began || $code = 138 || $code = 143 ]] && [ "$(squeue -h -j "$id" -o %T)" = RUNNING ]; then
   scontrol requeue "$id"
   exit 0
 fi

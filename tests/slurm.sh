@@ -21,10 +21,10 @@ export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true PAUSE=0.7
 mkdir "$folder"/{packages,state,spool-n1,spool-n2}
 (cd "$folder/packages" && apt-get download slurm-client slurmctld slurmd slurm-wlm-basic-plugins munge libmunge2 libhwloc15) \
   >"$folder/apt" 2>&1 || skip "apt-get download: $(tail -n 1 "$folder/apt") (apt-get update?)"
-for package in "$folder"/packages/*.deb; do dpkg -x "$package" "$folder/root"; done
-for path in "$folder"/root/usr/sbin/*-wlm; do ln -s "$path" "${path%-wlm}"; done
-libraries=$(dirname "$(find "$folder/root" -name libmunge.so.2 | head -n 1)") host=$(hostname -s)
-export PATH=$folder/root/usr/bin:$folder/root/usr/sbin:$PATH LD_LIBRARY_PATH=$libraries:$libraries/slurm-wlm SLURM_CONF=$folder/slurm.conf
+for package in "$folder"/packages/*.deb; do dpkg -x "$package" "$folder/slurm"; done
+for path in "$folder"/slurm/usr/sbin/*-wlm; do ln -s "$path" "${path%-wlm}"; done
+libraries=$(dirname "$(find "$folder/slurm" -name libmunge.so.2 | head -n 1)") host=$(hostname -s)
+export PATH=$folder/slurm/usr/bin:$folder/slurm/usr/sbin:$PATH LD_LIBRARY_PATH=$libraries:$libraries/slurm-wlm SLURM_CONF=$folder/slurm.conf
 echo "127.0.0.1 localhost $host n1 n2" >"$folder/hosts"
 mount --bind "$folder/hosts" /etc/hosts
 touch "$folder"/gpu{0..3}
@@ -62,7 +62,7 @@ dd if=/dev/urandom of="$folder/munge.key" bs=1 count=1024 2>/dev/null && chmod 4
 munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
   --seed-file="$folder/munge.seed" --log-file="$folder/munged.log" 2>/dev/null &
 slurmctld -D 2>/dev/null &
-for node in n1 n2; do slurmd -D -d "$folder/root/usr/sbin/slurmstepd" -N $node 2>/dev/null & done
+for node in n1 n2; do slurmd -D -d "$folder/slurm/usr/sbin/slurmstepd" -N $node 2>/dev/null & done
 for _ in $(seq 60); do [ "$(sinfo -h -o %T 2>/dev/null | sort -u)" = idle ] && break || sleep 1; done
 [ "$(sinfo -h -o %T | sort -u)" = idle ] || { tail -n 5 "$folder"/*.log && exit 1; }
 sinfo --version
@@ -163,10 +163,9 @@ row "two nodes" two_nodes alone2 "COMPLETED, queued again 0 " "$(outcome two_nod
 row "two nodes, time limit" two_nodes_limit alone2 "COMPLETED, queued again [1-9]" "$(outcome two_nodes_limit)"
 
 # ---- jobs that a more urgent one, for which there is no room, takes the nodes from
-for name in preempted 'preempted_grace --partition=grace' 'preempted_at_once --partition=grace'; do
-  submit $name
-  [ "$name" = "${name#*at_once}" ] && await reached "${name%% *}" 10
-done
+for name in preempted 'preempted_grace --partition=grace'; do submit $name --export=ALL,PAUSE=2; done
+await reached preempted 5 && await reached preempted_grace 5
+submit preempted_at_once --partition=grace
 await running preempted_at_once
 sbatch --partition=urgent --nodes=2 --exclusive --output=/dev/null --gpus-per-node=0 --wrap 'sleep 5' >/dev/null
 for name in preempted preempted_grace preempted_at_once; do await over $name; done

@@ -16,7 +16,7 @@ TOOLS = {
     "srun": """echo "srun $*" >> "$FAKE/calls"
         while [[ $1 == --* ]]; do [[ $1 == --ntasks=* ]] && export SLURM_NTASKS=${1#*=}; shift; done
         SLURM_PROCID=9 SLURM_LOCALID=1 exec "$@" """,
-    "python": """[ "$1" = -c ] && { [ -z "${FAKE_MISTAKE:-}" ] && echo "$FAKE/run"; exit; }
+    "python": """[ "$1" = -c ] && { [ "$FAKE_CODE" != 2 ] && echo "$FAKE/run"; exit; }
         printf "%s\n" "$@" > "$FAKE/arguments"; env > "$FAKE/variables"
         for name in $FAKE_LEAVES; do touch "$FAKE/run/$name"; done; exit "$FAKE_CODE" """,
 }  # stand-ins for Slurm's commands and for a training
@@ -104,6 +104,7 @@ def test_slurm_runs_one_process_on_its_own(slurm, gpus):
 def test_slurm_queues_again_what_was_told_to_stop(slurm, leaves, code, state, requeued):
     """A mark that an earlier job left does not count."""
     (slurm.folder / "run/STOPPED").touch()
+    os.utime(slurm.folder / "run/STOPPED", (0, 0))
     ended, calls = slurm(leaves=leaves, code=code, state=state)
     assert ("scontrol requeue 41007\n" in calls) == requeued
     assert ended == (0 if requeued or "DONE" in leaves else code or 1)
@@ -116,7 +117,9 @@ def test_slurm_queues_one_task_of_an_array_again(slurm):
 
 
 def test_slurm_ends_at_a_mistake(slurm):
-    assert slurm("configs/kitti.py", FAKE_MISTAKE="1") == (2, "")
+    """Which the training tells; the same config says nothing of its folder then."""
+    code, calls = slurm("configs/kitti.py", code=2)
+    assert (code, "requeue" in calls) == (2, False)
 
 
 @pytest.fixture
