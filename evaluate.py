@@ -1,6 +1,7 @@
 """Evaluate a trained run with the metrics of its data: KITTI's average precision, or nuScenes' detection score.
 
     accelerate launch evaluate.py RUN [key=value ...]        the best checkpoint of a run folder, or a checkpoint folder
+    python evaluate.py FILE --runtime onnx [key=value ...]   a file of export.py, with config.json beside it
     accelerate launch evaluate.py RUN --submission DIR       what KITTI's server takes: the command tools.submit
     python evaluate.py --labels DIR --results DIR [...]      KITTI files of any detector: the command metrics.kitti
     python evaluate.py --nuscenes ROOT --results FILE [...]  a nuScenes file: the command metrics.nuscenes
@@ -183,13 +184,16 @@ def write_evaluation(folder: Path, dataset, metrics, predictions) -> None:
     sheet.save(folder / "worst.png")
 
 
-def open_run(run, overrides):
-    """The folder of a run's weights, its config, detector and data set, and an Accelerator."""
+def open_run(run, overrides, runtime=None, precision=None):
+    """The folder of a run's weights, or a file for a runtime; its config, detector and data set; and an Accelerator."""
     from engine.guard import start_accelerator
     from engine.weights import find_checkpoint, load_run
 
-    folder = find_checkpoint(run)
-    config, detector = load_run(folder, overrides)
+    folder = Path(run) if runtime else find_checkpoint(run)
+    if runtime or precision:
+        config, detector = importlib.import_module("engine.runtime").load(folder, overrides, runtime, precision)
+    else:
+        config, detector = load_run(folder, overrides)
     config = stay_at_home(config, overrides)
     accelerator = start_accelerator(config.train)
     with accelerator.main_process_first():  # the main process may have to render the built-in world
@@ -199,13 +203,14 @@ def open_run(run, overrides):
 
 def evaluate_run(options: argparse.Namespace) -> None:
     """Evaluate a run: prints the table on the main process and fills the folder `evaluation` beside the checkpoint."""
-    repeat = [f"train.eval_repeat={options.repeat}"] if options.repeat else []
-    folder, config, detector, dataset, accelerator = open_run(options.run, [*options.overrides, *repeat])
+    overrides = [*options.overrides, *[f"train.eval_repeat={options.repeat}"] * bool(options.repeat)]
+    opened = open_run(options.run, overrides, options.runtime, options.precision)
+    folder, config, detector, dataset, accelerator = opened
     shown = (options.metric, options.errors) if dataset.metrics == "kitti" else ()
     if unused := [name for name in ("metric", "overlap", "errors") if getattr(options, name) and not shown]:
         raise UserError(f"--{unused[0]} belongs to KITTI's metrics, and the frames of data.val are {dataset.metrics}'s")
     blank_metrics(dataset, config)  # what cannot be evaluated is told before the work
-    out = Path(options.out or Path(options.run) / "evaluation")
+    out = Path(options.out or (f"{folder}.evaluation" if options.runtime else Path(options.run) / "evaluation"))
     results = out / "results"
     if accelerator.is_main_process:
         if out.is_symlink() or results.is_symlink() or (results.exists() and not (out / "metrics.json").exists()):
@@ -248,10 +253,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message} (--help shows all)\n")
     add = parser.add_argument
-    add("run", metavar="RUN", help="run folder or checkpoint folder")
+    add("run", metavar="RUN", help="run folder or checkpoint folder; with --runtime a file of export.py")
     add("overrides", nargs="*", metavar="key=value", help="changes to its config: data.root=/kitti")
     add("--flip", action="store_true", help="average what is said of an image and of its mirror image")
-    add("--out", metavar="DIR", help="where the evaluation goes; default: RUN/evaluation")
+    add("--runtime", choices=("onnx", "openvino"), help="what runs a file that export.py wrote, in place of torch")
+    add("--precision", choices=("fp32", "bf16"), help="of torch or OpenVINO; default: the run's, OpenVINO's own choice")
+    add("--out", metavar="DIR", help="where the evaluation goes; default: RUN/evaluation, FILE.evaluation")
     add("--json", metavar="OUT", help="write every number here too")
     add("--metric", choices=("R40", "R11"), help="KITTI: recall positions of the table; default: R40")
     add("--overlap", choices=("strict", "loose"), help="KITTI: overlap thresholds; default: strict")

@@ -1,10 +1,11 @@
 """Export a detector to ONNX, with the camera matrix as an input.
 
-python export.py RUN [--size H W] [--half] [--nms] [--out DIR]
+python export.py RUN [--size H W] [--half] [--nms] [--int8 [--frames N]] [--openvino] [--out DIR] [key=value ...]
 
 RUN is a run folder, a folder with config.json and model.safetensors, or a Hugging Face hub id. Written to DIR:
-model.onnx, and onnx_detector.py, which runs it on images of any size with numpy, Pillow and onnxruntime alone, without
-torch and this project.
+model.onnx, its config.json, and onnx_detector.py, which runs it on images of any size with numpy, Pillow and
+onnxruntime alone, without torch and this project; with --int8 also model.int8.onnx, calibrated on N frames of the run's
+data.train (key=value changes its config: data.root=/kitti); with --openvino model.xml, or model.int8.xml.
 
 Inputs: image (B, H, W, 3) uint8 RGB of the canvas, K (B, 3, 3) of the canvas; B is free. Outputs, in pixels of the
 canvas and metres of each camera, S = model.candidates rows an image, as `Detector.rank` gives them before duplicates
@@ -31,8 +32,9 @@ import torch
 from torch import nn
 from torchvision.ops import nms
 
+from config import to_dict
+from engine.weights import fetch, find_checkpoint, load_run
 from model import Detector
-from predict import load_detector
 from scene.frames import UserError, make_folder, sentence_of
 from scene.geometry import alpha_to_yaw, average_duplicates, unproject
 
@@ -142,13 +144,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
     add("run", metavar="RUN")
+    add("overrides", nargs="*", metavar="key=value", help="changes to its config, for --int8: data.root=/kitti")
     add("--size", metavar=("H", "W"), nargs=2, type=int, help="canvas, px (default: model.size)")
-    add("--half", action="store_true", help="fp16, where torch.autocast would compute in it")
+    add("--half", action="store_true", help="fp16, where torch.autocast would compute in it: for GPUs, CPUs get slower")
+    add("--int8", action="store_true", help="also model.int8.onnx: the network in 8 bits, what decodes in floats")
+    add("--frames", metavar="N", type=int, default=320, help="of data.train, that ranges are measured on; default: 320")
+    add("--openvino", action="store_true", help="also OpenVINO's model.xml, or with --int8 NNCF's model.int8.xml")
     add("--nms", action="store_true", help="suppress and average duplicates in the graph")
     add("--out", metavar="DIR", type=Path, default=Path("exported"), help="default: exported")
-    options = parser.parse_args(arguments)
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        parser.error(f"{' and '.join(missing)}: not installed; pip install {' '.join(NEEDED)}")
+    options = parser.parse_intermixed_args(arguments)
+    needed = (*NEEDED, *["openvino"] * options.openvino, *["nncf"] * (options.openvino and options.int8))
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        parser.error(f"{' and '.join(missing)}: not installed; pip install {' '.join(needed)}")
+    if options.half and options.int8:
+        parser.error("--half and --int8 are two precisions, expected one of them")
+    if options.frames < 1:
+        parser.error(f"--frames is {options.frames}, expected at least 1")
     return options
 
 
@@ -156,16 +167,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line entry. Returns 0, or 2 after one sentence on stderr for what the user got wrong, or a full disk."""
     options = parse_arguments(arguments)
     try:
-        detector = load_detector(options.run)
+        config, detector = load_run(find_checkpoint(fetch(options.run)), options.overrides)
         if options.size:
             detector = resize(detector, tuple(options.size))
-        path = export(detector, options.out, options.nms, options.half)
+        config = dataclasses.replace(config, model=detector.config)
+        inputs = []
+        if options.int8:
+            inputs = importlib.import_module("tools.quantize").calibration_inputs(config, options)
+        paths = [export(detector, options.out, options.nms, options.half)]
+        (options.out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
+        if options.int8 or options.openvino:
+            paths += importlib.import_module("tools.quantize").write(paths[0], inputs, options.openvino)
     except (UserError, OSError) as error:
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 2
-    runtime = shlex.quote(str(path.with_name(RUNTIME.name)))
-    print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB); it runs with")
-    print(f"  python {runtime} {shlex.quote(str(path))} IMAGE --intrinsics FX FY CX CY")
+    for path in paths:
+        print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    runtime = shlex.quote(str(paths[0].with_name(RUNTIME.name)))
+    print(f"it runs with\n  python {runtime} {shlex.quote(str(paths[0]))} IMAGE --intrinsics FX FY CX CY")
     return 0
 
 

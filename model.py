@@ -348,10 +348,13 @@ class Detector(
     @torch.no_grad()
     def select(self, logits, raw, K):
         """Outputs of `forward` -> what `detect` returns."""
-        config, boxes = self.config, self.rank(logits.float(), raw, K)
-        images, count = boxes["score"].shape
+        return self.suppress(self.rank(logits.float(), raw, K), K)
+
+    def suppress(self, boxes, K):
+        """What `rank` gives -> what `detect` returns; of `self` the config alone is read."""
+        config, (images, count) = self.config, boxes["score"].shape
         box, score, label = (boxes[name].flatten(0, 1) for name in ("box", "score", "label"))  # image by image
-        image = torch.arange(images, device=raw.device).repeat_interleave(count)
+        image = torch.arange(images, device=box.device).repeat_interleave(count)
         group = image * len(config.classes) + label  # boxes of one image and class suppress one another
         rows = batched_nms(box, score, group, config.nms_iou)
         rows = rows[score[rows] > config.score_threshold]

@@ -2,10 +2,11 @@
 
 python predict.py RUN PATH ... --calib calib.txt | --intrinsics FX FY CX CY | --hfov DEG | --cameras FILE.jsonl   [...]
 
-RUN is a run folder, a folder with config.json and model.safetensors, or a Hugging Face hub id. A PATH is an image, a
-video, a folder, which is searched with all folders below it, or a quoted pattern such as 'drives/*/left.png'. The
-camera is that of the picture as viewers show it, turned where its EXIF says so. In FILE.jsonl every line has an
-`image`, relative to that file, and its `K`; nothing else of a line is read, so labels and predictions do.
+RUN is a run folder, a folder with config.json and model.safetensors, a Hugging Face hub id, or with --runtime a file
+that export.py wrote. A PATH is an image, a video, a folder, which is searched with all folders below it, or a quoted
+pattern such as 'drives/*/left.png'. The camera is that of the picture as viewers show it, turned where its EXIF says
+so. In FILE.jsonl every line has an `image`, relative to that file, and its `K`; nothing else of a line is read, so
+labels and predictions do.
 
 Written to DIR, whose folders results and pictures are made anew. NAME is a file's path below the folder that holds all
 of them, without its suffix unless two would be equal:
@@ -59,6 +60,16 @@ NOTHING = make_labels([], [], [], [], [])
 def load_detector(run: str, device="cpu") -> Detector:
     """The detector of a run (its best, else its newest), a checkpoint or a hub id, ready to use. Raises UserError."""
     return Detector.from_pretrained(find_checkpoint(fetch(run))).to(device).eval()
+
+
+def open_detector(options):
+    """What the command line names: a run for torch, which --precision tells `autocast`, or a file for a runtime."""
+    options.autocast = options.precision == "bf16" and not options.runtime
+    if options.runtime:
+        return importlib.import_module("engine.runtime").FileDetector(options.run, options.runtime, options.precision)
+    if options.autocast:
+        importlib.import_module("engine.runtime").refuse_emulation("bf16", torch.device(options.device))
+    return load_detector(options.run, options.device)
 
 
 def find_inputs(given: Iterable[str], out: Path) -> dict[Path, str]:
@@ -296,6 +307,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--flip", action="store_true", help="average what is said of a picture and its mirror image; half as fast")
     add("--no-pictures", dest="pictures", action="store_false", help="draw nothing, and write no video")
     add("--batch", metavar="N", type=int, default=8, help="pictures looked at at once; default: %(default)s")
+    add("--runtime", choices=("onnx", "openvino"), help="what runs RUN, a file that export.py wrote, in place of torch")
+    add("--precision", choices=("fp32", "bf16"), help="of torch (fp32 unless asked) or OpenVINO (its own choice)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     options = parser.parse_intermixed_args(arguments)  # a PATH may follow an option
     checks = (
@@ -336,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         inputs = find_inputs(options.paths, options.out)
         frames, problems = find_frames(inputs, *find_camera(options, inputs))
-        detector = adapt(load_detector(options.run, options.device), options)
+        detector = adapt(open_detector(options), options)
         prepare_folder(options.out, inputs, options.pictures)
         for problem in problems:
             print(f"passed over: {problem}", file=sys.stderr)
@@ -344,7 +357,8 @@ def main(arguments: list[str] | None = None) -> int:
         if len(sizes) > 1 and (options.calib or options.intrinsics):
             several = " and ".join("x".join(map(str, size)) for size in (min(sizes), max(sizes)))
             print(f"pictures of {len(sizes)} sizes, such as {several}, have one camera: --cameras gives each its own")
-        return predict(detector, frames, problems, options)
+        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.autocast):
+            return predict(detector, frames, problems, options)
     except (UserError, OSError) as error:
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from torch import nn
 
 from model import Detector
 from scene import geometry
+from scene.frames import UserError
 
 SIGNS = {"offset": (-1, 1), "alpha": (-1, 1), "yaw": (1, -1), "velocity": (-1, 1)}  # of outputs in a mirror image
 
@@ -18,6 +19,8 @@ class Mirrored(nn.Module):
 
     def __init__(self, detector: Detector):
         super().__init__()
+        if not isinstance(detector, Detector):
+            raise UserError("--flip needs a run: a file gives no raw outputs, of which it takes the mean")
         self.detector, self.config = detector, detector.config
         self.train(detector.training)  # a new module trains
 

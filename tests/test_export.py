@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,18 @@ from conftest import ROOT
 from PIL import Image
 from scenes import MODEL
 
+import engine.runtime
+import evaluate
 import export
+import predict
 from config import Config, to_dict
 from engine.checkpoint import save_weights
+from engine.mirror import Mirrored
+from engine.runtime import FileDetector
 from formats.kitti import read_calib, split_projection
 from model import Detector
-from scene.frames import place_image, whole_view
+from scene.frames import UserError, place_image, whole_view
+from tools import quantize
 
 KITTI = ROOT.parent / "shared/data/kitti_mini/training"
 TWO_LEVELS = {"strides": (8, 32), "level_sizes": (64.0,), "depth_mean": (90.0, 40.0), "depth_std": (40.0, 20.0)}
@@ -61,6 +68,11 @@ def exported(tmp_path_factory):
     """A detector, its runtime module, and that with its model loaded."""
     folder, detector = tmp_path_factory.mktemp("export"), make_detector()
     return detector, *written(write_run(folder / "run", detector), folder / "plain")
+
+
+def file_of(module):
+    """The model.onnx beside a runtime module."""
+    return Path(module.__file__).with_name("model.onnx")
 
 
 def pictures(count=4):
@@ -178,7 +190,7 @@ def test_the_runtime_runs_as_a_script_without_torch_and_this_project(exported, t
     }
     command = [sys.executable, "-I", "-c", ALONE.replace("{blocked}", repr(blocked)), module.__file__]
     command += [
-        module.__file__.replace("onnx_detector.py", "model.onnx"),
+        str(file_of(module)),
         "image.png",
         "--intrinsics",
         "190",
@@ -209,7 +221,7 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported):
     import onnx
 
     detector, module, runtime = exported
-    path = module.__file__.replace("onnx_detector.py", "model.onnx")
+    path = str(file_of(module))
     assert str(ROOT).encode() not in Path(path).read_bytes()
     model = onnx.load(path)
     about = json.loads({entry.key: entry.value for entry in model.metadata_props}["deep3d"])
@@ -230,6 +242,152 @@ def test_another_canvas_keeps_the_weights_and_has_its_own_locations():
     assert torch.equal(other.box_predictor.weight, detector.box_predictor.weight)
 
 
+def columns(labels):
+    """`Labels` as the dict that `check` compares with others."""
+    return {key: getattr(labels, key) for key in ("name", "score", "box", "center", "size", "yaw", "sigma")}
+
+
+@pytest.mark.parametrize(("runtime", "precision"), [("onnx", None), ("openvino", "fp32")])
+def test_a_file_stands_for_the_detector(exported, runtime, precision):
+    detector, module, _ = exported
+    pytest.importorskip({"onnx": "onnxruntime"}.get(runtime, runtime), reason=f"--runtime {runtime} needs it")
+    file = FileDetector(file_of(module), runtime, precision)
+    assert file.config == detector.config
+    images, cameras = pictures(2)
+    for found, expected in zip(file.predict(images, cameras), detector.predict(images, cameras), strict=True):
+        check(columns(found), expected)
+
+
+def test_a_command_line_takes_a_file_in_place_of_a_run(exported, tmp_path, capsys):
+    """predict.py writes the same of both; evaluate.py finds its config beside the file, and its own folder for it."""
+    detector, module, _ = exported
+    images, _ = pictures(1)
+    images[0].save(tmp_path / "image.png")
+    camera = ("--intrinsics", "190", "190", "160", "48", "--no-pictures", "--device", "cpu")
+    run, path = file_of(module).parents[1] / "run", file_of(module)
+    for name, words in (("run", [run]), ("file", [path, "--runtime", "onnx"])):
+        words = [*words, tmp_path / "image.png", *camera, "--out", tmp_path / name]
+        assert predict.main([str(word) for word in words]) == 0
+    ours, theirs = ((tmp_path / name / "results/image.txt").read_text().split("\n") for name in ("file", "run"))
+    assert len(ours) > 10
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.split()[:1] == other.split()[:1]
+        assert np.allclose([*map(float, one.split()[1:])], [*map(float, other.split()[1:])], rtol=1e-3, atol=1e-2)
+    frame = {"image": str(tmp_path / "image.png"), "K": [[190, 0, 160], [0, 190, 48], [0, 0, 1]], "objects": []}
+    (tmp_path / "val.jsonl").write_text(json.dumps(frame))
+    val = json.dumps([{"kind": "jsonl", "root": str(tmp_path / "val.jsonl")}])
+    words = [str(path), "--runtime", "onnx", f"data.val={val}", "data.index=none", "data.workers=0"]
+    assert evaluate.main(words) == 0, capsys.readouterr().err
+    predictions = (Path(f"{path}.evaluation") / "predictions.jsonl").read_text()
+    assert len(json.loads(predictions)["objects"]) == len(detector.predict(images[0], frame["K"]))
+
+
+def test_what_a_runtime_cannot_do_is_one_sentence(exported, tmp_path, monkeypatch):
+    _, module, _ = exported
+    path = file_of(module)
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:1000])
+    for file, precision, sentence in (
+        (path.with_name("modle.onnx"), None, "expected a file .onnx that export.py has written"),
+        (path.parent, None, "expected a file .onnx"),
+        (path, "bf16", "ONNX Runtime computes as its file says"),
+        (tmp_path / "cut.onnx", None, "cut.onnx: "),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            FileDetector(file, "onnx", precision)
+    with pytest.raises(UserError, match="--flip needs a run"):
+        Mirrored(FileDetector(path, "onnx"))
+    monkeypatch.setattr(engine.runtime, "native_bf16", lambda: False)
+    with pytest.raises(UserError, match="--precision bf16: this processor has no bf16 instructions"):
+        engine.runtime.refuse_emulation("bf16", torch.device("cpu"))
+    monkeypatch.setattr(engine.runtime, "PACKAGES", {"onnx": "onnx_of_nobody"})
+    with pytest.raises(UserError, match="--runtime onnx needs onnx_of_nobody: pip install onnx_of_nobody"):
+        FileDetector(path, "onnx")
+
+
+def quantised_operations(reads, kinds, inside):
+    """Names, of operations {name: those it reads} and their kinds, that are in 8 bits and not between image and heads.
+
+    Found from the other end than tools.quantize finds them: behind a predictor, at its weights, or where K is and the
+    image is not; the viewing rays alone may be in 8 bits, where they join the features that a tower reads.
+    """
+    convolutions = {name: sources for name, sources in reads.items() if kinds[name] in ("Conv", "Convolution")}
+    weights = {name: source for name, sources in convolutions.items() for source in sources[1:2]}
+    predictors = [name for name, source in weights.items() if source.startswith(tuple(quantize.PREDICTORS))]
+    assert len(predictors) == 2 * len(TINY.strides)
+    read_by = {}
+    for name, sources in reads.items():
+        for source in sources:
+            read_by.setdefault(source, []).append(name)
+    behind = quantize.reach(predictors, read_by)
+    beside = quantize.reach(["K"], read_by) - quantize.reach(["image"], read_by)
+    rays = {name for name in beside if {kinds[reader] for reader in read_by.get(name, ())} <= {*inside, "Concat"}}
+    wrong = behind | {weights[name] for name in predictors} | beside - rays
+    return sorted(name for name in wrong & {*reads} if kinds[name] in inside)
+
+
+def onnx_operations(path):
+    """reads and kinds of `quantised_operations`."""
+    graph = importlib.import_module("onnx").load(path).graph
+    makers = {output: node.name for node in graph.node for output in node.output}
+    reads = {node.name: [makers.get(source, source) for source in node.input] for node in graph.node}
+    return reads, {node.name: node.op_type for node in graph.node}
+
+
+def calibration():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 1, *TINY.size, 3), np.uint8)
+    return [{"image": image, "K": np.array([[[200, 0, 160], [0, 200, 48], [0, 0, 1]]], np.float32)} for image in images]
+
+
+def test_int8_is_the_network_alone(exported, tmp_path, monkeypatch):
+    """And the same look at a file in which decoding slipped in finds it."""
+    detector, module, _ = exported
+    path = Path(shutil.copy(file_of(module), tmp_path))
+    pairs = ("QuantizeLinear", "DequantizeLinear")
+    searched = [*sys.path]
+    file = quantize.write_onnx(path, calibration())
+    assert sys.path == searched  # onnxruntime's quantisation adds a folder, in which a metrics.py would hide ours
+    assert quantised_operations(*onnx_operations(file), pairs) == []
+    kinds = [*onnx_operations(file)[1].values()]
+    assert kinds.count("QuantizeLinear") > 10
+    initial = {i.name: i.data_type for i in importlib.import_module("onnx").load(file).graph.initializer}
+    assert [initial[name] for name in sorted(quantize.PREDICTORS)] == [1, 1]  # float32
+    images, cameras = pictures(2)
+    int8 = FileDetector(file, "onnx").predict(images, cameras)
+    for found, expected in zip(int8, detector.predict(images, cameras), strict=True):
+        assert 0.3 < len(found) / len(expected) < 3
+    everything = [name for name, kind in onnx_operations(path)[1].items() if kind in quantize.KINDS]
+    monkeypatch.setattr(quantize, "find_nodes", lambda graph: everything)
+    assert len(quantised_operations(*onnx_operations(quantize.write_onnx(path, calibration())), pairs)) > 5
+
+
+def test_int8_of_openvino_is_the_network_alone(exported, tmp_path):
+    """OpenVINO names a convolution with bias otherwise than the file does: names taken from that would not hold."""
+    for package in ("openvino", "nncf"):
+        pytest.importorskip(package, reason=f"--openvino --int8 needs {package}")
+    path = Path(shutil.copy(file_of(exported[1]), tmp_path))
+    file = quantize.write_openvino(path, calibration())
+    model = importlib.import_module("openvino").Core().read_model(file)
+    operations = model.get_ordered_ops()
+    reads = {one.friendly_name: [v.get_node().friendly_name for v in one.input_values()] for one in operations}
+    kinds = {one.friendly_name: one.get_type_name() for one in operations}
+    assert quantised_operations(reads, kinds, ("FakeQuantize",)) == []
+    assert [*kinds.values()].count("FakeQuantize") > 10
+    assert FileDetector(file, "openvino").config == exported[0].config
+
+
+def test_bf16_is_native_where_the_processor_says_so(monkeypatch):
+    for flags, native in (
+        ({"avx2": True, "avx512_f": True}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),
+        ({"bf16": False}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        assert engine.runtime.native_bf16() == (native and torch.backends.mkldnn.is_available())
+
+
 def fails(capsys, *arguments):
     """The sentence with which a command line is refused."""
     try:
@@ -247,6 +405,8 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     text = fails(capsys, run, "--size", 100, 320)
     assert "model.size is (100, 320), expected (height, width) in multiples of the largest stride, 32" in text
     assert "no such folder, expected a run or a checkpoint" in fails(capsys, tmp_path / "ran")
+    assert "two precisions" in fails(capsys, run, "--half", "--int8")
+    assert "--frames is 0, expected at least 1" in fails(capsys, run, "--frames", 0)
     monkeypatch.setattr(export, "NEEDED", ("json", "onnx_of_nobody", "onnxruntime_of_nobody"))
     text = fails(capsys, tmp_path / "ran")
     assert "onnx_of_nobody and onnxruntime_of_nobody: not installed; pip install json onnx_of_nobody" in text
