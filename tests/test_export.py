@@ -27,7 +27,7 @@ from engine.runtime import FileDetector
 from formats.kitti import read_calib, split_projection
 from model import Detector
 from scene.frames import UserError, place_image, whole_view
-from tools import quantize
+from tools import deploy, quantize
 
 KITTI = ROOT.parent / "shared/data/kitti_mini/training"
 TWO_LEVELS = {"strides": (8, 32), "level_sizes": (64.0,), "depth_mean": (90.0, 40.0), "depth_std": (40.0, 20.0)}
@@ -374,6 +374,38 @@ def test_int8_of_openvino_is_the_network_alone(exported, tmp_path):
     assert quantised_operations(reads, kinds, ("FakeQuantize",)) == []
     assert [*kinds.values()].count("FakeQuantize") > 10
     assert FileDetector(file, "openvino").config == exported[0].config
+
+
+def test_one_table_of_accuracy_and_speed(exported, tmp_path, monkeypatch, capsys):
+    """Of the files that are there; the others are left out by name. What is lost is told against torch in fp32."""
+    path = file_of(exported[1])
+    images, cameras = pictures(1)
+    images[0].save(tmp_path / "image.png")
+    car = {"class": "Car", "center": [0, 1, 10], "size": [4, 1.5, 1.7], "yaw": 0.0}
+    frame = {"image": str(tmp_path / "image.png"), "K": cameras[0].tolist(), "objects": [car]}
+    (tmp_path / "val.jsonl").write_text(json.dumps(frame))
+    monkeypatch.setattr(deploy, "export", lambda detector, folder, half=False: path)  # as it is: they are tested above
+    monkeypatch.setattr(deploy, "calibration_inputs", lambda config, options: [])
+    monkeypatch.setattr(deploy, "write", lambda *_: [])
+    monkeypatch.setattr(engine.runtime, "native_bf16", lambda: False)
+    monkeypatch.setattr(deploy, "native_bf16", lambda: False)
+    monkeypatch.setattr(deploy, "CALLS", 2)
+    val = json.dumps([{"kind": "jsonl", "root": str(tmp_path / "val.jsonl")}])
+    words = [path.parents[1] / "run", "--turns", 1, "--out", path.parent, "--json", tmp_path / "table.json"]
+    words = [*map(str, words), f"data.val={val}", "data.index=none", "data.workers=0"]
+    assert deploy.main(words) == 0, capsys.readouterr().err
+    table, printed = json.loads((tmp_path / "table.json").read_text()), capsys.readouterr().out
+    rows = {(row["runtime"], row["precision"]): row for row in table["rows"]}
+    assert {("torch", "fp32"), ("onnxruntime", "fp32")} <= {*rows}
+    for row in rows.values():
+        assert row["speed_ratio"] > 0
+        assert row["ms_4_p90"] >= row["ms_4"] > row["ms_after"] > 0
+        assert abs(row["ap_2d_lost"]) + abs(row["ap_3d_lost"]) < 0.01
+        assert {*row["classes"]} == {*TINY.classes}
+    assert rows["torch", "fp32"]["speed_ratio"] == 1
+    assert "onnxruntime int8" in " ".join(table["left_out"])
+    assert "left out: torch bf16" in printed
+    assert printed.count("\n| ") == len(rows) + 2
 
 
 def test_bf16_is_native_where_the_processor_says_so(monkeypatch):
