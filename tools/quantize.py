@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from data import Detection3D, build_dataset
 from evaluate import stay_at_home
@@ -61,8 +60,8 @@ def reach(names: Iterable[str], edges: dict[str, list[str]]) -> set[str]:
     return reached
 
 
-def find_nodes(graph: onnx.GraphProto) -> list[str]:
-    """Names of the nodes of an exported graph that are quantised; sums with constants, as in GroupNorm, are not."""
+def find_nodes(graph) -> list[str]:
+    """Names of the nodes of an onnx.GraphProto that are quantised; sums with constants, as in GroupNorm, are not."""
     makers = {output: node.name for node in graph.node for output in node.output}
     reads = {node.name: [makers.get(source, source) for source in node.input] for node in graph.node}
     heads = [reads[node.name][0] for node in graph.node if PREDICTORS & {*node.input}]
@@ -74,23 +73,20 @@ def find_nodes(graph: onnx.GraphProto) -> list[str]:
 
 def write_onnx(path: Path, inputs: list[dict[str, np.ndarray]]) -> Path:
     """model.int8.onnx beside a model.onnx, with pairs of QuantizeLinear and DequantizeLinear. Returns its path."""
+    import onnx
+
     paths = [*sys.path]
     from onnxruntime.quantization import QuantType, quantize_static
 
     sys.path[:] = paths  # to which it adds a folder with a metrics.py, found before folders like metrics/
     model, out = onnx.load(path), path.with_suffix(".int8.onnx")
-    logging.disable(logging.WARNING)  # advice to fuse norms, which the exporter has done
-    quantize_static(
-        model,
-        out,
-        Reader(inputs),
-        nodes_to_quantize=find_nodes(model.graph),
-        op_types_to_quantize=[*KINDS],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-    logging.disable(logging.NOTSET)
+    options = {"per_channel": True, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    chosen = {"nodes_to_quantize": find_nodes(model.graph), "op_types_to_quantize": [*KINDS]}
+    logging.disable(logging.WARNING)  # its advice to fuse norms first, which the exporter has done
+    try:
+        quantize_static(model, out, Reader(inputs), **chosen, **options)
+    finally:
+        logging.disable(logging.NOTSET)
     return out
 
 
