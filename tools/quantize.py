@@ -122,4 +122,5 @@ def quantised(model, inputs):
     assert heads, "the graph has no predictors"
     names = {op.friendly_name for op in operations if op.get_type_name() not in ("Constant", "Parameter", "Result")}
     scope = nncf.IgnoredScope(names=sorted(names - network(reads, heads)))
-    return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs), ignored_scope=scope)
+    preset = nncf.QuantizationPreset.MIXED  # activations have zero points, as in the other file
+    return nncf.quantize(model, nncf.Dataset(inputs), preset=preset, subset_size=len(inputs), ignored_scope=scope)
