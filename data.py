@@ -38,6 +38,7 @@ class Source:
     root: str = ""  # folder or .jsonl file; empty: data.root
     split: tuple[str, ...] = ("train",)  # ImageSets/<split>.txt or any file.txt, 'all', 'testing'; or nuScenes' names
     repeat: int = 1  # how many times each frame is listed in an epoch
+    share: float = 0.0  # of the images of each batch; sources of 0 divide the rest; epochs stay as long as the lists
     limit: int = 0  # use only the first frames of the list; 0: all
     rename: dict[str, str] = field(default_factory=dict)  # class names of the source -> the model's
     version: str = ""  # of nuScenes' tables, such as v1.0-mini; empty: the only one that root holds
@@ -90,8 +91,9 @@ def open_source(source, config, problems=None):
     """
     root, reader = source.root or config.root, find_format(source)
     place = f"data source {root}"
-    if source.repeat < 1 or source.limit < 0:
-        raise UserError(f"{place}: repeat {source.repeat} and limit {source.limit}, expected >= 1 and >= 0")
+    if source.repeat < 1 or source.limit < 0 or not 0 <= source.share <= 1:
+        numbers = f"repeat {source.repeat}, limit {source.limit} and share {source.share:g}"
+        raise UserError(f"{place}: {numbers}, expected >= 1, >= 0 and 0 to 1")
     for name in ("split", "version", "cameras", "dialect", "pose", "world_frames", "world_seed"):
         if name not in reader.FIELDS and getattr(source, name) != getattr(Source(), name):
             raise UserError(f"{place}: {name} means nothing to kind={source.kind}")
@@ -106,8 +108,10 @@ def build_dataset(config, training):
     name, sources = ("data.train", config.data.train) if training else ("data.val", config.data.val)
     if not sources:
         raise UserError(f"{name} lists no source, expected at least one")
-    if not training and any(source.repeat > 1 for source in sources):
-        raise UserError(f"{name} lists frames more than once, expected repeat=1; train.eval_repeat repeats them")
+    if not training and any(source.repeat > 1 or source.share for source in sources):
+        raise UserError(f"{name} lists frames more than once, expected repeat=1, no share; train.eval_repeat repeats")
+    if not training and len({source.kind == "synthetic" for source in sources}) > 1:
+        raise UserError(f"{name} lists rendered frames (kind=synthetic) beside others, expected one kind")
     metrics = ["kitti"] if training else sorted({find_metrics(source) for source in sources})
     if len(metrics) > 1:
         raise UserError(f"{name} lists sources with different metrics, {' and '.join(metrics)}, expected one kind")
@@ -116,6 +120,8 @@ def build_dataset(config, training):
         parts = [dataclasses.replace(part, mark=f"{number}_") for number, part in enumerate(parts)]
     dataset = Detection3D(Frames(parts), config.model, config.data, training, config.seed, metrics[0])
     dataset.sources = sources
+    if training and any(shares := [source.share for source in sources]):
+        dataset.find = importlib.import_module("formats.mixture").Mixture(shares, dataset.frames.ends, config.seed)
     if training:
         check_classes(dataset)
     return dataset
@@ -211,7 +217,7 @@ class Detection3D(Dataset):
     def __init__(self, frames, model, config, training=False, seed=0, metrics="kitti"):
         self.frames = frames if isinstance(frames, Frames) else Frames([Part(frames)])
         self.model, self.config, self.training, self.seed, self.metrics = model, config, training, seed, metrics
-        self.classes, self.size, self.sources = model.classes, model.size, ()
+        self.classes, self.size, self.sources, self.find = model.classes, model.size, (), None
         self.regions = {*config.neighbours, "DontCare"}
         self.cache = importlib.import_module("formats.cache").FrameCache(config.cache) if config.cache else None
         self.unreadable = set()  # what this process has warned of
@@ -414,13 +420,15 @@ class StepBatches:
 
     The samples form one endless stream of permutations, one per epoch; a step takes the next global batch of it and
     each process its slice, so the order does not depend on the number of processes, and a run resumes at any step.
+    find: another stream, position -> (epoch, index), such as `formats.mixture.Mixture`.
     """
 
-    def __init__(self, count, global_batch, rank, world, seed, start, stop):
+    def __init__(self, count, global_batch, rank, world, seed, start, stop, find=None):
         if global_batch % world:
             raise ValueError(f"a global batch of {global_batch} does not divide over {world} processes")
         self.count, self.global_batch, self.share = count, global_batch, global_batch // world
-        self.rank, self.seed, self.start, self.stop = rank, seed, start, stop
+        self.rank, self.start, self.stop = rank, start, stop
+        self.find = find or functools.partial(find_in_epochs, seed, count)
 
     def __len__(self):
         return self.stop - self.start
@@ -432,8 +440,13 @@ class StepBatches:
     def at(self, step, rank=None):
         """[(epoch, index)] of this process, or another one, at a step."""
         first = step * self.global_batch + (self.rank if rank is None else rank) * self.share
-        places = [divmod(position, self.count) for position in range(first, first + self.share)]
-        return [(epoch, int(permutation(self.seed, epoch, self.count)[place])) for epoch, place in places]
+        return [self.find(position) for position in range(first, first + self.share)]
+
+
+def find_in_epochs(seed, count, position):
+    """(epoch, index) at a position of the stream of permutations of all indices, one per epoch."""
+    epoch, place = divmod(position, count)
+    return epoch, int(permutation(seed, epoch, count)[place])
 
 
 @functools.lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next

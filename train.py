@@ -76,7 +76,7 @@ def train(config, accelerator, signals):
     if options.compile:
         net.compile(fullgraph=True)  # in place: names of weights stay
         find_targets, find_losses = torch.compile(assign, fullgraph=True), torch.compile(compute_losses, fullgraph=True)
-    order = find_order(config, progress, len(train_set), rank)
+    order = find_order(config, progress, train_set, rank)
     log, guard, result = Log(accelerator, config, order), Guard(accelerator, net, optimizer, options), None
     log.describe(net, train_set, val_set)
     with loading(train_set, order, config.data.workers, device, options.timeout) as loaded:
@@ -122,12 +122,13 @@ def train(config, accelerator, signals):
     return result
 
 
-def find_order(config, progress, frames, rank):
-    """The `StepBatches` of a process from where the run goes on to its end, after train.steps or epochs of frames."""
-    options, batch = config.train, progress.global_batch
+def find_order(config, progress, train_set, rank):
+    """The `StepBatches` of a process from where the run goes on to its end, after train.steps or train.epochs."""
+    options, batch, frames = config.train, progress.global_batch, len(train_set)
     total = options.steps or math.ceil(options.epochs * frames / batch)
     start, stop = progress.step * options.accumulate, total * options.accumulate  # parts of steps
-    return StepBatches(frames, batch // options.accumulate, rank, progress.processes, config.seed, start, stop)
+    batch, processes = batch // options.accumulate, progress.processes
+    return StepBatches(frames, batch, rank, processes, config.seed, start, stop, train_set.find)
 
 
 def validate(config, accelerator, detector, val_set, log, step):

@@ -21,13 +21,7 @@ from formats.kitti import write_calib, write_labels
 from scene.frames import make_labels
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {
-    "formats": (
-        *("jsonl", "nuscenes", "tables", "truckscenes", "t4", "omni3d", "index", "tar", "cache", "video", "synthetic"),
-        *("files", "columns"),
-    ),
-    "metrics": ("nuscenes", "nuscenes_files"),
-}  # that a run which does not ask for them never imports; beside these, all of some folders
+CORE = {"formats": ("kitti",), "metrics": ("kitti", "kitti_files", "kitti_notes")}  # what else lies there is an extra
 EXTRA_FOLDERS = ("world", "tools", "lab")
 AIMS = {  # the most that each may be; for the last one, what it has to be
     "product bytes": 480_000,
@@ -121,7 +115,7 @@ def product_files():
 def is_extra(path):
     """Whether a file may be deleted while what is left still trains on KITTI."""
     folder, _, name = path.removesuffix(".py").rpartition("/")
-    return folder in EXTRA_FOLDERS or name in EXTRAS.get(folder, ())
+    return folder in EXTRA_FOLDERS or (folder in CORE and name not in CORE[folder])
 
 
 def core_files():

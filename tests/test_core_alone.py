@@ -44,6 +44,7 @@ EXTRAS = (
     "formats/cache",
     "formats/video",
     "formats/synthetic",
+    "formats/mixture",
     "formats/files",
     "formats/columns",
     "metrics/nuscenes",

@@ -339,7 +339,7 @@ def test_json_lines_train_beside_kitti(folder):
         ((Source(), Source(kind="nuscenes")), r"data\.val lists sources with different metrics, kitti and nuscenes"),
         ((Source(kind="synthetic", split=("val", "mini_val")),), r"splits val, mini_val .* different metrics"),
         ((Source(kind="synthetic", split=("val", "val")),), r"split lists val, val, expected each once"),
-        ((Source(repeat=0),), r"repeat 0 and limit 0, expected >= 1 and >= 0"),
+        ((Source(repeat=0),), r"repeat 0, limit 0 and share 0, expected >= 1, >= 0 and 0 to 1"),
         ((Source(split=("train", "train")),), r"split train lists frame 000000 a second time; use repeat="),
         ((Source(kind="jsonl", root="/nowhere.jsonl"),), r"/nowhere\.jsonl"),
     ],

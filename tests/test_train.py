@@ -214,6 +214,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_run, tmp_path, here):
     assert hashes(out / "checkpoints/step_00000004") != hashes(out / "checkpoints/step_00000006")
 
 
+def test_a_run_of_sources_with_shares_goes_on_bit_for_bit(tiny_run, tmp_path, here):
+    world, (out, again) = tiny_run[0], (tmp_path / "whole", tmp_path / "again")
+    part = {"kind": "synthetic", "world_frames": 8}
+    mixed = f"data.train={json.dumps([{**part, 'share': 0.25}, part])}"
+    code, _, err = here(*tiny(world, out, mixed, "train.save_every=3"))
+    assert code == 0, err
+    assert read_config(out / "config.json").data.train[0].share == 0.25
+    shutil.copytree(out / "checkpoints/step_00000003", again / "checkpoints/step_00000003")
+    code, log, err = here(*tiny(world, again, mixed))
+    assert code == 0, err
+    assert "6 steps of 2 images, 8 an epoch" in log
+    assert losses_of(again) == losses_of(out)[3:]
+    assert hashes(again / "checkpoints/step_00000006") == hashes(out / "checkpoints/step_00000006")
+
+
 def test_a_resumed_run_asks_the_hub_for_nothing(tiny_run, tmp_path, here, monkeypatch):
     create, asked = timm.create_model, []
 
