@@ -47,6 +47,9 @@ class Source:
     cameras: tuple[str, ...] = ()  # of nuScenes, such as CAM_FRONT; empty: all
     world_frames: int = 600  # of the built-in world: 'train', 'val' from one camera, 'mini_train', 'mini_val' from six
     world_seed: int = 0  # another world for every number
+    like: str = (
+        ""  # have the world look as KITTI folder, .jsonl file or root of a source of data.train; or 'data.train'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def open_source(source, config, problems=None):
     if source.repeat < 1 or source.limit < 0 or not 0 <= source.share <= 1:
         numbers = f"repeat {source.repeat}, limit {source.limit} and share {source.share:g}"
         raise UserError(f"{place}: {numbers}, expected >= 1, >= 0 and 0 to 1")
-    for name in ("split", "version", "cameras", "dialect", "pose", "world_frames", "world_seed"):
+    for name in ("split", "version", "cameras", "dialect", "pose", "world_frames", "world_seed", "like"):
         if name not in reader.FIELDS and getattr(source, name) != getattr(Source(), name):
             raise UserError(f"{place}: {name} means nothing to kind={source.kind}")
     try:

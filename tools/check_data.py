@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from config import load_config
@@ -35,7 +35,7 @@ def check(config, draw=0, out=None):
     """Everything wrong with the sources of a config, as (sentences, lines to print). Draws into a folder."""
     problems, lines = [], []
     for title in ("train", "val"):
-        before = len(problems)
+        before, sheets = len(problems), []
         for number, source in enumerate(getattr(config.data, title), 1):
             root = source.root or config.data.root
             place = root if source.kind == "jsonl" else f"{root} ({', '.join(source.split)})"
@@ -52,10 +52,14 @@ def check(config, draw=0, out=None):
                 notes += describe_rename(dataset)
                 lines += [f"{title}: {source.kind} {place}: {dataset.summary()}", *describe_classes(dataset, sizes)]
                 lines += [*describe_canvas(sizes, config.model.size), *(f"{place}: {note}" for note in notes)]
-                lines += draw_source(dataset, draw, out, f"{title}{number}")
+                drawn = draw_source(dataset, draw, out, f"{title}{number}")
+                lines += drawn
+                sheets += [out / f"{title}{number}_1.png"] if drawn else []
             elif not sentences:
                 doubts.append("it holds no frame")
             problems += [f"{place}: {sentence}" for sentence in doubts]
+        if len(sheets) > 1:
+            lines.append(draw_beside(sheets, out / f"{title}.png"))
         if len(problems) == before:  # what only all sources together show: a class in none, or a frame listed twice
             try:
                 whole = build_dataset(config, title == "train")
@@ -168,6 +172,17 @@ def draw_source(dataset, count, folder, name):
         draw_sheet(pictures[start : start + ON_A_SHEET]).save(path)
         lines.append(f"    drawn in {path}")
     return lines
+
+
+def draw_beside(sheets, path):
+    """The first sheets of several sources side by side, each as wide. Returns a line that names the picture."""
+    pictures = [load_image(sheet) for sheet in sheets]
+    pictures = [picture.resize((WIDTH, round(picture.height * WIDTH / picture.width))) for picture in pictures]
+    whole = Image.new("RGB", (WIDTH * len(pictures), max(picture.height for picture in pictures)))
+    for number, picture in enumerate(pictures):
+        whole.paste(picture, (WIDTH * number, 0))
+    whole.save(path)
+    return f"    all sources side by side: {path}"
 
 
 def main(arguments=None):

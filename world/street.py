@@ -128,6 +128,11 @@ class View(NamedTuple):
     ambient: np.ndarray  # (3, 1, 1) colour
     haze: np.ndarray  # (3, 1, 1) colour
     start: float = 0.0  # the camera's s
+    # What the first world has not: its pictures stay as they are.
+    curve: float = 0.0  # of the ground, normal . X = height + curve z^2, 1/m: above 0 the road falls away
+    canopy: float = 0.0  # share of the sunlight that leaves above the street keep off, in patches
+    hedge: float = 6.0  # m, the tallest
+    gloss: float = 1.0  # factor on mirrored light
 
 
 def draw_view(rng, size):
@@ -251,17 +256,22 @@ def draw_candidates(rng, view):
     return found
 
 
-def draw_objects(rng, view):
-    """Candidates that meet neither each other, seen from above, nor the camera's own car, in random precedence."""
-    candidates = [("sedan", -1.0, view.offset, 0.0), *draw_candidates(rng, view)]  # the first is the camera's own car
+def draw_objects(rng, view, draw=draw_candidates, factors=None):
+    """Candidates that meet neither each other, seen from above, nor the camera's own car, in random precedence.
+
+    draw: what lists them; factors: {kind: factors on l, h, w}, of kinds whose sizes are others.
+    """
+    candidates = [("sedan", -1.0, view.offset, 0.0), *draw(rng, view)]  # the first is the camera's own car
     candidates = [candidates[i] for i in (0, *rng.permutation(len(candidates) - 1) + 1)]
     kind, s, t, direction = (np.array(column) for column in zip(*candidates, strict=True))
     n, sin, cos = len(kind), np.sin(view.heading), np.cos(view.heading)
     size = draw_sizes(rng, kind, 0.04)
     child = (kind == "pedestrian") & (rng.random(n) < 0.12)
     size *= np.where(child, rng.uniform(0.65, 0.85, n), 1)[:, None]
+    if factors:
+        size *= [factors.get(name, (1, 1, 1)) for name in kind]
     x, z = s * sin + (t - view.offset) * cos, s * cos - (t - view.offset) * sin
-    ground = (view.height - view.normal[0] * x - view.normal[2] * z) / view.normal[1]
+    ground = (view.height + view.curve * z * z - view.normal[0] * x - view.normal[2] * z) / view.normal[1]
     center = np.stack([x, ground - size[:, 1] / 2, z], -1)
     yaw = wrap_angle(view.heading + direction - np.pi / 2)
     corners = footprint(center, size + 0.2, yaw)
@@ -283,10 +293,18 @@ def paint_background(rng, view, objects):
     image = np.empty((3, height, width), np.float32)
     top, bottom = int(np.argmax((down > 0.003).any(1))), int(np.argmax((down > 0.003).all(1)))
     image[:, :bottom] = paint_sky(rng, view, u, down[:bottom])
-    z = view.height / np.maximum(down[top:], 0.003)
+    z = ground_depth(view, down[top:])
     np.copyto(image[:, top:], paint_ground(rng, view, objects, top, z, u, across, along), where=down[top:] > 0.003)
     paint_walls(rng, view, across, along, down, image)
     return image
+
+
+def ground_depth(view, down):
+    """Depth, m, at which rays meet the ground; down: normal . ray. Beyond a brow, that of the brow and more."""
+    z = view.height / np.maximum(down, 0.003)
+    if not view.curve:
+        return z
+    return 2 * z / (1 + np.sqrt(np.maximum(1 - 4 * view.curve / view.height * z * z, 0)))
 
 
 def paint_sky(rng, view, u, down):
@@ -328,6 +346,9 @@ def paint_ground(rng, view, objects, top, z, u, across, along):
     colour = palette.T.take(band, 1) * (1 + strength.take(band) * grain)
     colour += float(rng.choice([0, 0.5, 0.8])) * paint * (0.8 + 0.4 * grain) * (0.85 - colour)
     diffuse, sunlit = cast_shadows(view, objects, top, z, u)
+    if view.canopy:
+        leaves = texture(5, s * 9, t * 9) + 0.6 * texture(4, s * 17, t * 17)
+        sunlit *= 1 - view.canopy * np.clip(4 * leaves + 0.5, 0, 1)
     colour *= view.ambient * diffuse + view.sunlight * float(-view.sun[1]) * sunlit
     return add_haze(view, colour, z)
 
@@ -341,7 +362,8 @@ def cast_shadows(view, objects, top, z, u):
         corners = np.concatenate([corners, corners - slope * objects.size[:, 1, None, None]], 1)
     x, depth = corners[..., 0], np.maximum(corners[..., 1], 0.5)
     columns = view.K[0, 0] * x / depth + view.K[0, 2]
-    rows = view.K[1, 1] * (view.height - view.normal[0] * x - view.normal[2] * depth) / depth + view.K[1, 2] - top
+    ground = view.height + view.curve * depth * depth - view.normal[0] * x - view.normal[2] * depth
+    rows = view.K[1, 1] * ground / depth + view.K[1, 2] - top
     limits = np.stack([rows.min(1) - 1, rows.max(1) + 2, columns.min(1), columns.max(1) + 2], 1)
     limits = limits.clip(0, view.size[0]).astype(int)
     slope, cosines, sines = slope.tolist(), np.cos(objects.yaw).tolist(), np.sin(objects.yaw).tolist()
@@ -371,7 +393,7 @@ def paint_walls(rng, view, across, along, down, image):
     count, length = 40, float(rng.uniform(8, 18))
     lot = (np.clip(s / length + 4, 0, count - 1)).astype(int) + count * right
     kind = rng.choice(3, 2 * count, p=rng.dirichlet([2, 2, 1]))  # house, hedge, open
-    tall = np.where(kind == 0, rng.uniform(4, 13, 2 * count), rng.uniform(0.8, 6, 2 * count)) * (kind < 2)
+    tall = np.where(kind == 0, rng.uniform(4, 13, 2 * count), rng.uniform(0.8, view.hedge, 2 * count)) * (kind < 2)
     plaster = rng.uniform(0.2, 0.75, (2 * count, 1)) * rng.uniform(0.75, 1.1, (2 * count, 3))
     green = rng.uniform((0.1, 0.17, 0.04), (0.25, 0.34, 0.13), (2 * count, 3))
     colours = np.where((kind == 0)[:, None], plaster, green).astype(np.float32)
@@ -379,7 +401,7 @@ def paint_walls(rng, view, across, along, down, image):
     rough = np.where(hedge, 1 + 0.35 * texture(4, s * 14, 3) + 0.15 * texture(1, s * 9, 50), np.float32(1))
     limit = tall.astype(np.float32)[lot] * rough
     limit[(s > view.crossing) & (s < view.crossing + CROSSING_WIDTH) | (z > 250) | (s < -50)] = 0
-    up = view.height - down * z  # (H, W): metres above the ground where the ray meets the wall
+    up = view.height + view.curve * z * z - down * z  # (H, W): metres above the ground where the ray meets the wall
     rows, columns = np.nonzero((up > 0) & (up < limit))
     up, s, z, hedge = up[rows, columns], s[columns], z[columns], hedge[columns]
     fade = np.minimum(12 / z, 1)
@@ -424,7 +446,7 @@ def paint_objects(view, objects, faces, owner, inverse_depth, image):
     side += (0.9 * np.arange(len(yaw), dtype=np.float32)).take(owner)
     grain = 0.9 * texture(3, side * 60, y * 60) + 0.6 * texture(0, side * 60, y * 60) * np.minimum(10 / z, 1)
     colour *= 1 + TEXTURE[material].take(face) * grain
-    gloss = GLOSS[material].take(face)
+    gloss = view.gloss * GLOSS[material].take(face)
     a, b, c = normal.take(face, 1)
     mirrored = ray[1] - 2 * (a * ray[0] + b * ray[1] + c) * b
     sky = np.clip(0.5 - 2.2 * mirrored + 0.03 * grain, 0.12, 1) * view.haze[:, 0]
