@@ -1,7 +1,7 @@
 """The built-in world as a source: splits are rendered on first use, then read as KITTI folders or nuScenes tables.
 
 'train' and 'val' are seen by one camera in front of a car, 'mini_train' and 'mini_val' by six all around one. With
-like= the frames have cameras, image sizes, class shares and colours of another source's, as world/like.py says.
+like= the frames have cameras, image sizes, classes and heights of another source's, as world/like.py says.
 """
 
 import dataclasses

@@ -101,7 +101,7 @@ def test_keys_that_only_fit_together_may_be_given_together():
         ('data.train=[{"split": "a"}]', r"data\.train\.split: expected a list, got 'a'"),
         (
             "data.train=train",
-            r"data\.train: expected an object with keys kind, root, split, repeat, limit, .*, got 'train'",
+            r"data\.train: expected an object with keys kind, root, split, repeat, share, .*, got 'train'",
         ),
         ("train.batch_size=0", r"train\.batch_size is 0, expected at least 1"),
         ("train.schedule=linear", r"train\.schedule is 'linear', expected one of cosine, step, constant"),

@@ -1,6 +1,6 @@
 """The second world: frames like those of another source, in KITTI format, rendered once.
 
-Each frame is modelled on one of that source's: its camera, image size, height and pitch above the road, and colours.
+Each frame is modelled on one of that source's: its camera, image size, height and pitch above the road.
 The streets are those of KITTI: rows of parked cars that hide each other and leave the image, hard light, rolling roads.
 A frame is a function of (seed, index, models, traits).
 """
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from formats.kitti import write_calib, write_labels
-from scene.frames import Frame, UserError, image_size, load_pixels
+from scene.frames import Frame, UserError, image_size
 from world.shapes import GLASS, PAINT, SIZES, TAIL
 from world.street import (
     CAMERA_SHIFT,
@@ -35,7 +35,7 @@ from world.street import (
 VERSION = 2  # part of the folder's name: raise it whenever a picture or a label changes
 MODELS = 256  # frames of a source at most that are modelled on, evenly spaced
 HEIGHT, PITCH = 1.65, 0.8  # m above the road where no label tells; degrees, deviation, where a frame's own do not
-# Objects of each class that `draw_street` lists, of 1: from 2000 frames.
+# Shares of the classes among the objects that `draw_street` would give: of 300 frames.
 USUAL = {"Car": 0.59, "Van": 0.06, "Truck": 0.01, "Pedestrian": 0.18, "Cyclist": 0.16}
 PAINTS = np.array([[0.03, 0.03, 0.035], [0.1, 0.1, 0.11], [0.28, 0.29, 0.3], [0.5, 0.51, 0.52], [0.8, 0.8, 0.78],
                    [0.04, 0.06, 0.14], [0.35, 0.04, 0.04]])  # fmt: skip
@@ -50,7 +50,6 @@ class Model(NamedTuple):
     size: tuple[int, int]  # width, height, px
     height: float  # m above the road
     pitch: float  # radians, NaN: its labels do not tell
-    image: object  # of `Frame`, whose colours it has
 
 
 class Trait(NamedTuple):
@@ -77,7 +76,7 @@ def find_models(frames):
             size = frame.size or image_size(frame.image)
         except OSError as error:
             raise UserError(str(error)) from error
-        models.append(Model(tuple(map(float, camera)), tuple(size), float(height), float(pitch), frame.image))
+        models.append(Model(tuple(map(float, camera)), tuple(size), float(height), float(pitch)))
     return models
 
 
@@ -187,22 +186,13 @@ def dress(rng, objects):
     return objects._replace(colour=colour)
 
 
-def colours_of(image):
-    """Mean and deviation of the values of an image, 0-1, of every eighth pixel of every eighth row."""
-    pixels = load_pixels(image, (96, 320))[0][::8, ::8] / 255
-    return float(pixels.mean()), float(pixels.std())
-
-
-def render_frame(seed, index, model, colours, traits):
+def render_frame(seed, index, model, traits):
     """One frame: (image (H, W, 3) uint8, P2 (3, 4), `Labels`, quality of its JPEG), the same bytes each time."""
     rng = np.random.default_rng((VERSION, seed, index))
     view = draw_camera(rng, model)
     factors = {kind: traits[name].factors for kind, name in CLASSES.items()}
     objects = dress(rng, draw_objects(rng, view, partial(draw_street, traits=traits), factors))
     image, _, share, pixels = draw_picture(rng, view, objects)
-    mean, deviation = colours
-    contrast = np.float32(deviation * rng.uniform(0.95, 1.25) / max(image.std(), 1e-3))
-    image = (image - image.mean()) * contrast + np.float32(mean + rng.normal(0, 0.02))
     P2 = np.column_stack([view.K, view.K @ CAMERA_SHIFT])
     quality = int(rng.integers(82, 97))
     return develop(rng, image), P2, label_objects(view, objects, share, pixels), quality
@@ -234,11 +224,8 @@ def build_like(models, traits, root, split, frames, seed=0, workers=1):
             (folder / name).mkdir(parents=True)
         indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
         (folder / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
-        colours = [colours_of(model.image) for model in models]
-        jobs = []
-        for index in indices:
-            chosen = np.random.default_rng((VERSION, seed, index, 1)).integers(len(models))
-            jobs.append((folder, seed, index, models[chosen]._replace(image=None), colours[chosen], traits))
+        chosen = [np.random.default_rng((VERSION, seed, index, 1)).integers(len(models)) for index in indices]
+        jobs = [(folder, seed, index, models[i], traits) for index, i in zip(indices, chosen, strict=True)]
         render_all(jobs, workers, f"rendering {split}", write_frame)
 
     return build_folder(Path(root) / f"world{VERSION}-seed{seed}-like{digest}-{split}{frames}", fill)

@@ -133,6 +133,7 @@ class View(NamedTuple):
     canopy: float = 0.0  # share of the sunlight that leaves above the street keep off, in patches
     hedge: float = 6.0  # m, the tallest
     gloss: float = 1.0  # factor on mirrored light
+    detail: float = 1.0  # factor on the strength of textures
 
 
 def draw_view(rng, size):
@@ -343,7 +344,7 @@ def paint_ground(rng, view, objects, top, z, u, across, along):
     paint = np.clip((0.07 + pixel / 2 - np.abs(t - line * view.lane)) / pixel, 0, 1) * np.minimum(0.14 / pixel, 1)
     solid = (np.abs(line) == lanes) | ((line == 0) & (lanes > 1))
     paint *= (solid | (fraction(s / 9 + float(rng.random())) < 0.45)) & ~crossing
-    colour = palette.T.take(band, 1) * (1 + strength.take(band) * grain)
+    colour = palette.T.take(band, 1) * (1 + view.detail * strength.take(band) * grain)
     colour += float(rng.choice([0, 0.5, 0.8])) * paint * (0.8 + 0.4 * grain) * (0.85 - colour)
     diffuse, sunlit = cast_shadows(view, objects, top, z, u)
     if view.canopy:
@@ -410,7 +411,7 @@ def paint_walls(rng, view, across, along, down, image):
     front = 0.1 * texture(0, s * 20, up * 20) * fade - pane * np.minimum(40 / z, 1) * float(rng.uniform(0.3, 0.7))
     facing = float(view.sun[0] * math.cos(view.heading) - view.sun[2] * math.sin(view.heading))  # of walls on the left
     sun = view.sunlight * np.where(right[columns], max(-facing, 0), max(facing, 0)).astype(np.float32)
-    shade = (1 + np.where(hedge, leaves, front)) * np.where(hedge, 0.6 + 0.4 * np.minimum(up / 2, 1), np.float32(1))
+    shade = (1 + view.detail * np.where(hedge, leaves, front)) * np.where(hedge, 0.6 + 0.4 * np.minimum(up / 2, 1), np.float32(1))
     colour = colours.T.take(lot[columns], 1) * (0.8 * view.ambient[:, 0] + sun) * shade
     image[:, rows, columns] = add_haze(view, colour, z)
 
@@ -445,7 +446,7 @@ def paint_objects(view, objects, faces, owner, inverse_depth, image):
     side = x * (np.cos(yaw) + skew * np.sin(yaw)).take(owner) + depth * (skew * np.cos(yaw) - np.sin(yaw)).take(owner)
     side += (0.9 * np.arange(len(yaw), dtype=np.float32)).take(owner)
     grain = 0.9 * texture(3, side * 60, y * 60) + 0.6 * texture(0, side * 60, y * 60) * np.minimum(10 / z, 1)
-    colour *= 1 + TEXTURE[material].take(face) * grain
+    colour *= 1 + view.detail * TEXTURE[material].take(face) * grain
     gloss = view.gloss * GLOSS[material].take(face)
     a, b, c = normal.take(face, 1)
     mirrored = ray[1] - 2 * (a * ray[0] + b * ray[1] + c) * b
