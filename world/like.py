@@ -117,7 +117,7 @@ def draw_camera(rng, model):
     parked, lane = rng.random() < 0.65, float(rng.uniform(2.5, 3.5))
     half_road = lane * (1 if parked else int(rng.integers(1, 3))) + 2.2 * parked
     pavement = half_road + float(rng.uniform(1.2, 3.5))
-    bright = rng.random() < 0.75
+    bright = rng.random() < 0.9
     tint = rng.uniform((0.85, 0.93, 1.0), (1.0, 1.0, 1.1)).astype(np.float32)[:, None, None]  # of the sky
     return view._replace(
         K=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]),
@@ -133,9 +133,9 @@ def draw_camera(rng, model):
         haze=np.float32(rng.uniform(0.8, 1.1)) * tint,
         haze_range=float(rng.uniform(150, 600)),
         curve=float(np.clip(rng.normal(0, 1.2e-4), -3e-4, 3e-4)),
-        canopy=float(rng.uniform(0.3, 0.95)) * (rng.random() < 0.4),
         hedge=float(rng.uniform(5, 11)),
         gloss=float(rng.uniform(0.15, 0.8)),
+        detail=float(rng.uniform(1, 3)),
     )
 
 
@@ -169,7 +169,7 @@ def draw_street(rng, view, traits):
     for side in rng.choice([-1, 1], rng.poisson(2) if view.crossing < 50 else 0):
         s, t = view.crossing + 0.5 * CROSSING_WIDTH + 1.7 * side, rng.uniform(-20, 20)
         found.append((rng.choice(list(PARKED)), s, t, -side * np.pi / 2 + rng.normal(0, 0.06)))
-    crowd = rng.uniform(0.2, 1)
+    crowd = rng.uniform(0.1, 0.8)
     weights = {kind: crowd * traits[name].weight for kind, name in CLASSES.items()}
     return [one for one in found if rng.random() < weights.get(one[0], 1)]
 

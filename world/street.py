@@ -130,10 +130,9 @@ class View(NamedTuple):
     start: float = 0.0  # the camera's s
     # What the first world has not: its pictures stay as they are.
     curve: float = 0.0  # of the ground, normal . X = height + curve z^2, 1/m: above 0 the road falls away
-    canopy: float = 0.0  # share of the sunlight that leaves above the street keep off, in patches
     hedge: float = 6.0  # m, the tallest
     gloss: float = 1.0  # factor on mirrored light
-    detail: float = 1.0  # factor on the strength of textures
+    detail: float = 1.0  # factor on the textures of ground, fronts and hedges
 
 
 def draw_view(rng, size):
@@ -347,9 +346,6 @@ def paint_ground(rng, view, objects, top, z, u, across, along):
     colour = palette.T.take(band, 1) * (1 + view.detail * strength.take(band) * grain)
     colour += float(rng.choice([0, 0.5, 0.8])) * paint * (0.8 + 0.4 * grain) * (0.85 - colour)
     diffuse, sunlit = cast_shadows(view, objects, top, z, u)
-    if view.canopy:
-        leaves = texture(5, s * 9, t * 9) + 0.6 * texture(4, s * 17, t * 17)
-        sunlit *= 1 - view.canopy * np.clip(4 * leaves + 0.5, 0, 1)
     colour *= view.ambient * diffuse + view.sunlight * float(-view.sun[1]) * sunlit
     return add_haze(view, colour, z)
 
@@ -411,7 +407,8 @@ def paint_walls(rng, view, across, along, down, image):
     front = 0.1 * texture(0, s * 20, up * 20) * fade - pane * np.minimum(40 / z, 1) * float(rng.uniform(0.3, 0.7))
     facing = float(view.sun[0] * math.cos(view.heading) - view.sun[2] * math.sin(view.heading))  # of walls on the left
     sun = view.sunlight * np.where(right[columns], max(-facing, 0), max(facing, 0)).astype(np.float32)
-    shade = (1 + view.detail * np.where(hedge, leaves, front)) * np.where(hedge, 0.6 + 0.4 * np.minimum(up / 2, 1), np.float32(1))
+    rough = view.detail * np.where(hedge, leaves, front)
+    shade = (1 + rough) * np.where(hedge, 0.6 + 0.4 * np.minimum(up / 2, 1), np.float32(1))
     colour = colours.T.take(lot[columns], 1) * (0.8 * view.ambient[:, 0] + sun) * shade
     image[:, rows, columns] = add_haze(view, colour, z)
 
@@ -446,7 +443,7 @@ def paint_objects(view, objects, faces, owner, inverse_depth, image):
     side = x * (np.cos(yaw) + skew * np.sin(yaw)).take(owner) + depth * (skew * np.cos(yaw) - np.sin(yaw)).take(owner)
     side += (0.9 * np.arange(len(yaw), dtype=np.float32)).take(owner)
     grain = 0.9 * texture(3, side * 60, y * 60) + 0.6 * texture(0, side * 60, y * 60) * np.minimum(10 / z, 1)
-    colour *= 1 + view.detail * TEXTURE[material].take(face) * grain
+    colour *= 1 + TEXTURE[material].take(face) * grain
     gloss = view.gloss * GLOSS[material].take(face)
     a, b, c = normal.take(face, 1)
     mirrored = ray[1] - 2 * (a * ray[0] + b * ray[1] + c) * b
