@@ -423,7 +423,6 @@ class StepBatches:
 
     The samples form one endless stream of permutations, one per epoch; a step takes the next global batch of it and
     each process its slice, so the order does not depend on the number of processes, and a run resumes at any step.
-    find: another stream, position -> (epoch, index), such as `formats.mixture.Mixture`.
     """
 
     def __init__(self, count, global_batch, rank, world, seed, start, stop, find=None):
@@ -431,7 +430,7 @@ class StepBatches:
             raise ValueError(f"a global batch of {global_batch} does not divide over {world} processes")
         self.count, self.global_batch, self.share = count, global_batch, global_batch // world
         self.rank, self.start, self.stop = rank, start, stop
-        self.find = find or functools.partial(find_in_epochs, seed, count)
+        self.find = find or functools.partial(find_in_epochs, seed, count)  # or another stream, `formats.mixture`
 
     def __len__(self):
         return self.stop - self.start

@@ -124,11 +124,10 @@ def train(config, accelerator, signals):
 
 def find_order(config, progress, train_set, rank):
     """The `StepBatches` of a process from where the run goes on to its end, after train.steps or train.epochs."""
-    options, batch, frames = config.train, progress.global_batch, len(train_set)
+    options, batch, frames, find = config.train, progress.global_batch, len(train_set), train_set.find
     total = options.steps or math.ceil(options.epochs * frames / batch)
     start, stop = progress.step * options.accumulate, total * options.accumulate  # parts of steps
-    batch, processes = batch // options.accumulate, progress.processes
-    return StepBatches(frames, batch, rank, processes, config.seed, start, stop, train_set.find)
+    return StepBatches(frames, batch // options.accumulate, rank, progress.processes, config.seed, start, stop, find)
 
 
 def validate(config, accelerator, detector, val_set, log, step):
