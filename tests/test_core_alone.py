@@ -153,7 +153,7 @@ def test_deleting_an_extra_breaks_nothing_else(extra, kitti, tmp_path):
         "formats/tables": tables,
         "metrics/nuscenes_files": {"metrics.nuscenes"},
         "world": {"formats.synthetic"},
-        "formats/files": {"formats.index", "formats.cache", "world.street", "world.cameras"},
+        "formats/files": {"formats.index", "formats.cache", "world.street", "world.cameras", "world.like"},
         "formats/jsonl": {"formats.omni3d"},
         "formats/columns": {"formats.jsonl", "formats.omni3d", "formats.tables", *tables},
     }.get(extra, set())
