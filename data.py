@@ -47,9 +47,7 @@ class Source:
     cameras: tuple[str, ...] = ()  # of nuScenes, such as CAM_FRONT; empty: all
     world_frames: int = 600  # of the built-in world: 'train', 'val' from one camera, 'mini_train', 'mini_val' from six
     world_seed: int = 0  # another world for every number
-    like: str = (
-        ""  # have the world look as KITTI folder, .jsonl file or root of a source of data.train; or 'data.train'
-    )
+    like: str = ""  # what rendered frames take after: 'data.train', root of one of its sources, KITTI folder or .jsonl
 
 
 @dataclasses.dataclass(frozen=True)
