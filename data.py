@@ -34,7 +34,7 @@ log = logging.getLogger("deep3d")
 class Source:
     """One list of frames."""
 
-    kind: str = "kitti"  # formats.<kind>: 'kitti' folder, 'jsonl' file, 'nuscenes' folder, 'synthetic' built-in world
+    kind: str = "kitti"  # formats.<kind>: 'kitti', 'nuscenes', 'argoverse' folder, 'jsonl' file, 'synthetic' world
     root: str = ""  # folder or .jsonl file; empty: data.root
     split: tuple[str, ...] = ("train",)  # ImageSets/<split>.txt or any file.txt, 'all', 'testing'; or nuScenes' names
     repeat: int = 1  # how many times each frame is listed in an epoch
@@ -44,7 +44,7 @@ class Source:
     version: str = ""  # of nuScenes' tables, such as v1.0-mini; empty: the only one that root holds
     dialect: str = ""  # of nuScenes' tables: 'truckscenes', 't4', a JSON file; empty: nuScenes
     pose: str = "image"  # of nuScenes' tables: the ego pose that an image names, or 'sample': that nearest its sample
-    cameras: tuple[str, ...] = ()  # of nuScenes, such as CAM_FRONT; empty: all
+    cameras: tuple[str, ...] = ()  # such as CAM_FRONT; empty: all of nuScenes, Argoverse's ring
     world_frames: int = 600  # of the built-in world: 'train', 'val' from one camera, 'mini_train', 'mini_val' from six
     world_seed: int = 0  # another world for every number
     like: str = ""  # what rendered frames take after: 'data.train', root of one of its sources, KITTI folder or .jsonl

@@ -4,7 +4,7 @@
     python evaluate.py FILE --runtime onnx [key=value ...]   a file of export.py, with config.json beside it
     accelerate launch evaluate.py RUN --submission DIR       what KITTI's server takes: the command tools.submit
     python evaluate.py --labels DIR --results DIR [...]      KITTI files of any detector: the command metrics.kitti
-    python evaluate.py --nuscenes ROOT --results FILE [...]  a nuScenes file: the command metrics.nuscenes
+    python evaluate.py --nuscenes ROOT --results FILE [...]  a nuScenes file; --argoverse ROOT: one of Argoverse 2
 
 Files need neither timm nor a GPU.
 """
@@ -273,19 +273,19 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Command line entry. Returns 0, or 2 after one sentence on stderr for what the user got wrong, or a full disk."""
     kinds = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--labels", "--nuscenes", "--results", "--submission"):
+    for name in ("--labels", "--nuscenes", "--argoverse", "--results", "--submission"):
         kinds.add_argument(name)
     given, rest = kinds.parse_known_args(arguments)
     if given.submission is not None:
         return importlib.import_module("tools.submit").main([*rest, given.submission])
-    truth = {"kitti": given.labels, "nuscenes": given.nuscenes}
+    truth = {"kitti": given.labels, "nuscenes": given.nuscenes, "argoverse": given.argoverse}
     truth = [(name, folder) for name, folder in truth.items() if folder is not None]
     if len(truth) == 1 and given.results is not None:
         [(name, folder)] = truth
         return importlib.import_module(f"metrics.{name}").main([folder, given.results, *rest])
     try:
         if truth or given.results is not None:
-            raise UserError("an evaluation of files needs --labels DIR or --nuscenes ROOT, and --results")
+            raise UserError("an evaluation of files needs --labels, --nuscenes or --argoverse, and --results")
         evaluate_run(parse_arguments(rest))
     except (UserError, OSError) as error:
         print(f"evaluate.py: {sentence_of(error)}", file=sys.stderr)

@@ -204,7 +204,7 @@ def read_frames(
         problem = one.problem or _picture_problem(one, path, missing, measured)
         sentence = f"{tables}: {one.channel} of sample {sample.token}: {problem}"
         if not problem:
-            id, labels = f"{sample.scene}/{one.channel}/{one.time}", _labels_in(boxes[rows], occlusion[rows], one)
+            id, labels = f"{sample.scene}/{one.channel}/{one.time}", labels_in(boxes[rows], occlusion[rows], one)
             frames.append(Frame(id, path, one.K, labels, group=sample.token, pose=one.pose, size=one.size))
         elif problems is not None:
             problems.append(sentence)
@@ -302,7 +302,7 @@ def _edges(boxes):
     return corners[:, :, [0, 4, 1, 3]].transpose(0, 2, 1)
 
 
-def _labels_in(boxes, occlusion, key_frame):
+def labels_in(boxes, occlusion, key_frame):
     """Labels of the boxes of a sample that a camera shows, objects before ignore regions."""
     turn, origin = key_frame.pose[:3, :3], key_frame.pose[:3, 3]
     center = (boxes.center - origin) @ turn  # R^T (x - o), row by row

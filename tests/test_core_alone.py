@@ -38,6 +38,7 @@ EXTRAS = (
     "formats/tables",
     "formats/truckscenes",
     "formats/t4",
+    "formats/argoverse",
     "formats/omni3d",
     "formats/index",
     "formats/tar",
@@ -49,6 +50,7 @@ EXTRAS = (
     "formats/columns",
     "metrics/nuscenes",
     "metrics/nuscenes_files",
+    "metrics/argoverse",
     "world",
     "tools",
     "lab",
@@ -147,10 +149,12 @@ def test_deleting_an_extra_breaks_nothing_else(extra, kitti, tmp_path):
         tmp_path,
     )
     dialects = {"formats.truckscenes", "formats.t4"}
-    tables = {"formats.nuscenes", *dialects, "metrics.nuscenes", "metrics.nuscenes_files", "world.cameras"}
+    argoverse = {"formats.argoverse", "metrics.argoverse"}
+    tables = {"formats.nuscenes", *dialects, *argoverse, "metrics.nuscenes", "metrics.nuscenes_files", "world.cameras"}
     goes_along = {
         "formats/nuscenes": tables,
         "formats/tables": tables,
+        "formats/argoverse": argoverse,
         "metrics/nuscenes_files": {"metrics.nuscenes"},
         "world": {"formats.synthetic"},
         "formats/files": {"formats.index", "formats.cache", "world.street", "world.cameras", "world.like"},

@@ -115,7 +115,7 @@ def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     files = ("--labels", labels, "--results", results)
     assert "the following arguments are required: RUN" in fail(capsys)
     for one in (("--labels", labels), ("--results", results)):
-        assert "an evaluation of files needs --labels DIR or --nuscenes ROOT, and --results" in fail(capsys, *one)
+        assert "an evaluation of files needs --labels, --nuscenes or --argoverse, and --results" in fail(capsys, *one)
     for more in (["runs/x"], ["--out", "x"], ["--flip"]):
         assert f"metrics.kitti: unrecognized arguments: {' '.join(more)}" in fail(capsys, *files, *more)
     assert "--repeat is 0" in fail(capsys, *files, "--repeat", 0)

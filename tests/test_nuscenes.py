@@ -557,8 +557,8 @@ def test_boxes_that_name_another_sample_count_there_and_are_told(invented, tmp_p
 def test_mistakes_on_the_command_line_are_one_sentence(invented, tmp_path, capsys):
     files = ["--nuscenes", invented, "--split", "mini_val"]
     for arguments, sentence in (
-        (files, "an evaluation of files needs --labels DIR or --nuscenes ROOT, and --results"),
-        ([*files, "--results", "x", "--labels", "y"], "needs --labels DIR or --nuscenes ROOT"),
+        (files, "an evaluation of files needs --labels, --nuscenes or --argoverse, and --results"),
+        ([*files, "--results", "x", "--labels", "y"], "needs --labels, --nuscenes or --argoverse"),
         ([*files, "--results", "x", "--errors"], "unrecognized arguments: --errors"),
         (["--nuscenes", "x", "--results", "y"], "the following arguments are required: --split"),
         (["--nuscenes", tmp_path, "--split", "val", "--results", "b"], "expected a folder with nuScenes' tables"),

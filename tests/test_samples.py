@@ -52,29 +52,31 @@ def truth(invented, frames):
     return nuscenes.read_truth(invented, ("mini_val",)).of({frame.group for frame in frames})
 
 
-def detect_truth(frames):
+def detect_truth(frames, options=MODEL):
     """Labels of each frame as `Detector.select` finds them in the outputs that `encode` makes of its objects, one
-    location each.
+    location each; none of an object that nearer ones leave no location.
     """
     torch.manual_seed(0)
-    model = Detector(MODEL).eval()
-    dataset = Detection3D(frames, MODEL, DataConfig())
+    model = Detector(options).eval()
+    dataset = Detection3D(frames, options, DataConfig())
     found = {}
     for frame in frames:
-        view = whole_view(1600, 900, MODEL.size)
+        view = whole_view(*frame.size, options.size)
         sample = dataset.sample_from(frame, view)
         batch = collate([{**sample, **dict.fromkeys(("image", "index", "skipped"), torch.tensor(0))}])
-        targets = assign(batch, MODEL)
+        targets = assign(batch, options)
         encoded = encode(targets, model, batch["K"])
-        logits = torch.full((1, len(model.location_stride), len(CLASSES)), -20.0)
+        logits = torch.full((1, len(model.location_stride), len(options.classes)), -20.0)
         raw = torch.zeros(1, len(model.location_stride), sum(model.fields.values()))
         for number in range(len(sample["label"])):
             (slots,) = torch.where(targets.positive[0] & (targets.object[0] == number))
+            if not len(slots):
+                continue
             slot = slots[targets.centerness[0, slots].argmax()]
             logits[0, targets.location[0, slot], targets.label[0, slot]] = 20.0
             raw[0, targets.location[0, slot]] = encoded[0, slot]
         found[frame.id] = to_labels(
-            model.select(logits, raw, batch["K"])[0], view, CLASSES, attributes=MODEL.attribute_names
+            model.select(logits, raw, batch["K"])[0], view, options.classes, attributes=options.attribute_names
         )
     return found
 
