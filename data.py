@@ -67,7 +67,7 @@ class DataConfig:
     workers: int = 2  # loader processes per training process
     index: str = ""  # folder for what was read of the sources; empty: beside each, or the user's cache; 'none': memory
     cache: str = ""  # folder for decoded frames, read instead of decoding again; 1.4 MB a KITTI frame; empty: none
-    skip_bad: bool = False  # replace an unreadable image by the next one and warn, instead of stopping
+    skip_bad: bool = False  # warn, not stop, where an image is unreadable (the next stands for it) or absent (KITTI)
 
 
 def find_format(source):
@@ -99,9 +99,12 @@ def open_source(source, config, problems=None):
         if name not in reader.FIELDS and getattr(source, name) != getattr(Source(), name):
             raise UserError(f"{place}: {name} means nothing to kind={source.kind}")
     try:
-        return Part(reader.frames(source, config, problems), source.rename, repeat=source.repeat)
+        frames = reader.frames(source, config, problems)
     except OSError as error:
         raise UserError(str(error)) from error
+    if skew := max((abs(frame.K[0, 1]) for frame in frames[:100]), default=0):
+        log.warning(f"{place}: K has a skew of {skew:.2g} px in its first row, which is passed over")
+    return Part(frames, source.rename, repeat=source.repeat)
 
 
 def build_dataset(config, training):
@@ -221,7 +224,7 @@ class Detection3D(Dataset):
         self.classes, self.size, self.sources, self.find = model.classes, model.size, (), None
         self.regions = {*config.neighbours, "DontCare"}
         self.cache = importlib.import_module("formats.cache").FrameCache(config.cache) if config.cache else None
-        self.unreadable = set()  # what this process has warned of
+        self.told = {}  # what this process has warned of
         if clash := {*self.classes} & self.regions:
             raise UserError(f"data.neighbours names {sorted(clash)}, which model.classes trains; expected one of them")
 
@@ -236,10 +239,13 @@ class Detection3D(Dataset):
             except OSError as error:
                 if not self.config.skip_bad:
                     raise UserError(str(error)) from error
-                if str(error) not in self.unreadable:
-                    log.warning(f"{error}; another image stands for it")
-                    self.unreadable.add(str(error))
+                self.tell(str(error), f"{error}; another image stands for it")
         raise UserError(f"none of the {len(self)} images of the data set can be read")
+
+    def tell(self, about, sentence):
+        """Log a warning, of each thing that they are about the first."""
+        if sentence and self.told.setdefault(about, sentence) is sentence:
+            log.warning(sentence)
 
     def load(self, epoch, index):
         """The sample of a frame: `sample_from`, index, image (H, W, 3) uint8; for `change_colours` colour and covered.
@@ -254,6 +260,11 @@ class Detection3D(Dataset):
         if frame.size and frame.size != size:
             sizes = "{}x{}, and was {}x{}".format(*size, *frame.size)
             raise UserError(f"{frame.image}: the image is {sizes} when its source was read: touch the source")
+        middle = frame.K[:2, 2] / size
+        if middle.max() < 0.3 or middle.min() > 0.75:
+            self.tell("size", f"{frame.image}: {'x'.join(map(str, size))} px, and K looks like that of another size")
+        if pixels[::8, ::8].max() <= 64:  # as good as black
+            self.tell("dark", importlib.import_module("formats.odd").dark_problem(frame.image, pixels))
         rng = np.random.default_rng((self.seed, epoch, index))
         view = whole_view(*size, self.size)
         if self.training:
@@ -301,7 +312,7 @@ class Detection3D(Dataset):
         shown = (extent > 0).all(1)  # converters write boxes without area for what a camera does not see
         hard = (extent[:, 1] < self.config.min_height) | (labels.occlusion > self.config.max_occlusion)
         trained = (label >= 0) & labels.is_3d & shown & ~(hard & self.training)
-        return label, trained, region | ((label >= 0) & ~trained)
+        return label, trained, region | ~labels.is_3d | ((label >= 0) & ~trained)
 
     def view_of(self, index):
         """The `View` through which a frame is seen in evaluation. Raises OSError for an image that cannot be read."""

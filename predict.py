@@ -43,6 +43,7 @@ from engine.checkpoint import near
 from engine.weights import fetch, find_checkpoint
 from evaluate import detect_frames
 from formats.kitti import read_calib, split_projection, write_labels
+from formats.odd import distortion_problem
 from model import Detector
 from scene.draw import PEOPLE_SCORE, draw_frame
 from scene.frames import Frame, UserError, check_writable, image_size, make_folder, make_labels, sentence_of
@@ -149,7 +150,7 @@ def read_cameras(path: Path) -> dict[Path, np.ndarray]:
         except (ValueError, KeyError, TypeError):
             expected = f"expected a JSON object with an image and its K, got {text[:80]}"
             raise UserError(f"{path}:{number}: {expected}") from None
-        if problem := camera_problem(K):
+        if problem := next(filter(None, itertools.starmap(distortion_problem, line.items())), camera_problem(K)):
             raise UserError(f"{path}:{number}: K: {problem}")
         if not np.array_equal(cameras.setdefault(place, K), K):
             raise UserError(f"{path}:{number}: another K for {line['image']} than before, expected one for an image")
@@ -353,6 +354,8 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_folder(options.out, inputs, options.pictures)
         for problem in problems:
             print(f"passed over: {problem}", file=sys.stderr)
+        if skew := max(abs(frame.K[0, 1]) for frame in frames):
+            print(f"K has a skew of {skew:.2g} px in its first row, which is passed over")
         sizes = {frame.size for frame in frames}
         if len(sizes) > 1 and (options.calib or options.intrinsics):
             several = " and ".join("x".join(map(str, size)) for size in (min(sizes), max(sizes)))

@@ -36,12 +36,12 @@ class OnnxDetector:
         size (k, 3), yaw (k,), sigma (k,), and where the model has them velocity (k, 3) and attribute (k,)."""
         pairs = zip(images, cameras, strict=True)
         views = [place(read_image(image), np.asarray(K, float), self.config["size"]) for image, K in pairs]
-        canvas, K = np.stack([view[0] for view in views]), np.float32([view[1] for view in views])
-        rows = dict(zip(self.names, self.session.run(self.names, {"image": canvas, "K": K}), strict=True))
+        feed = {"image": np.array([view[0] for view in views]), "K": np.float32([view[1] for view in views])}
+        rows = dict(zip(self.names, self.session.run(self.names, feed), strict=True)) if views else {}
         results = []
         for i, (_, _, scale, size) in enumerate(views):
             boxes = {name: value[i].astype(np.float64) for name, value in rows.items()}
-            boxes = boxes if self.about["nms"] else select(boxes, K[i], self.config)
+            boxes = boxes if self.about["nms"] else select(boxes, feed["K"][i], self.config)
             best = boxes["score"] >= max(min_score, 1e-12)  # rows of score 0 hold nothing
             boxes = {name: value[best] for name, value in boxes.items()}
             boxes["box"] = np.clip((boxes["box"] + 0.5) / np.tile(scale, 2) - 0.5, 0, np.tile(size, 2) - 1.0)
@@ -53,8 +53,7 @@ class OnnxDetector:
 
 def read_image(image):
     """A path, PIL image or RGB array -> PIL image in RGB with 8 bits, upright."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257 + 0.5).astype(np.uint8))
@@ -62,18 +61,19 @@ def read_image(image):
 
 
 def place(image, K, canvas):
-    """An image as large as fits in the left top corner of the canvas (height, width).
-
-    Returns the canvas (H, W, 3) uint8, K (3, 3) in its pixels, the scale (x, y) of the image and its (width, height).
-    """
-    zeros_and_one = K[[0, 1, 2, 2, 2], [1, 0, 0, 1, 2]].tolist() if K.shape == (3, 3) else None
-    if zeros_and_one != [0, 0, 0, 0, 1] or not np.isfinite(K).all() or min(K[0, 0], K[1, 1]) <= 0:
-        raise ValueError(f"K is {K.tolist()}, expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels of the image")
-    fit = min(canvas[1] / image.width, canvas[0] / image.height)
-    width, height = max(1, round(image.width * fit)), max(1, round(image.height * fit))
+    """An image as large as fits in the left top corner of the canvas (height, width): that canvas (H, W, 3) uint8, K
+    (3, 3) in its pixels, the scale (x, y) of the image and its (width, height)."""
+    w, h = image.size
+    fine = K.shape == (3, 3) and K[1, 0] == 0 and np.abs(K[2] - [0, 0, 1]).max() <= 1e-6 and abs(K[0, 1]) <= 0.5
+    fine = fine and 0.1 * w < K[0, 0] < 50 * w and 0.1 * h < K[1, 1] < 50 * max(w, h)
+    if not fine or not (-w < K[0, 2] < 2 * w and -h < K[1, 2] < 2 * h):
+        expected = f"[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] for {w}x{h} px; with a skew above 0.5, rectify the image"
+        raise ValueError(f"K is {K.tolist()}, expected {expected}")
+    fit = min(canvas[1] / w, canvas[0] / h)
+    width, height = max(1, round(w * fit)), max(1, round(h * fit))
     pixels = np.full((*canvas, 3), (124, 116, 104), np.uint8)
     pixels[:height, :width] = resample(resample(np.asarray(image).swapaxes(0, 1), width).swapaxes(0, 1), height)
-    scale = np.array([width / image.width, height / image.height])
+    scale = np.array([width / w, height / h])
     moved = np.array([[scale[0], 0, scale[0] / 2 - 0.5], [0, scale[1], scale[1] / 2 - 0.5], [0, 0, 1]]) @ K
     return pixels, moved, scale, image.size
 
@@ -141,9 +141,9 @@ def main():
         boxes = OnnxDetector(options.model).predict(options.image, K, options.min_score)
     except Exception as error:  # onnxruntime's errors have no class in common
         parser.exit(2, f"error: {options.model} on {options.image}: {str(error).splitlines()[0]}\n")
-    keys = ("score", "center", "size", "yaw", "sigma", "box")
     for i, name in enumerate(boxes["name"]):
-        print(name, *(f"{key} {np.round(boxes[key][i], 2)}" for key in keys))
+        values = [f"{key} {np.round(boxes[key][i], 2)}" for key in ("score", "center", "size", "yaw", "sigma", "box")]
+        print(name, *values)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
 
 Units and frames are those of scene/geometry.py: metres in that image's camera frame, radians, pixels of the picture as
 viewers show it, turned where its EXIF says so. Image paths are relative to the folder of the file. Optional for a
-frame: `id` (default: the path without its suffix) and `ignore` (a list of 2D regions in which nothing is learned or
-counted). Optional for an object: `box` (default: the projected 3D box, clipped to the image), `truncation` in [0, 1],
-`occlusion` 0-3, `ignore` (true: only its box is kept, as a region), `velocity` [x, y, z] m/s in the camera frame,
-`attribute` (text), and what predictions add: `score` and `depth_sigma` (metres). An image may be a member of an
-uncompressed tar, `shards/0001.tar/000123.jpg`. Objects and regions that cannot be seen are left out and counted: those
-outside the image, behind the camera, or centred there without a box that meets the image.
+frame: `id` (default: the path without its suffix), `ignore` (a list of 2D regions in which nothing is learned or
+counted), and `width` and `height`, which the picture must have then. Optional for an object: `box` (default: the
+projected 3D box, clipped to the image), `truncation` in [0, 1], `occlusion` 0-3, `ignore` (true: only its box is kept,
+as a region), `velocity` [x, y, z] m/s in the camera frame, `attribute` (text), and what predictions add: `score` and
+`depth_sigma` (metres). An image may be a member of an uncompressed tar, `shards/0001.tar/000123.jpg`. Objects and
+regions that cannot be seen are left out and counted: those outside the image, behind the camera, or centred there
+without a box that meets the image. Pictures must be undistorted.
 
     python -m formats.jsonl FILE.jsonl [--no-images] [--dropped]      every bad line by number, and a summary per class
 """
@@ -20,6 +21,7 @@ import difflib
 import json
 import mimetypes
 import os
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -35,13 +37,15 @@ from textwrap import shorten
 import numpy as np
 
 from formats.columns import read_numbers
+from formats.odd import distortion_problem
 from scene.frames import LARGEST, PLAUSIBLE, Frame, Labels, UserError, image_size, join, make_labels
 from scene.geometry import camera_problem, project_boxes, wrap_angle
 
 METRICS = "kitti"  # that frames are judged by
 FIELDS = ()  # of data.Source that are read, beside those that every format reads
 
-FRAME_KEYS = {"image": True, "K": True, "objects": True, "id": False, "ignore": False}  # key: required
+FRAME_KEYS = {"image": True, "K": True, "objects": True}  # key: required
+FRAME_KEYS |= {"id": False, "ignore": False, "width": False, "height": False}
 RULES = {  # key of a line or an object: shape of its numbers, what is expected, what else holds, its value if absent
     "K": ((3, 3), "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels", None, None),
     "class": (None, "a name", lambda v: _is_text(v) and v not in ("", "DontCare") and v == v.strip(), "DontCare"),
@@ -91,7 +95,11 @@ def read_frames(path: str | Path, problems=None, images=True, limit=0) -> list[F
     """
     path = Path(path)
     frames, line_of, number = [], {}, 1  # line_of: id -> line
-    for start in _starts(path):
+    starts = _starts(path)
+    if problem := _whole_problem(path):
+        _report(path, [(1, problem)], problems)
+        return []
+    for start in starts:
         lines = _lines(path, start)
         block, sentences = _read_lines(lines, path.parent, number, images)
         for line, frame in block:
@@ -122,6 +130,25 @@ def _starts(path):
     if not path.is_file():
         raise UserError(f"{path.absolute()}: no such JSON-lines file")
     return range(0, max(1, os.stat(path).st_size), AT_ONCE)
+
+
+def _whole_problem(path):
+    """What is wrong with a file that is one JSON value instead of one a line, told from its first line, or None."""
+    with open(path, "rb") as file:
+        first = next((line for line in file if line.strip()), b"").decode("utf-8-sig", "replace").strip()
+    if re.match(r"\[\s*(\{|$)", first):
+        return "the file is one JSON array, expected an object a line: jq -c '.[]' FILE writes it so"
+    try:
+        entry = json.loads(first)
+    except (ValueError, RecursionError):
+        if first[:1] == "{" and first[-1] in "{[,":
+            return "the line ends within an object, expected a whole one on each line: jq -c . FILE writes them so"
+    else:
+        if isinstance(entry, dict) and {"images", "annotations"} <= entry.keys():
+            return (
+                "the file is one of Omni3D's or COCO's form; python -m formats.omni3d FILE OUT.jsonl converts Omni3D's"
+            )
+    return None
 
 
 def _lines(path, start):
@@ -207,6 +234,8 @@ def _read_heads(entries, folder, images, note):
             pictures[row], sizes[row] = _find_image(folder, entry["image"], images)
         except ValueError as error:
             note(row, f"image is {error}")
+        if sizes[row] and (problem := _size_problem(entry, sizes[row])):
+            note(row, problem)
         try:
             ids[row] = _parse_id(entry)
         except ValueError as error:
@@ -237,6 +266,15 @@ def _find_image(folder, value, images):
             raise ValueError(f"{shown}, a video, expected an image file; --no-images checks all else") from None
         raise ValueError(f"{shown}, expected an image file: {shorten(str(error), 200)}") from None
     raise ValueError(f"{shown}, expected a file: there is none of that name in {folder}")
+
+
+def _size_problem(entry, size):
+    """What is wrong with the width and height that a line may give of its image, which is of that size, or None."""
+    width, height = (entry.get(key, side) for key, side in zip(("width", "height"), size, strict=True))
+    if (width, height) == size:
+        return None
+    sizes = f"width and height are {_short(width)} and {_short(height)}, and the image is {size[0]}x{size[1]}"
+    return f"{sizes}: expected the image that K and boxes are for"
 
 
 def _parse_id(entry):
@@ -357,6 +395,7 @@ def _wrong_keys(entries, keys):
         if unknown := next((key for key in kind if key not in keys), None):
             near = difflib.get_close_matches(unknown.lower(), keys, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(keys)}"
+            hint = distortion_problem(unknown) or hint
             texts[kind] = f" has an unknown key {unknown[:80]!r}; {hint}"
         elif missing:
             texts[kind] = f" lacks {', '.join(map(repr, missing))}; it has {', '.join(kind)[:200] or 'no keys'}"

@@ -3,8 +3,10 @@
 Format: the devkit's readme of the object benchmark, http://www.cvlibs.net/datasets/kitti (Geiger et al., CVPR 2012).
 """
 
+import logging
 import os
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
 
@@ -16,25 +18,26 @@ from scene.geometry import wrap_angle
 FIELDS = ("split",)  # of data.Source, that this format reads
 METRICS = "kitti"  # the module of metrics that judges its frames
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-COLUMNS = {  # of a label's numbers, in `PLAUSIBLE`: their title, and which fields after the name they are
-    "box": ("2D box is", 3, 7),
-    "size": ("h, w, l are", 7, 10),
-    "center": ("x, y, z are", 10, 13),
-    "yaw": ("rotation_y is", 13, 14),
-}
+COLUMNS = {"box": (3, 7), "size": (7, 10), "center": (10, 13), "yaw": (13, 14)}  # of a label's row, in `PLAUSIBLE`
+FILLS = (0, -1, -1000)  # of converters, for a side or a place that is not known
+log = logging.getLogger("deep3d")
 
 
-def read_labels(path, scores=False):
+def read_labels(path, scores=False, odd=None):
     """Read a label file (15 fields a line) or, with scores, a result file (16). Returns Labels in rectified camera 0.
 
-    Raises FileNotFoundError, or UserError naming file and line.
+    odd: a list of what is told of labels, as `formats.odd.settle` takes it. Raises FileNotFoundError, or UserError
+    naming file and line.
     """
     names, rows = [], []
     for number, line in enumerate(_read_text(path).splitlines(), 1):
         if fields := line.split():
             names.append(fields[0])
             try:
-                rows.append(_parse_row(fields, scores))
+                row = _parse_row(fields, scores)
+                if not scores and not _is_usual(row, fields[0]):
+                    row = import_module("formats.odd").settle(row, fields[0], f"{path}:{number}", odd)
+                rows.append(row)
             except ValueError as error:
                 raise UserError(f"{path}:{number}: {error}") from None
     values = np.array(rows, dtype=np.float64).reshape(-1, 15)
@@ -54,26 +57,21 @@ def _read_text(path):
 
 
 def _parse_row(fields, scores):
-    """15 finite numbers of a line, the last its score, 1 where a label has none. Raises ValueError.
-
-    Only a label must be plausible: detectors write empty 2D boxes, and -1 -1 -1 -1000 -1000 -1000 for "no 3D box", and
-    the evaluator has rules for both. Of a DontCare the 2D box counts.
-    """
+    """15 finite numbers of a line, the last its score, 1 where a label has none. Raises ValueError."""
     if len(fields) != 16 and (scores or len(fields) != 15):
         expected = "16 fields (a result has a score)" if scores else "15 or 16 fields"
-        raise ValueError(f"expected {expected}, got {len(fields)}")
+        raise ValueError(f"expected {expected}, got {len(fields)}{' (blanks part them)' if ',' in fields[0] else ''}")
     row = _parse_numbers(fields[1:], "the class name")
-    if not scores:
-        for key, (title, start, stop) in COLUMNS.items():
-            low, high = PLAUSIBLE[key]
-            values = row[start:stop]
-            if not low <= min(values) <= max(values) <= high and (key == "box" or fields[0] != "DontCare"):
-                values = ", ".join(f"{value:g}" for value in values)
-                raise ValueError(f"{title} {values}, expected numbers from {low:g} to {high:g}")
-        x1, y1, x2, y2 = row[3:7]
-        if x2 < x1 or y2 < y1:
-            raise ValueError(f"2D box {x1:g} {y1:g} {x2:g} {y2:g} is inside out, expected x1 <= x2, y1 <= y2")
     return row if len(row) == 15 else [*row, 1.0]
+
+
+def _is_usual(row, name):
+    """Whether a label's row is as KITTI's; formats/odd.py knows what else is taken. Of a DontCare the 2D box counts."""
+    parts = [(PLAUSIBLE[key], row[start:stop]) for key, (start, stop) in COLUMNS.items()]
+    inside = [low <= min(values) <= max(values) <= high for (low, high), values in parts]
+    upright = inside[0] and row[3] <= row[5] and row[4] <= row[6]
+    known = (row[0] == -1 or 0 <= row[0] <= 1) and row[1] in (-1, 0, 1, 2, 3) and row[12] not in FILLS
+    return upright and (name == "DontCare" or (known and all(inside)))
 
 
 def _parse_numbers(fields, first):
@@ -110,7 +108,10 @@ def read_calib(path):
 
     Raises FileNotFoundError, or UserError naming the file.
     """
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    lines = _read_text(path).splitlines()
+    if any(line.lstrip()[:1] in ("D", "d", "k") for line in lines):
+        import_module("formats.odd").refuse_distortion(path, lines)
+    for number, line in enumerate(lines, 1):
         key, _, rest = line.partition(":")
         if key.strip() == "P2":
             try:
@@ -185,34 +186,44 @@ def frames(source, config, problems=None):
     """The frames of a source's splits, a list. Raises UserError naming the folder, split, file or line.
 
     With a list `problems`, what is wrong with a frame is added to it as a sentence, and the frame left out, instead.
+    What is odd in labels that are taken is logged, or added as well.
     """
     root = Path(source.root or config.root)
-    frames = {}
+    frames, absent, odd = {}, [], []
     for split in source.split:
         images = list_images(root, split)
         for id in read_split(root, split):
             if source.limit and len(frames) == source.limit:
-                return list(frames.values())
+                break
+            if id not in images and config and config.skip_bad:
+                absent.append(id)
+                continue
             try:
                 if id in frames:
                     raise UserError(f"{root}: split {split} lists frame {id} a second time; use repeat= to repeat")
-                frames[id] = _read_frame(root, split, id, images.get(id))
+                frames[id] = _read_frame(root, split, id, images.get(id), odd)
             except (UserError, OSError) as error:
                 if problems is None:
                     raise
                 problems.append(str(error))
+    if absent:
+        log.warning(f"{root}: {len(absent)} frames have no image and are left out, the first is {absent[0]}")
+    tell = log.warning if problems is None else problems.append
+    for sentence in import_module("formats.odd").describe_labels(odd) if odd else ():
+        tell(f"{root}: {sentence}")
     return list(frames.values())
 
 
-def _read_frame(root, split, id, image):
+def _read_frame(root, split, id, image, odd):
     """One `Frame` of a KITTI folder; image: the name of its file, or None. Raises UserError."""
     half = root / part_of(split)
     if image is None:
-        raise UserError(f"{half}/image_2/{id[:80]}.png: no such image, named by {split_file('', split).as_posix()}")
+        named = f"named by {split_file('', split).as_posix()}; data.skip_bad=true leaves out frames without one"
+        raise UserError(f"{half}/image_2/{id[:80]}.png: no such image, {named}")
     try:
         K, offset = split_projection(read_calib(half / "calib" / f"{id}.txt"))
         file = half / "label_2" / f"{id}.txt"
-        labels = make_labels([], [], [], [], []) if half.name == "testing" else read_labels(file).moved(offset)
+        labels = make_labels([], [], [], [], []) if half.name == "testing" else read_labels(file, odd=odd).moved(offset)
     except FileNotFoundError as error:
         folder = Path(error.filename).parent.name
         raise UserError(f"{error.filename}: frame {id} of split {split} has no {folder} file") from None

@@ -9,6 +9,7 @@ in training becomes an ignore region.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections import Counter, defaultdict
@@ -17,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from formats.columns import read_numbers
-from scene.frames import LARGEST, PLAUSIBLE, Frame, UserError, make_labels
+from formats.odd import distortion_problem
+from scene.frames import LARGEST, PLAUSIBLE, Frame, UserError, image_size, make_labels
 from scene.geometry import camera_problem, clip_boxes, project_boxes
 from scene.records import write_jsonl
 
@@ -60,6 +62,11 @@ def convert(source: dict, folder: Path) -> tuple[list[Frame], dict]:
 def _convert_image(image, path, objects, counts):
     """One Frame; adds to counts what became of its objects."""
     place, size = f"image {image['id']}", (image["width"], image["height"])
+    if (found := image_size(path)) != size:
+        sizes = "width and height are {} and {}, and {} is {}x{}".format(*size, path, *found)
+        raise UserError(f"{place}: {sizes}: expected the image that its K and boxes are for")
+    if problem := next(filter(None, itertools.starmap(distortion_problem, image.items())), None):
+        raise UserError(f"{place}: {problem}")
     K = _numbers(image, "K", (3, 3), place)
     if problem := camera_problem(K, *size):
         raise UserError(f"{place}: K: {problem}")

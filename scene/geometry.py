@@ -22,6 +22,7 @@ from torch import Tensor
 
 NEAR = 0.1  # metres: edges that cross this plane are cut there before projection
 MIN_DEPTH = 0.5  # metres, virtual ones where depth is estimated: nothing nearer is, or has a usable projected centre
+SKEW = 0.5  # px of a K, up to which it is passed over
 SPEED = 5.0  # m/s of a velocity output of 1: usual speeds are outputs of order 1
 DIRECTION_BORDER = math.pi / 4  # alpha where the two heading bins meet: away from the common 0, +-pi/2 and pi
 LIMITS = {"box": (5.0,) * 4, "depth": (10.0, 5.0), "height": (4.0, 5.0), "size": (2.0,) * 3}  # smooth, of raw outputs
@@ -194,9 +195,10 @@ def camera_problem(K, width=None, height=None):
         advice = "; formats.kitti.split_projection splits a projection matrix" if K.shape == (3, 4) else ""
         return f"expected 3x3 numbers, got shape {K.shape}{advice}"
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-    skewed = abs(K[0, 1]) > 1e-6 * abs(fx) or K[1, 0] != 0 or np.abs(K[2] - [0, 0, 1]).max() > 1e-6
-    if skewed or not np.isfinite(K).all():
+    if K[1, 0] != 0 or not np.abs(K[2] - [0, 0, 1]).max() <= 1e-6 or not np.isfinite(K).all():
         return f"expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] of finite numbers, got {K.tolist()}"
+    if abs(skew := K[0, 1]) > SKEW:
+        return f"skew {skew:g} px, expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], {SKEW} beside fx at most: rectify it"
     if not (fx > 0 and fy > 0):
         return f"focal lengths {fx:g}, {fy:g} px are not both > 0"
     if width and not (0.1 * width < fx < 50 * width and 0.1 * height < fy < 50 * max(width, height)):

@@ -28,6 +28,7 @@ CORE = (
     "engine",
     "scene",
     "formats/kitti",
+    "formats/odd",
     "metrics/kitti",
     "metrics/kitti_files",
     "configs/kitti",

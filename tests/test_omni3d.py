@@ -211,3 +211,30 @@ def test_wrong_command_lines_end_in_one_sentence(omni3d, capsys):
     (folder / "Omni3D/in.json").write_text("{")
     assert convert(folder) == 2
     assert "in.json: not JSON" in capsys.readouterr().err
+
+
+def test_an_image_of_another_size_than_the_file_says(omni3d, capsys):
+    """Boxes and K are for the size that is written: training would go on with a wrong K."""
+    folder, source = omni3d
+    path = folder / "SUN/kv1/a.jpg"
+    Image.new("RGB", (320, 120)).save(path)
+    assert convert(folder) == 2
+    assert f"image 0: width and height are 640 and 240, and {path} is 320x120" in capsys.readouterr().err
+    for width in (None, "640", 0):
+        source["images"][0]["width"] = width
+        write(folder, source)
+        assert convert(folder) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_distortion_and_what_may_be_absent(omni3d, capsys):
+    folder, source = omni3d
+    for entry in source["annotations"]:
+        del entry["bbox3D_cam"]
+    source["images"][1]["distortion"] = [0, 0, 0, 0]
+    write(folder, source)
+    assert convert(folder) == 0
+    source["images"][1]["distortion"] = [0.1, 0, 0, 0]
+    write(folder, source)
+    assert convert(folder) == 2
+    assert "image 7: distortion is [0.1, 0, 0, 0]: it tells of distorted images" in capsys.readouterr().err
