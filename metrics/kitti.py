@@ -13,13 +13,15 @@ the 40 recall positions KITTI uses since 2019 (Simonelli et al., ICCV 2019) besi
   still free: first by score over all detections, which yields the score thresholds, then, at each threshold, by
   overlap.
 * DontCare regions remove false positives by intersection over the detection's own area.
-* AOS compares `alpha`; a false positive counts 0.
+* AOS compares `alpha`; a false positive counts 0. It is left out where a detection has alpha -10, unknown; and here of
+  a class that counts a label of -10, too: KITTI has none, and the official program would take it for an angle.
 * Precision is made non-increasing; positions beyond the last threshold stay 0, so n <= 40 counted objects give at most
   n thresholds.
 """
 
 import importlib
 import itertools
+import logging
 import sys
 
 import numpy as np
@@ -56,19 +58,25 @@ def evaluate(dataset, predictions: dict[str, Labels], config, folder=None, overl
     own, repeat = config.data.overlap, config.train.eval_repeat
     metrics = compute_metrics(truth, predictions, dataset.classes, overlap or "strict", repeat, own)
     if folder is not None:
-        importlib.import_module("metrics.kitti_files").write_results(folder, predictions, metrics)
+        importlib.import_module("metrics.kitti_files").write_results(folder, truth, predictions, metrics)
     return metrics
 
 
 def blank(dataset, config) -> dict:
-    """The metrics of a data set without objects and detections: every name that there will be."""
-    return compute_metrics({}, {}, dataset.classes)
+    """The metrics of a data set without detections: every name that there will be. What labels prevent is logged."""
+    metrics = compute_metrics({i: dataset.frames[i].labels for i in dataset.frames.spread()}, {}, dataset.classes)
+    for note in metrics.get("notes", ()):
+        logging.getLogger("deep3d").warning(note)
+    return metrics
 
 
 def compute_metrics(truth, results, classes=CLASSES, overlap="strict", repeat=1, own_overlap=None) -> dict:
-    """The dict of `kitti_ap`, which takes the same, with that of `object_errors` under "errors"."""
+    """The dict of `kitti_ap`, which takes the same, with `object_errors` and, on classes without numbers, "notes"."""
     metrics = kitti_ap(truth, results, classes, overlap, repeat, own_overlap)
-    return metrics | {"errors": object_errors(truth, results, classes)}
+    aos = [metrics[name]["aos"]["hard"]["AP_R40"] for name in classes]
+    whole = None not in aos and all(any(counts.values()) for counts in metrics["counted"].values())
+    notes = [] if whole else importlib.import_module("metrics.kitti_notes").describe_classes(truth, results, metrics)
+    return metrics | {"errors": object_errors(truth, results, classes), "notes": notes}
 
 
 def kitti_ap(truth, results, classes=CLASSES, overlap="strict", repeat=1, own_overlap=None) -> dict:
@@ -82,7 +90,8 @@ def kitti_ap(truth, results, classes=CLASSES, overlap="strict", repeat=1, own_ov
     counted: class -> difficulty -> number of ground truths that count, before repeat;
     curves: class -> metric -> difficulty -> {score, recall, precision}, lists over the at most 41 thresholds;
     settings: classes, overlap, min_overlap, min_height, repeat, frames, detections.
-    AOS is None when any detection but a DontCare has alpha -10, unknown. Raises ValueError for results without truth.
+    AOS is None when any detection but a DontCare has alpha -10, unknown, or a label that counts has. Raises ValueError
+    for results without truth.
     """
     if extra := [frame for frame in results if frame not in truth]:
         raise ValueError(f"{len(extra)} result frames have no ground truth, the first is {extra[0]!r}")
@@ -94,12 +103,14 @@ def kitti_ap(truth, results, classes=CLASSES, overlap="strict", repeat=1, own_ov
         metrics[name], curves[name] = ({metric: {} for metric in ("bbox", "aos", "bev", "3d")} for _ in range(2))
         for level, difficulty in enumerate(DIFFICULTIES):
             roles = data.roles(name, level)
-            counted[name][difficulty] = int((roles[0] == 1).sum())
+            counts = roles[0] == 1
+            counted[name][difficulty] = int(counts.sum())
+            has_alpha = data.has_alpha and not (data.gt.alpha[counts] == NO_ALPHA).any()
             for column, metric in enumerate(METRICS):
                 score, recall, precision, similarity = _curve(data, *roles, column, thresholds[name][column], repeat)
                 shown = {metric: precision}
                 if metric == "bbox":
-                    shown["aos"] = similarity if data.has_alpha else None
+                    shown["aos"] = similarity if has_alpha else None
                 for key, values in shown.items():
                     line = {"score": score.tolist(), "recall": recall.tolist()}
                     curves[name][key][difficulty] = line | {"precision": [] if values is None else values.tolist()}
@@ -394,7 +405,7 @@ def table(metrics: dict, metric: str = "", errors: bool = False) -> str:
         )
     if errors:
         lines += importlib.import_module("metrics.kitti_files").error_lines(metrics["errors"])
-    return "\n".join(lines)
+    return "\n".join([*lines, *metrics.get("notes", ())])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,8 +15,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from formats import odd
 from formats.kitti import read_labels, read_split, write_labels
 from metrics.kitti import CLASSES, MIN_OVERLAP, compute_metrics, table
+from metrics.kitti_notes import describe_files, describe_labels
 from scene.draw import write
 from scene.frames import Labels, UserError, check_writable, sentence_of
 
@@ -35,22 +37,23 @@ ERROR_COLUMNS = {  # title, digits
 def read_folder(labels, results, split=None):
     """Label and result files of the frames of a split file, or of all label files.
 
-    Returns truth and results (id -> Labels in rectified camera 0), the ids without a result file, and the ids of result
-    files that belong to no frame. Raises UserError naming the file, and the line where there is one.
+    Returns truth and results (id -> Labels in rectified camera 0), the ids without a result file, the ids of result
+    files that belong to no frame, and the `odd` of `read_labels`. Raises UserError naming the file, and the line where
+    there is one.
     """
     labels, results = find_folder(labels, "LABELS"), find_folder(results, "RESULTS")
     ids = sorted(path.stem for path in labels.glob("*.txt")) if split is None else read_split(".", split)
     if twice := [id for id, count in Counter(ids).items() if count > 1]:
         raise UserError(f"{split}: frame {twice[0]} is listed twice; --repeat counts every frame several times")
     answered = {path.stem for path in results.glob("*.txt")}
-    truth, detections = {}, {}
+    truth, detections, rows = {}, {}, []
     for id in tqdm(ids, "reading", unit=" frames", disable=None):
         if not (labels / f"{id}.txt").is_file():
             raise UserError(f"{labels / id}.txt: no label file for frame {id} of {split}")
-        truth[id] = read_labels(labels / f"{id}.txt")
+        truth[id] = read_labels(labels / f"{id}.txt", odd=rows)
         if id in answered:
             detections[id] = read_labels(results / f"{id}.txt", scores=True)
-    return truth, detections, [id for id in ids if id not in answered], sorted(answered - set(ids))
+    return truth, detections, [id for id in ids if id not in answered], sorted(answered - set(ids)), rows
 
 
 def find_folder(path: str, title: str) -> Path:
@@ -84,8 +87,12 @@ def error_lines(errors):
     return lines
 
 
-def write_results(folder: Path, predictions: dict[str, Labels], metrics: dict) -> None:
-    """The files of an evaluation of a run: results/*.txt as the official evaluator takes them, and curves.png."""
+def write_results(folder: Path, truth: dict[str, Labels], predictions: dict[str, Labels], metrics: dict) -> None:
+    """The files of an evaluation of a run: results/*.txt as the official evaluator takes them, and curves.png.
+
+    Adds to the notes of the metrics what is odd in labels.
+    """
+    metrics.setdefault("notes", []).extend(describe_labels(truth, metrics["settings"]["classes"]))
     shutil.rmtree(folder / "results", ignore_errors=True)
     for id, labels in predictions.items():
         path = folder / "results" / f"{id}.txt"
@@ -149,7 +156,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def evaluate_files(options: argparse.Namespace) -> None:
     """Print the table, and what is missing or extra; write what was asked for. Raises UserError."""
     check_writable(options.json, options.curves)
-    truth, results, missing, extra = read_folder(options.labels, options.results, options.split)
+    truth, results, missing, extra, rows = read_folder(options.labels, options.results, options.split)
     names = {*CLASSES}.union(*(labels.name for labels in (*truth.values(), *results.values())))
     if unknown := [name for name in options.classes if name not in names]:
         raise UserError(f"--classes names {unknown[0]!r}, which no file does; there are {', '.join(sorted(names))}")
@@ -161,6 +168,8 @@ def evaluate_files(options: argparse.Namespace) -> None:
         print(f"{count} have no result file and count as empty, the first is {missing[0]}.txt")
     if extra:
         print(f"{len(extra)} result files belong to no evaluated frame and are left out, the first is {extra[0]}.txt")
+    for sentence in [*odd.describe_labels(rows), *describe_files(truth, results, options.classes)]:
+        print(sentence)
     if options.json:
         Path(options.json).write_text(json.dumps(metrics, indent=1))
     if options.curves:

@@ -31,6 +31,7 @@ CORE = (
     "formats/odd",
     "metrics/kitti",
     "metrics/kitti_files",
+    "metrics/kitti_notes",
     "configs/kitti",
 )
 EXTRAS = (

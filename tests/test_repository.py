@@ -17,7 +17,7 @@ CORE = (
     {name for name in MODULES if "." not in name}
     | ROOMS["engine"]
     | ROOMS["scene"]
-    | {"formats.kitti", "formats.odd", "metrics.kitti", "metrics.kitti_files"}
+    | {"formats.kitti", "formats.odd", "metrics.kitti", "metrics.kitti_files", "metrics.kitti_notes"}
 )
 COMMANDS = {"train", "predict", "export"}
 BELOW = ROOMS["scene"]
