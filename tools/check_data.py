@@ -7,6 +7,8 @@ python -m tools.check_data CONFIG.py [key=value ...] [--draw N] [--out DIR]
 
 import argparse
 import dataclasses
+import io
+import logging
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,15 @@ from tqdm import tqdm
 from config import load_config
 from data import Detection3D, Frames, build_dataset, find_metrics, open_source
 from evaluate import blank_metrics
+from metrics import kitti_notes
+from metrics.kitti import kitti_ap
 from scene.draw import draw_frame, draw_sheet
 from scene.frames import UserError, join, load_image, usable_cores, whole_view
 from scene.geometry import clip_boxes
-from tools.diagnosis import diagnose, doubt_angles
+from tools.diagnosis import diagnose, doubt_alpha, doubt_angles, doubt_repeats
 
 GIVEN = (255, 214, 64)  # colour of the 2D boxes in pictures
+LEAST = 8  # objects of a class, none of which counts, that are no accident
 SHOWN = 30  # sentences on single frames of a source
 ON_A_SHEET, WIDTH = 4, 1200  # frames in one picture, and how wide each is, px, without its view from above
 HEADINGS = {"away": -np.pi / 2, "right": 0.0, "toward": np.pi / 2, "left": np.pi}  # where a box faces, and its yaw
@@ -33,6 +38,19 @@ COLUMNS = ("class", "used as", "objects", "size l h w, m", "depth, m", "/".join(
 
 def check(config, draw=0, out=None):
     """Everything wrong with the sources of a config, as (sentences, lines to print). Draws into a folder."""
+    said, log = io.StringIO(), logging.getLogger("deep3d")
+    handler = logging.StreamHandler(said)
+    log.addHandler(handler)  # what a training would be told, such as of images that are left out
+    try:
+        problems, lines = check_sources(config, draw, out)
+    finally:
+        log.removeHandler(handler)
+    told = [*problems, *lines]
+    return problems, lines + [line for line in said.getvalue().splitlines() if not any(line in one for one in told)]
+
+
+def check_sources(config, draw, out):
+    """`check`, without what is logged meanwhile."""
     problems, lines = [], []
     for title in ("train", "val"):
         before, sheets = len(problems), []
@@ -48,8 +66,13 @@ def check(config, draw=0, out=None):
                 sizes, unread = check_images(dataset, f"{title}: {place}")
                 problems += unread
                 mistakes, notes = diagnose(dataset.frames, sizes, dataset.metrics == "kitti" and source.kind != "jsonl")
-                doubts += mistakes
+                doubts += mistakes + doubt_repeats(dataset.frames.parts[0].frames)
                 notes += describe_rename(dataset)
+                if dataset.metrics == "kitti":
+                    doubts += doubt_alpha(dataset.frames)
+                    uncounted, few = doubt_counts(dataset)
+                    doubts += uncounted
+                    notes += few
                 lines += [f"{title}: {source.kind} {place}: {dataset.summary()}", *describe_classes(dataset, sizes)]
                 lines += [*describe_canvas(sizes, config.model.size), *(f"{place}: {note}" for note in notes)]
                 drawn = draw_source(dataset, draw, out, f"{title}{number}")
@@ -96,7 +119,16 @@ def check_images(dataset, title):
     with ThreadPoolExecutor(usable_cores()) as pool:  # decoding leaves Python's lock alone
         checks = pool.map(check_frame, range(len(dataset)))
         sentences = [sentence for sentence in tqdm(checks, title, len(dataset), unit="frame", disable=None) if sentence]
-    return sizes, sentences
+    return sizes, [*sentences, *dataset.told.values()]
+
+
+def doubt_counts(dataset):
+    """Sentences on classes none of whose objects would count in evaluation; notes on those of few objects."""
+    truth = {number: frame.labels for number, frame in enumerate(dataset.frames)}
+    sentences = kitti_notes.describe_classes(truth, {}, kitti_ap(truth, {}, dataset.classes))
+    counts = Counter(name.lower() for labels in truth.values() for name in labels.name)
+    few = [f"{name}: " for name in dataset.classes if counts[name.lower()] < LEAST]
+    return [s for s in sentences if not s.startswith(tuple(few))], [s for s in sentences if s.startswith(tuple(few))]
 
 
 def describe_rename(dataset):
