@@ -6,7 +6,7 @@
     python evaluate.py --labels DIR --results DIR [...]      KITTI files of any detector: the command metrics.kitti
     python evaluate.py --nuscenes ROOT --results FILE [...]  a nuScenes file; --argoverse ROOT: one of Argoverse 2
 
-Files need neither timm nor a GPU.
+Files need neither timm nor a GPU. --report writes a page that shows what is wrong in which frames: docs/report.md.
 """
 
 import argparse
@@ -114,11 +114,6 @@ def compute_metrics(dataset, predictions, config, folder=None, overlap="") -> di
     return metrics
 
 
-def blank_metrics(dataset, config) -> dict:
-    """The metrics of a data set as they are without objects and detections. Raises what `compute_metrics` raises."""
-    return compute_metrics(dataset, {}, config)
-
-
 def format_metrics(dataset, metrics, *options) -> str:
     """The table of an evaluation; options: of the metric's own `table`."""
     return importlib.import_module(f"metrics.{dataset.metrics}").table(metrics, *options)
@@ -209,7 +204,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     shown = (options.metric, options.errors) if dataset.metrics == "kitti" else ()
     if unused := [name for name in ("metric", "overlap", "errors") if getattr(options, name) and not shown]:
         raise UserError(f"--{unused[0]} belongs to KITTI's metrics, and the frames of data.val are {dataset.metrics}'s")
-    blank_metrics(dataset, config)  # what cannot be evaluated is told before the work
+    compute_metrics(dataset, {}, config)  # what cannot be evaluated is told before the work
     out = Path(options.out or (f"{folder}.evaluation" if options.runtime else Path(options.run) / "evaluation"))
     results = out / "results"
     if accelerator.is_main_process:
@@ -222,6 +217,9 @@ def evaluate_run(options: argparse.Namespace) -> None:
         write_evaluation(out, dataset, metrics, predictions)
         if options.json:
             Path(options.json).write_text(json.dumps(metrics, indent=1))
+        if options.report or options.report_frames:
+            report = importlib.import_module("tools.report")
+            report.write_run(out / "report.html", dataset, metrics, predictions, config, options.report_frames)
         print(format_metrics(dataset, metrics, *shown))
         print(f"{folder}: {', '.join(sorted(path.name for path in out.glob('*')))} are in {out}")
     accelerator.end_training()
@@ -264,9 +262,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--overlap", choices=("strict", "loose"), help="KITTI: overlap thresholds; default: strict")
     add("--repeat", type=int, metavar="N", help="KITTI: count frames N times, if objects are few")
     add("--errors", action="store_true", help="KITTI: also print depth, heading and size errors")
+    add("--report", action="store_true", help="also write report.html, to look at frames by what is wrong in them")
+    add("--report-frames", type=int, metavar="N", help="the report, with so many frames; default: 150")
     options = parser.parse_intermixed_args(arguments)  # key=value may follow an option
-    if options.repeat is not None and options.repeat < 1:
-        parser.error(f"--repeat is {options.repeat}, expected 1 or more")
+    for name in ("repeat", "report_frames"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
     return options
 
 

@@ -34,7 +34,7 @@ from engine.checkpoint import (
 from engine.guard import Guard, Signals, Stopped, lock_folder, start_accelerator
 from engine.log import Log, start_log
 from engine.optimizer import find_optimizer, lr_at, make_optimizer, set_lr
-from evaluate import blank_metrics, calibrate, evaluate, flat_metrics, format_metrics, read_metric
+from evaluate import calibrate, compute_metrics, evaluate, flat_metrics, format_metrics, read_metric
 from losses import compute_losses, weighted_sum
 from model import Detector, checkpoint_backbone
 from scene.draw import draw_frames
@@ -50,7 +50,7 @@ def train(config, accelerator, signals):
     options, device, rank = config.train, accelerator.device, accelerator.process_index
     with accelerator.main_process_first():  # it builds the index or renders the world, the others find them
         train_set, val_set = build_dataset(config, training=True), build_dataset(config, training=False)
-    read_metric(blank_metrics(val_set, config), config.best)  # a typo is told now
+    read_metric(compute_metrics(val_set, {}, config), config.best)  # a typo is told now
     folder, progress, config = find_start(config, train_set, accelerator)  # None, step 0; or the newest checkpoint's
     tune = importlib.import_module("engine.tune") if config.load_from and not folder else None  # other weights
     measured = measure_priors(train_set, config.model)  # the ModelConfig with mean sizes and depths of these labels

@@ -97,7 +97,7 @@ def kitti_ap(truth, results, classes=CLASSES, overlap="strict", repeat=1, own_ov
         raise ValueError(f"{len(extra)} result frames have no ground truth, the first is {extra[0]!r}")
     usual = MIN_OVERLAP[overlap]
     thresholds = {name: list((own_overlap or {}).get(name, usual.get(name.lower(), usual[""]))) for name in classes}
-    data = _Pairs(truth, results, classes, min(map(min, thresholds.values())))
+    data = Pairs(truth, results, classes, min(map(min, thresholds.values())))
     metrics, counted, curves = {}, {name: {} for name in classes}, {}
     for name in classes:
         metrics[name], curves[name] = ({metric: {} for metric in ("bbox", "aos", "bev", "3d")} for _ in range(2))
@@ -120,7 +120,7 @@ def kitti_ap(truth, results, classes=CLASSES, overlap="strict", repeat=1, own_ov
     return {**metrics, "counted": counted, "curves": curves, "settings": settings}
 
 
-class _Pairs:
+class Pairs:
     """All frames as flat arrays, and the ground truth x detection pairs of one frame that overlap by more than `least`.
 
     Pairs whose classes never meet are left out: a low detection is ignored whatever its class, and may meet any.
@@ -207,6 +207,15 @@ class _Pairs:
         gt = np.where(counts, 1, np.where((self.gt_code == code) | (self.gt_code == neighbour), 0, -1))
         return gt, np.where(self.height < MIN_HEIGHT[level], 0, np.where(self.det_code == code, 1, -1))
 
+    def matches(self, name):
+        """What `object_errors` compares: objects (G,) bool, and rows of gt and det (m,) that belong together."""
+        objects = (self.roles(name, len(DIFFICULTIES) - 1)[0] == 1) & self.gt.is_3d
+        gt, det, _ = self.pairs[0]
+        rows = objects[gt] & (self.det_code[det] == self.codes.get(name.lower(), -1)) & self.det.is_3d[det]
+        gt, det = gt[rows], det[rows]
+        taken = _match(gt, det, self.gt_frame[gt], (-self.det.score[det], det), np.ones((1, len(gt)), dtype=bool))[0]
+        return objects, gt[taken], det[taken]
+
 
 def _flatten(labels, frames):
     """All rows of labels (id -> Labels) in the order of frames, and the number of the frame of each row."""
@@ -282,7 +291,7 @@ def _score_thresholds(scores, count):
 
 
 def _curve(data, gt_role, det_role, metric, least, repeat):
-    """Precision and orientation similarity over score thresholds, of one metric and the roles of `_Pairs.roles`.
+    """Precision and orientation similarity over score thresholds, of one metric and the roles of `Pairs.roles`.
 
     Returns score (T,), recall (T,), precision (T,), similarity (T,), T <= 41; the last two made non-increasing.
     """
@@ -332,26 +341,21 @@ def object_errors(truth, results, classes=CLASSES) -> dict:
     height_error, width_error (mean absolute, m), within_1_sigma, within_2_sigma (share), sigma_ratio (the factor of
     sigma within which the share of errors would be `WITHIN_SIGMA`)}; None where nothing can be averaged.
     """
-    data = _Pairs(truth, results, classes, MATCH_OVERLAP)
+    data = Pairs(truth, results, classes, MATCH_OVERLAP)
     names = [f"{near}-{far}" for near, far in itertools.pairwise(BANDS)] + [f"{BANDS[-1]}_and_more"]
     band = np.clip(np.searchsorted(BANDS, data.gt.center[:, 2], "right") - 1, 0, None)
     errors = {}
     for name in classes:
-        objects = (data.roles(name, len(DIFFICULTIES) - 1)[0] == 1) & data.gt.is_3d
-        gt, det, _ = data.pairs[0]
-        rows = objects[gt] & (data.det_code[det] == data.codes.get(name.lower(), -1)) & data.det.is_3d[det]
-        gt, det = gt[rows], det[rows]
-        taken = _match(gt, det, data.gt_frame[gt], (-data.det.score[det], det), np.ones((1, len(gt)), dtype=bool))[0]
-        gt, det = gt[taken], det[taken]
+        objects, gt, det = data.matches(name)
         inside = {label: objects & (band == number) for number, label in enumerate(names)} | {"all": objects}
         errors[name] = {
-            label: _band_errors(int(rows.sum()), data.gt[gt[rows[gt]]], data.det[det[rows[gt]]])
+            label: band_errors(int(rows.sum()), data.gt[gt[rows[gt]]], data.det[det[rows[gt]]])
             for label, rows in inside.items()
         }
     return errors
 
 
-def _band_errors(objects, truth, detections):
+def band_errors(objects, truth, detections):
     """One entry of `object_errors`: truth and detections are Labels of the matched pairs, row by row."""
     matched, sigma = len(truth), detections.sigma
     depth = detections.center[:, 2] - truth.center[:, 2]

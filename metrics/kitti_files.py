@@ -4,6 +4,7 @@ LABELS and RESULTS are folders of KITTI files, one per frame, read in rectified 
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import shutil
@@ -22,7 +23,7 @@ from metrics.kitti_notes import describe_files, describe_labels
 from scene.draw import write
 from scene.frames import Labels, UserError, check_writable, sentence_of
 
-LEVELS = {"easy": (46, 139, 87), "moderate": (31, 95, 180), "hard": (200, 60, 50)}  # colours of the curves
+LEVELS = {"easy": (86, 180, 233), "moderate": (0, 70, 140), "hard": (213, 94, 0)}  # colours of the curves
 PANEL, PANEL_STEP = (300, 220), (368, 310)  # pixels: plotting area, and from one to the next
 PANELS = {"bbox": ("2D precision", 0), "aos": ("AOS", 0), "bev": ("BEV precision", 1), "3d": ("3D precision", 2)}
 FOLDERS = {"LABELS": ("label_2", "training/label_2"), "RESULTS": ("data", "results")}  # that usually hold the files
@@ -147,15 +148,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--errors", action="store_true", help="also print depth, heading and size errors by distance")
     add("--json", metavar="OUT", help="write every number here")
     add("--curves", metavar="OUT.png", help="draw the precision-recall curves here")
+    add("--report", metavar="OUT.html", help="write a page to look at frames by what is wrong in them here")
+    add("--images", metavar="DIR", help="their images, beside which calib/ lies, for --report; default: no pictures")
+    add("--report-frames", type=int, metavar="N", help="show so many frames in it; default: 150")
     options = parser.parse_args(arguments)
-    if options.repeat < 1:
-        parser.error(f"--repeat is {options.repeat}, expected 1 or more")
+    for name in ("repeat", "report_frames"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+    if options.report is None and (options.images or options.report_frames):
+        parser.error("--images and --report-frames are for --report OUT.html, which is not there")
     return options
 
 
 def evaluate_files(options: argparse.Namespace) -> None:
     """Print the table, and what is missing or extra; write what was asked for. Raises UserError."""
-    check_writable(options.json, options.curves)
+    check_writable(options.json, options.curves, options.report)
     truth, results, missing, extra, rows = read_folder(options.labels, options.results, options.split)
     names = {*CLASSES}.union(*(labels.name for labels in (*truth.values(), *results.values())))
     if unknown := [name for name in options.classes if name not in names]:
@@ -174,6 +181,9 @@ def evaluate_files(options: argparse.Namespace) -> None:
         Path(options.json).write_text(json.dumps(metrics, indent=1))
     if options.curves:
         draw_curves(metrics).save(options.curves, "PNG")
+    if options.report:
+        report, pictures = importlib.import_module("tools.report"), (options.images, options.report_frames)
+        report.write_kitti_files(options.report, truth, results, metrics, *pictures)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ ground truth counts as AP 0, errors 1.
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import sys
@@ -322,9 +323,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", default="", help="of the tables, such as v1.0-mini; default: the only one")
     parser.add_argument("--dialect", default="", help="of the tables, such as truckscenes or t4, or its JSON file")
     parser.add_argument("--json", metavar="OUT", help="write what the official metrics_summary.json holds here")
+    parser.add_argument(
+        "--report", metavar="OUT.html", help="write a page that shows what is wrong in which frames here"
+    )
+    parser.add_argument("--report-frames", type=int, metavar="N", help="show so many frames in it; default: 150")
     options = parser.parse_args(arguments)
+    if options.report_frames is not None and (options.report is None or options.report_frames < 1):
+        parser.error("--report-frames takes 1 or more, and --report OUT.html beside it")
     try:
-        check_writable(options.json)
+        check_writable(options.json, options.report)
         dialect = find_dialect(options.dialect)
         truth = read_truth(options.root, (options.split,), options.version, dialect)
         if not len(truth.boxes):
@@ -342,6 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             metrics |= {"meta": meta, "eval_time": time.perf_counter() - start}
             Path(options.json).write_text(json.dumps(metrics, indent=1))
+        if options.report:
+            write = importlib.import_module("tools.report").write_nuscenes_files
+            place, shown = (options.root, (options.split,), options.version), (table(metrics), options.report_frames)
+            write(options.report, place, truth, results, *shown)
     except (UserError, OSError) as error:
         print(f"{parser.prog}: {sentence_of(error)}", file=sys.stderr)
         return 2

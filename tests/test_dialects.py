@@ -562,7 +562,7 @@ def test_what_an_evaluation_needs_is_opened_before_the_first_step(invented, tmp_
     dataset = Detection3D(frames, model, config.data, metrics="nuscenes")
     dataset.sources = (source,)
     with pytest.raises(UserError, match=r"v1.0-mini: LIDAR_TOP of sample \w{32}: sample_data.json holds no key frame"):
-        evaluate.blank_metrics(dataset, config)
+        evaluate.compute_metrics(dataset, {}, config)
     (tmp_path / "renamed").mkdir()
     root = changed(
         invented,

@@ -206,7 +206,8 @@ def run_processes(count, *arguments):
 
 def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
     root = f"data.root={run / 'world'}"
-    assert evaluate.main([str(run), root, "--out", str(run / "one"), "--json", str(run / "one.json")]) == 0
+    more = ["--json", str(run / "one.json"), "--report-frames", "2"]
+    assert evaluate.main([str(run), root, "--out", str(run / "one"), *more]) == 0
     assert "AP_R40, per cent: 5 frames" in capsys.readouterr().out
     assert (run / "one.json").read_text() == (run / "one/metrics.json").read_text()
     outputs = run_processes(2, str(run), root, "--out", str(run / "two"))
@@ -221,8 +222,10 @@ def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
     assert len(results[0]) == len(results[1]) == 5
     for name, labels in results[0].items():  # batches differ, and with them the last bits
         np.testing.assert_allclose(labels.score, results[1][name].score, atol=1e-4)
-    for name in ("predictions.jsonl", "curves.png", "worst.png"):
+    for name in ("predictions.jsonl", "curves.png", "worst.png", "report.html"):
         assert (run / "one" / name).stat().st_size > 1000
+    assert (run / "one/report.html").read_text().count('"image":') == 2
+    assert not (run / "two/report.html").exists()
     frames = read_frames(run / "one" / "predictions.jsonl")
     assert [len(frame.labels) for frame in frames] == [20] * 5
     assert np.isfinite(frames[0].labels.sigma).all()

@@ -465,7 +465,7 @@ def test_no_pair_is_lost_and_few_are_measured(monkeypatch):
     rng = np.random.default_rng(0)
     truth, results = ({str(i): crowd(rng, int(rng.integers(0, most))) for i in range(5)} for most in (60, 200))
     for least in (0.0, 0.05, 0.3):
-        pairs = kitti._Pairs(truth, results, ("Car", "Pedestrian"), least)
+        pairs = kitti.Pairs(truth, results, ("Car", "Pedestrian"), least)
         gt, det = pairs.gt, pairs.det
         g, d = np.nonzero(pairs.gt_frame[:, None] == pairs.det_frame)
         name, other = gt.name[g], det.name[d]

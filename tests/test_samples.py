@@ -133,9 +133,9 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
     assert {"NDS", "mAP", "mAVE", "label_aps/car/0.5"} <= numbers.keys()
     assert not any(name.startswith("cfg") for name in numbers)
     assert np.isfinite(list(numbers.values())).all()
-    assert evaluate.blank_metrics(dataset, run).keys() == metrics.keys()
+    assert evaluate.compute_metrics(dataset, {}, run).keys() == metrics.keys()
     with pytest.raises(ValueError, match="best=NSD: there is no 'NSD' among the metrics, only NDS, mAP, mATE"):
-        evaluate.read_metric(evaluate.blank_metrics(dataset, run), "NSD")
+        evaluate.read_metric(evaluate.compute_metrics(dataset, {}, run), "NSD")
     json.dumps(metrics, allow_nan=False)
     cars, seven = ModelConfig(classes=("Car",)), dataclasses.replace(source, limit=7)
     own_overlap = dataclasses.replace(run, data=dataclasses.replace(run.data, overlap={"car": (0.5,) * 3}))
@@ -147,7 +147,7 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
     }
     for sentence, (data, config) in refusals.items():
         with pytest.raises(UserError, match=re.escape(sentence)):
-            evaluate.blank_metrics(data, config)
+            evaluate.compute_metrics(data, {}, config)
     order = np.random.default_rng(0).permutation(len(frames))
     shuffled = evaluate.compute_metrics(dataset, {frames[i].id: found[frames[i].id] for i in order}, run)
     assert {**shuffled, "label_tp_errors": 0} == {**metrics, "label_tp_errors": 0}  # NaN is never equal

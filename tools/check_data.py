@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from config import load_config
 from data import Detection3D, Frames, build_dataset, find_metrics, open_source
-from evaluate import blank_metrics
+from evaluate import compute_metrics
 from metrics import kitti_notes
 from metrics.kitti import kitti_ap
 from scene.draw import draw_frame, draw_sheet
@@ -87,7 +87,7 @@ def check_sources(config, draw, out):
             try:
                 whole = build_dataset(config, title == "train")
                 if title == "val":
-                    blank_metrics(whole, config)  # what an evaluation needs beside the frames, such as lidar rows
+                    compute_metrics(whole, {}, config)  # what an evaluation needs beside the frames, such as lidar rows
             except UserError as error:
                 problems.append(str(error))
     return problems, lines
