@@ -22,6 +22,7 @@ except ImportError:  # Windows
     resource = None
 
 logger = logging.getLogger("deep3d")
+PICTURE = Path(__file__).parents[1] / "tools/training.py"  # an extra
 PATIENCE = 0.02  # share of the time that may be spent waiting for data before the log says so
 
 
@@ -142,9 +143,8 @@ class Log:
         record = {"mode": "train", "epoch": epoch, "iter": place, "step": done, "lr": lr, "memory": memory, **values}
         losses = ", ".join(f"{name}: {value:.4f}" for name, value in values.items() if name.startswith("loss"))
         times = f"time: {values['time']:.3f}, data_time: {values['data_time']:.3f}"
-        self.record(
-            record, f"Epoch [{epoch}][{place}/{count}]  lr: {lr:.5f}, eta: {eta}, {times}, memory: {memory}, {losses}"
-        )
+        start = f"Epoch [{epoch}][{place}/{count}]  lr: {lr:.5f}, eta: {eta}"
+        self.record(record, f"{start}, {times}, memory: {memory}, {losses}")
 
     def write_evaluation(self, step, value, best, numbers):
         """The line of an evaluation: value of the metric `best`, and its best one; {name: number} for the trackers."""
@@ -153,6 +153,8 @@ class Log:
         line = f"Epoch(val) [{epoch}] step {step}  {name}: {value:.4f}, best: {best:.4f}"
         key = name if "/" in name else f"val/{name}"  # first, or mmdetection's analyze_logs takes the rest for training
         self.record({key: value, "mode": "val", "epoch": epoch, "step": step}, line, numbers)
+        if PICTURE.is_file():
+            importlib.import_module("tools.training").draw_log(self.out)
 
     def record(self, record, line, numbers=()):
         """One console line, one line of log.jsonl, and the trackers, which get further {name: number} too."""

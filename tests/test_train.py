@@ -102,6 +102,7 @@ def test_a_run_leaves_what_it_should(tiny_run):
         "log.jsonl",
         "predictions.png",
         "train.log",
+        "training.png",
     ]
     best = ["README.md", "config.json", "meta.json", "metrics.json", "model.safetensors"]
     assert sorted(p.name for p in (out / "best").iterdir()) == best
