@@ -15,7 +15,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -182,7 +181,7 @@ def write_evaluation(folder: Path, dataset, metrics, predictions) -> None:
 def open_run(run, overrides, runtime=None, precision=None):
     """The folder of a run's weights, or a file for a runtime; its config, detector and data set; and an Accelerator."""
     from engine.guard import start_accelerator
-    from engine.weights import find_checkpoint, load_run
+    from engine.weights import find_checkpoint, load_run, stay_at_home
 
     folder = Path(run) if runtime else find_checkpoint(run)
     if runtime or precision:
@@ -223,27 +222,6 @@ def evaluate_run(options: argparse.Namespace) -> None:
         print(format_metrics(dataset, metrics, *shown))
         print(f"{folder}: {', '.join(sorted(path.name for path in out.glob('*')))} are in {out}")
     accelerator.end_training()
-
-
-def stay_at_home(config, overrides):
-    """The config of a run, maybe a stranger's, without data.cache and with the user's own data.index unless asked for.
-
-    data.cache is left out unless asked for, and an index is written into the user's cache folder. Raises UserError for
-    a built-in world in a folder elsewhere that holds none yet, and for a data.root that no source of data.val reads.
-    """
-    from config import refuse_idle_root
-
-    refuse_idle_root(overrides, *config.data.val)
-    asked = {text.partition("=")[0].strip() for text in overrides}
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deep3d_index"
-    places = {"cache": "", "index": "none" if config.data.index == "none" else str(home)}
-    places = {name: place for name, place in places.items() if f"data.{name}" not in asked}
-    for source in config.data.val if "data.val" not in asked else ():
-        root = Path(source.root or config.data.root)
-        ours = root.resolve().is_relative_to(Path.cwd()) or any(root.glob("world*-seed*"))
-        if source.kind == "synthetic" and not ours and not (not source.root and "data.root" in asked):
-            raise UserError(f"the run's config would render its world into {root}; data.root={root} allows that")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **places))
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ except ImportError:  # Windows
     resource = None
 
 logger = logging.getLogger("deep3d")
-PICTURE = Path(__file__).parents[1] / "tools/training.py"  # an extra
+PICTURE = Path(__file__).parents[1] / "tools/training.py"  # an extra, which draws training.png where it is there
 PATIENCE = 0.02  # share of the time that may be spent waiting for data before the log says so
 
 

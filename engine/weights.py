@@ -1,6 +1,7 @@
 """Weights that lie somewhere, for what is no training: in a run, a checkpoint, a file, or on the hub."""
 
 import dataclasses
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -9,7 +10,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from config import override, read_config
+from config import override, read_config, refuse_idle_root
 from engine.checkpoint import CONFIG, META, METRICS, MODEL, list_checkpoints, near, verify
 from model import Detector
 from scene.frames import UserError
@@ -73,3 +74,22 @@ def load_run(folder, overrides=()):
         first = str(error).splitlines()[0]
         raise UserError(f"{folder / MODEL}: damaged, or of another architecture than {CONFIG}: {first}") from None
     return config, detector
+
+
+def stay_at_home(config, overrides):
+    """The config of a run, maybe a stranger's, without data.cache and with the user's own data.index unless asked for.
+
+    data.cache is left out unless asked for, and an index is written into the user's cache folder. Raises UserError for
+    a built-in world in a folder elsewhere that holds none yet, and for a data.root that no source of data.val reads.
+    """
+    refuse_idle_root(overrides, *config.data.val)
+    asked = {text.partition("=")[0].strip() for text in overrides}
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deep3d_index"
+    places = {"cache": "", "index": "none" if config.data.index == "none" else str(home)}
+    places = {name: place for name, place in places.items() if f"data.{name}" not in asked}
+    for source in config.data.val if "data.val" not in asked else ():
+        root = Path(source.root or config.data.root)
+        ours = root.resolve().is_relative_to(Path.cwd()) or any(root.glob("world*-seed*"))
+        if source.kind == "synthetic" and not ours and not (not source.root and "data.root" in asked):
+            raise UserError(f"the run's config would render its world into {root}; data.root={root} allows that")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **places))

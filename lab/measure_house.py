@@ -21,7 +21,8 @@ from formats.kitti import write_calib, write_labels
 from scene.frames import make_labels
 
 ROOT = Path(__file__).parents[1]
-CORE = {"formats": ("kitti",), "metrics": ("kitti", "kitti_files", "kitti_notes")}  # what else lies there is an extra
+# what else lies there is an extra
+CORE = {"formats": ("kitti", "odd"), "metrics": ("kitti", "kitti_files", "kitti_notes")}
 EXTRA_FOLDERS = ("world", "tools", "lab")
 PICTURE = "tools/training.py"  # the one extra that every run finds by its name; without it there is no training.png
 AIMS = {  # the most that each may be; for the last one, what it has to be

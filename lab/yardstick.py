@@ -19,8 +19,8 @@ from torchvision.ops import box_iou
 from config import to_dict
 from data import build_dataset
 from engine.guard import start_accelerator
-from engine.weights import find_checkpoint, load_run
-from evaluate import predict_dataset, stay_at_home
+from engine.weights import find_checkpoint, load_run, stay_at_home
+from evaluate import predict_dataset
 from metrics.kitti import MATCH_OVERLAP, compute_metrics, kitti_ap
 from scene.frames import UserError, check_writable
 from scene.geometry import box3d_iou, project, unproject, yaw_to_alpha

@@ -332,8 +332,8 @@ def test_json_lines_train_beside_kitti(folder):
     [
         ((Source(root="/nowhere"),), r"/nowhere: expected a KITTI folder with training/image_2"),
         ((Source(split=("test",)),), r"ImageSets/test\.txt: no such split file; there are train, val"),
-        ((Source(kind="coco"),), r"data source kind is 'coco', expected 'jsonl', 'kitti', 'nuscenes', 'synthetic'"),
-        ((Source(kind="index"),), r"data source kind is 'index', expected 'jsonl'"),
+        ((Source(kind="coco"),), r"data source kind is 'coco', expected 'argoverse', 'jsonl', 'kitti', 'nuscenes'"),
+        ((Source(kind="index"),), r"data source kind is 'index', expected 'argoverse'"),
         ((Source(kind="jsonl", root="a.jsonl", split=("val",)),), r"a\.jsonl: split means nothing to kind=jsonl"),
         ((Source(world_seed=1),), r": world_seed means nothing to kind=kitti"),
         ((Source(), Source(kind="nuscenes")), r"data\.val lists sources with different metrics, kitti and nuscenes"),

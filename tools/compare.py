@@ -18,8 +18,8 @@ import numpy as np
 from config import override, read_config
 from data import build_dataset
 from engine.checkpoint import CONFIG
-from engine.weights import find_checkpoint
-from evaluate import flat_metrics, stay_at_home
+from engine.weights import find_checkpoint, stay_at_home
+from evaluate import flat_metrics
 from formats.jsonl import read_frames
 from scene.frames import UserError, check_writable, sentence_of
 from tools.report import count_errors, describe, judge_run, write

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Detection3D, build_dataset
-from evaluate import stay_at_home
+from engine.weights import stay_at_home
 
 PREDICTORS = {"detector.class_predictor.weight", "detector.box_predictor.weight"}  # names of constants in the graph
 KINDS = ("Conv", "Gemm", "MaxPool", "AveragePool", "Resize", "Concat", "Relu", "Add")  # of ONNX, to be quantised

@@ -22,10 +22,10 @@ SPREAD = 20  # of the largest to the least value, from where on a scale is logar
 
 
 def draw_log(out: Path) -> None:
-    """Write training.png into a run folder. Raises UserError where its log holds no line of training."""
+    """Write training.png into a run folder, unless its log holds no line of training yet."""
     train, evaluations = read_log(out / "log.jsonl")
     if not train:
-        raise UserError(f"{out / 'log.jsonl'}: no line of training, expected a run that has logged some steps")
+        return
     sheet = Image.new("RGB", tuple(SUPERSAMPLE * side for side in (2 * STEP[0], 3 * STEP[1])), BACKGROUND)
     skipped = read_skipped(out / "train.log")
     losses = [name for name in train[-1] if name.startswith("loss_")]
@@ -54,11 +54,10 @@ def read_log(path):
             record = json.loads(line)
         except ValueError:  # the end of a run that was killed while it wrote
             continue
-        for mode in records:
-            records[mode] = [
-                one for one in records[mode] if one["step"] < record["step"] or one["mode"] != record["mode"]
-            ]
-        records[record["mode"]].append(record)
+        same = records[record["mode"]]
+        while same and same[-1]["step"] >= record["step"]:
+            same.pop()
+        same.append(record)
     return records["train"], records["val"]
 
 
@@ -128,6 +127,8 @@ def main(arguments=None):
     try:
         if len(arguments) != 1 or arguments[0].startswith("-"):
             raise UserError("expected one run folder: python -m tools.training RUN")
+        if not read_log(Path(arguments[0]) / "log.jsonl")[0]:
+            raise UserError(f"{arguments[0]}/log.jsonl: no line of training, expected a run that has logged some steps")
         draw_log(Path(arguments[0]))
     except (UserError, OSError) as error:
         print(f"tools.training: {sentence_of(error)}", file=sys.stderr)
