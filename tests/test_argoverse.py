@@ -460,7 +460,7 @@ def test_a_run_follows_cds(log, tmp_path, monkeypatch, capsys):
     train.main([*given, f"out={tmp_path / 'run'}", *more])
     metrics = json.loads((tmp_path / "run/best/metrics.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["CDS"] == metrics["CDS"] >= 0
+    assert lines[-1]["val/CDS"] == metrics["CDS"] >= 0
     assert all(line["loss"] > 0 for line in lines[:-1])
     said = capsys.readouterr().out
     assert f"CDS: {metrics['CDS']:.4f}, best: {metrics['CDS']:.4f}" in said

@@ -78,7 +78,7 @@ def test_each_place_that_the_readme_names_is_one_place(tiny_run, tmp_path):
         "step_00000008",
         "step_00000010",
     ]  # 8 frames an epoch
-    assert records(out, "val")[0]["-mine"] == 6.5
+    assert records(out, "val")[0]["val/-mine"] == 6.5
     assert json.loads((out / "best/meta.json").read_text())["metric"] == "-mine"
     assert all(row["loss_mine"] > 0 for row in losses_of(out))
     last, best = (

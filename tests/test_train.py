@@ -168,7 +168,7 @@ def test_mmdetection_reads_the_log(tiny_run, best):
     """Its analyze_logs.py, 3.3.0, leaves out what stands behind the first key with a "/", and draws a column of an
     epoch over the column `step`: both have to be as long."""
     writer, lines = object.__new__(Log), records(tiny_run[1])
-    writer.config, writer.steps_per_epoch = Config(best=best), 4
+    writer.config, writer.out, writer.steps_per_epoch = Config(best=best), tiny_run[1], 4
     writer.record = lambda record, *_: lines.append(record)
     writer.write_evaluation(8, 0.5, 0.5, {})
     columns, epoch = {}, 1
@@ -342,8 +342,9 @@ def test_every_key_is_read(tiny_run, tmp_path, here, monkeypatch):
         'model.attributes={"Car": ["vehicle.moving", "vehicle.parked"]}',
     ]
     assert here(*arguments)[0] == 0
+    (tmp_path / "v1.0-mini").mkdir()
     nuscenes = Config(data=DataConfig(index="none", train=(Source(kind="nuscenes", root=str(tmp_path)),)))
-    with pytest.raises(UserError, match="nuScenes"):
+    with pytest.raises(UserError, match=r"scene\.json: no such table"):
         build_dataset(nuscenes, training=True)
     nowhere = Frame("a", tmp_path / "none.png", np.eye(3), make_labels([], [], [], [], []))
     with pytest.raises(UserError, match="no such image"):
