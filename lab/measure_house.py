@@ -85,7 +85,7 @@ def write_frames(folder):
 def closure():
     """Paths, relative to the root, of the repository's files that a short KITTI run imports, train.py among them.
 
-    Without PICTURE, which may be deleted.
+    Without PICTURE, which may be deleted, and __init__.py, which do nothing.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -98,7 +98,7 @@ def closure():
         files = {Path(file).resolve() for file in json.loads((folder / "files.json").read_text())}
     tracked = set(list_files("*.py"))
     ours = {str(file.relative_to(ROOT)) for file in files if file.is_relative_to(ROOT)}
-    return sorted((ours & tracked) - {PICTURE} | {"train.py"})
+    return sorted(path for path in (ours & tracked) - {PICTURE} | {"train.py"} if not path.endswith("__init__.py"))
 
 
 def list_files(pattern):

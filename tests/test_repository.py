@@ -1,6 +1,7 @@
 """The repository as a whole: who imports whom, nothing happens on import, and what the README names exists."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def imports_of(tree, top_only):
 def test_modules_import_only_what_they_may(module):
     may = MAY_IMPORT.get(module) or MAY_IMPORT[module.partition(".")[0]]
     assert imports_of(MODULES[module], top_only=False) <= may - {module}
+
+
+def test_an_installed_module_hides_no_folder(tmp_path):
+    """Without __init__.py a module named metrics anywhere on the path, such as onnxruntime's, comes before metrics/."""
+    for folder in FOLDERS:
+        (tmp_path / f"{folder}.py").write_text("")
+    code = "import sys; from importlib.util import find_spec; print(*(find_spec(name).origin for name in sys.argv[1:]))"
+    command, paths = [sys.executable, "-c", code, *FOLDERS], os.environ | {"PYTHONPATH": str(tmp_path)}
+    origins = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True, check=True).stdout.split()
+    assert origins == [str(ROOT / folder / "__init__.py") for folder in FOLDERS]
 
 
 def test_core_imports_no_extra():

@@ -7,7 +7,6 @@ decoding, the camera matrix and everything in metres lie behind or beside, in fl
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,11 +73,8 @@ def find_nodes(graph) -> list[str]:
 def write_onnx(path: Path, inputs: list[dict[str, np.ndarray]]) -> Path:
     """model.int8.onnx beside a model.onnx, with pairs of QuantizeLinear and DequantizeLinear. Returns its path."""
     import onnx
-
-    paths = [*sys.path]
     from onnxruntime.quantization import QuantType, quantize_static
 
-    sys.path[:] = paths  # to which it adds a folder with a metrics.py, found before folders like metrics/
     model, out = onnx.load(path), path.with_suffix(".int8.onnx")
     options = {"per_channel": True, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     chosen = {"nodes_to_quantize": find_nodes(model.graph), "op_types_to_quantize": [*KINDS]}

@@ -1,0 +1,1 @@
+"""How a run lives: checkpoints, signals, broken steps, the log, the optimizer."""

@@ -1,0 +1,1 @@
+"""Files -> frames: a module for each format, found by its name."""

@@ -1,0 +1,1 @@
+"""Boxes, cameras and pictures, and their conventions."""

@@ -1,0 +1,1 @@
+"""Commands beside the loop, each python -m tools.NAME."""
