@@ -258,8 +258,8 @@ class Detection3D(Dataset):
         if problem := camera_problem(frame.K, *size):
             raise UserError(f"{frame.image}: its camera matrix: {problem}")
         if frame.size and frame.size != size:
-            sizes = "{}x{}, and was {}x{}".format(*size, *frame.size)
-            raise UserError(f"{frame.image}: the image is {sizes} when its source was read: touch the source")
+            sizes = "{}x{}, and {}x{} by its source".format(*size, *frame.size)
+            raise UserError(f"{frame.image}: the image is {sizes}; if it was replaced, touch the source")
         middle = frame.K[:2, 2] / size
         if middle.max() < 0.3 or middle.min() > 0.75:
             self.tell("size", f"{frame.image}: {'x'.join(map(str, size))} px, and K looks like that of another size")

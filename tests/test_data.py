@@ -382,7 +382,7 @@ def test_an_image_of_another_size_than_its_source_says_is_named(folder):
     frame = dataclasses.replace(build(folder).frames[0], size=(640, 96))
     dataset = Detection3D([frame], MODEL, DataConfig())
     assert dataset.view_of(0).image_size == (640, 96)
-    words = r"000000\.png: the image is 300x96, and was 640x96 when its source was read: touch the source"
+    words = r"000000\.png: the image is 300x96, and 640x96 by its source; if it was replaced, touch the source"
     with pytest.raises(UserError, match=words):
         dataset[0]
 
