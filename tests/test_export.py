@@ -344,9 +344,7 @@ def test_int8_is_the_network_alone(exported, tmp_path, monkeypatch):
     detector, module, _ = exported
     path = Path(shutil.copy(file_of(module), tmp_path))
     pairs = ("QuantizeLinear", "DequantizeLinear")
-    searched = [*sys.path]
     file = quantize.write_onnx(path, calibration())
-    assert sys.path == searched  # onnxruntime's quantisation adds a folder, in which a metrics.py would hide ours
     assert quantised_operations(*onnx_operations(file), pairs) == []
     kinds = [*onnx_operations(file)[1].values()]
     assert kinds.count("QuantizeLinear") > 10
