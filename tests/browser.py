@@ -7,6 +7,14 @@ import shutil
 import subprocess
 import tempfile
 
+REST = """async element => {
+  for (let before = null, now = ""; ; before = now) {
+    element.scrollIntoView({block: "center"});
+    now = JSON.stringify(element.getBoundingClientRect());
+    if (before === now) return JSON.parse(now);
+    await new Promise(done => setTimeout(done, 50));
+  }
+}"""  # of a page that pictures are still being decoded for, a box moves
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -112,10 +120,8 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key)
 
     def click(self, selector):
-        """Click on the middle of an element, scrolled into view."""
-        place = f"document.querySelector({json.dumps(selector)})"
-        script = f"(e => (e.scrollIntoView({{block: 'center'}}), e.getBoundingClientRect().toJSON()))({place})"
-        box = self.run(script)
+        """Click on the middle of an element, scrolled into view, once it has come to rest."""
+        box = self.run(f"({REST})(document.querySelector({json.dumps(selector)}))")
         point = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, **point)
