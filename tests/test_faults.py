@@ -686,7 +686,7 @@ def test_ctrl_c_twice_stops_at_once(tiny_run, tmp_path):
     time.sleep(1.5)
     assert process.poll() is None  # it waits for the step
     os.kill(process.pid, signal.SIGINT)
-    code, text = finish(process, timeout=10)
+    code, text = finish(process, timeout=30)
     assert code == 130
     assert text.splitlines()[-1] == "interrupted; the same command goes on from the newest checkpoint"
 
