@@ -3,9 +3,8 @@ every effect."""
 
 import json
 import shutil
-import subprocess
-import sys
 
+import forked
 import torch
 from conftest import ROOT, tiny
 from safetensors.torch import load_file
@@ -65,13 +64,7 @@ def test_each_place_that_the_readme_names_is_one_place(tiny_run, tmp_path):
         "train.eval_every=1.25",
         "train.save_every=100",
     )
-    done = subprocess.run(
-        [sys.executable, "train.py", *tiny(tiny_run[0], out, *more)],
-        cwd=copy,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    [done] = forked.run(copy, "train.py", *tiny(tiny_run[0], out, *more))
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in records(out)] == list(range(1, 11))  # the evaluation at step 10 ended it
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [

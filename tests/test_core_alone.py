@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -107,10 +108,9 @@ def kitti(tmp_path_factory):
     return root
 
 
-def run(folder, script, *arguments):
-    """Finish a command in a folder; returns what it printed."""
-    command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+def run(folder, *command):
+    """Finish a script in a folder; returns what it printed."""
+    [done] = forked.run(folder, *command)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

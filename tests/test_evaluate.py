@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -174,44 +173,14 @@ def run(tmp_path_factory):
     return folder
 
 
-def run_processes(count, *arguments):
-    """Outputs of evaluate.py in as many processes, joined as `accelerate launch` joins them, without its own seconds of
-    start.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = []
-    for rank in range(count):
-        environment = shared | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-        }
-        command = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, outputs[0][1][-2000:]
-    return [text for text, _ in outputs]
-
-
 def test_a_run_is_evaluated_alike_by_one_and_two_processes(run, capsys):
     root = f"data.root={run / 'world'}"
     more = ["--json", str(run / "one.json"), "--report-frames", "2"]
     assert evaluate.main([str(run), root, "--out", str(run / "one"), *more]) == 0
     assert "AP_R40, per cent: 5 frames" in capsys.readouterr().out
     assert (run / "one.json").read_text() == (run / "one/metrics.json").read_text()
-    outputs = run_processes(2, str(run), root, "--out", str(run / "two"))
-    assert [text.count("AP_R40, per cent: 5 frames") for text in outputs] == [1, 0]
+    both = forked.run(ROOT, "evaluate.py", run, root, "--out", run / "two", processes=2)
+    assert [(done.returncode, done.stdout.count("AP_R40, per cent: 5 frames")) for done in both] == [(0, 1), (0, 0)]
     one, two = (json.loads((run / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one["settings"]["frames"] == two["settings"]["frames"] == 5
     assert one["settings"]["detections"] == two["settings"]["detections"] == 100

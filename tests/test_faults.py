@@ -21,10 +21,11 @@ import sys
 import threading
 import time
 
+import forked
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command_line, launch, tiny
+from conftest import ROOT, command_line, tiny
 from safetensors.torch import load_file
 from test_train import hashes, here, losses_of, records  # noqa: F401  `here` is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,8 +124,8 @@ def training_state(out):
 def hard_run(tiny_run, tmp_path_factory):
     """Two processes, accumulation, drop-path, augmentation, averages, warm-up: 6 steps without a stop."""
     out = tmp_path_factory.mktemp("hard") / "whole"
-    finished = launch(*tiny(tiny_run[0], out, *HARD, "data.workers=0"), processes=2)
-    assert finished.returncode == 0, finished.stderr
+    both = forked.run(ROOT, "train.py", *tiny(tiny_run[0], out, *HARD, "data.workers=0"), processes=2)
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr
     return out
 
 
@@ -143,9 +144,9 @@ def test_killed_at_any_moment_equals_never_stopped(tiny_run, hard_run, tmp_path)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         finish(process)
-    finished = launch(*tiny(tiny_run[0], out, *HARD), processes=2)
-    assert finished.returncode == 0, finished.stderr
-    print(f"{KILLS} kills, {finished.stdout.count('resumed from')} resumed, final state {training_state(out)}")
+    both = forked.run(ROOT, "train.py", *tiny(tiny_run[0], out, *HARD), processes=2)
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr
+    print(f"{KILLS} kills, {both[0].stdout.count('resumed from')} resumed, final state {training_state(out)}")
     assert training_state(out) == training_state(hard_run)
     assert not [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")]
     steps = {r["step"]: {k: v for k, v in r.items() if k.startswith("loss")} for r in records(out)}
@@ -851,8 +852,8 @@ def test_a_process_that_hangs_ends_the_job_after_the_timeout(tiny_run, tmp_path)
 def test_a_process_without_objects_holds_nobody_up(tiny_run, tmp_path):
     fault = json.dumps({"what": "empty", "steps": [1, 2, 3, 4, 5], "rank": 1})
     out = tmp_path / "out"
-    finished = launch(fault, *tiny(tiny_run[0], out), processes=2, script="tests/faulty.py")
-    assert finished.returncode == 0, finished.stderr
+    both = forked.run(ROOT, "tests/faulty.py", fault, *tiny(tiny_run[0], out), processes=2)
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr
     assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
 
 

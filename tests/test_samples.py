@@ -4,13 +4,13 @@ import dataclasses
 import json
 import re
 
+import forked
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from scenes import encode
-from test_evaluate import run_processes
 
 import evaluate
 import metrics.nuscenes
@@ -196,10 +196,11 @@ def test_a_run_follows_nds(tmp_path, monkeypatch, capsys):
     assert f"NDS: {metrics['NDS']:.4f}, best: {metrics['NDS']:.4f}" in said
     assert (tmp_path / "run/predictions.png").stat().st_size > 1000
     AcceleratorState._reset_state(reset_partial_state=True)
-    outputs = run_processes(
-        2, str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "two")
-    )  # cameras of a sample apart
-    assert [f"mAP {metrics['mAP']:.4f}   NDS {metrics['NDS']:.4f}" in text for text in outputs] == [True, False]
+    root = f"data.root={tmp_path}"  # two processes: cameras of a sample apart
+    both = forked.run(ROOT, "evaluate.py", tmp_path / "run", root, "--out", tmp_path / "two", processes=2)
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr
+    said = f"mAP {metrics['mAP']:.4f}   NDS {metrics['NDS']:.4f}"
+    assert [said in done.stdout for done in both] == [True, False]
     assert evaluate.main([str(tmp_path / "run"), f"data.root={tmp_path}", "--out", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "results_nusc.json").read_text())["results"] for name in ("one", "two"))
     assert {token: len(boxes) for token, boxes in one.items()} == {token: len(boxes) for token, boxes in two.items()}

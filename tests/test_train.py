@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import timm
@@ -23,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT, launch, tiny
+from conftest import ROOT, tiny
 from safetensors.torch import load_file
 from timm.optim import muon
 
@@ -253,10 +254,10 @@ def test_two_processes_train_like_one(tiny_run, tmp_path, here):
     two."""
     world = tiny_run[0]
     common = ("model.norm=frozen", "train.steps=4", "train.save_every=100")
-    two = launch(*tiny(world, tmp_path / "two", *common), processes=2)
-    assert two.returncode == 0, two.stderr
-    assert "2 process(es) on cpu" in two.stdout
-    assert two.stdout.count("Epoch [1][1/2]") == 1  # logged once
+    both = forked.run(ROOT, "train.py", *tiny(world, tmp_path / "two", *common), processes=2)
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr
+    assert "2 process(es) on cpu" in both[0].stdout
+    assert [done.stdout.count("Epoch [1][1/2]") for done in both] == [1, 0]  # logged once
     code, _, err = here(*tiny(world, tmp_path / "one", *common, "train.batch_size=4"))
     assert code == 0, err
     ours, theirs = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
@@ -303,7 +304,8 @@ def test_accumulated_parts_are_one_batch(tiny_run, tmp_path, here):
             code, _, err = here(*arguments)
             assert code == 0, err
         else:
-            assert launch(*arguments, processes=processes).returncode == 0
+            both = forked.run(ROOT, "train.py", *arguments, processes=processes)
+            assert [done.returncode for done in both] == [0, 0], both[0].stderr
         found[name] = losses_of(tmp_path / name)
     order = [StepBatches(8, 1, 0, 1, 0, 0, 8).at(micro)[0][1] for micro in range(8)]
     assert {len(np.intersect1d(order[i : i + 4], range(0, 8, 3))) for i in (0, 4)} <= {
