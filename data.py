@@ -67,7 +67,7 @@ class DataConfig:
     workers: int = 2  # loader processes per training process
     index: str = ""  # folder for what was read of the sources; empty: beside each, or the user's cache; 'none': memory
     cache: str = ""  # folder for decoded frames, read instead of decoding again; 1.4 MB a KITTI frame; empty: none
-    skip_bad: bool = False  # warn, not stop, where an image is unreadable (the next stands for it) or absent (KITTI)
+    skip_bad: bool = False  # warn, not stop, where an image is unreadable (the next stands for it) or absent
 
 
 def find_format(source):
@@ -102,7 +102,7 @@ def open_source(source, config, problems=None):
         frames = reader.frames(source, config, problems)
     except OSError as error:
         raise UserError(str(error)) from error
-    if skew := max((abs(frame.K[0, 1]) for frame in frames[:100]), default=0):
+    if (skew := max((abs(frame.K[0, 1]) for frame in frames[:100]), default=0)) > 1e-4:
         log.warning(f"{place}: K has a skew of {skew:.2g} px in its first row, which is passed over")
     return Part(frames, source.rename, repeat=source.repeat)
 
@@ -113,7 +113,7 @@ def build_dataset(config, training):
     if not sources:
         raise UserError(f"{name} lists no source, expected at least one")
     if not training and any(source.repeat > 1 or source.share for source in sources):
-        raise UserError(f"{name} lists frames more than once, expected repeat=1, no share; train.eval_repeat repeats")
+        raise UserError(f"{name} has a repeat or a share, expected neither; train.eval_repeat repeats frames")
     if not training and len({source.kind == "synthetic" for source in sources}) > 1:
         raise UserError(f"{name} lists rendered frames (kind=synthetic) beside others, expected one kind")
     metrics = ["kitti"] if training else sorted({find_metrics(source) for source in sources})
@@ -123,6 +123,8 @@ def build_dataset(config, training):
     if len(parts) > 1:
         parts = [dataclasses.replace(part, mark=f"{number}_") for number, part in enumerate(parts)]
     dataset = Detection3D(Frames(parts), config.model, config.data, training, config.seed, metrics[0])
+    if not len(dataset):
+        raise UserError(f"{name} holds no frame")
     dataset.sources = sources
     if training and any(shares := [source.share for source in sources]):
         dataset.find = importlib.import_module("formats.mixture").Mixture(shares, dataset.frames.ends, config.seed)
@@ -215,7 +217,8 @@ class Detection3D(Dataset):
     """Frames as tensors for a model. Index with i, or (epoch, i) for training, where the epoch varies the augmentation.
 
     frames: `Frames`, or any sequence of `Frame`; metrics: the module of metrics that judges them. Rows named by
-    config.neighbours or DontCare become ignore regions; all others that are none of model.classes are background.
+    config.neighbours or DontCare, and those without a 3D box, become ignore regions; others that are none of
+    model.classes are background.
     """
 
     def __init__(self, frames, model, config, training=False, seed=0, metrics="kitti"):

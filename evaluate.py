@@ -184,12 +184,16 @@ def open_run(run, overrides, runtime=None, precision=None):
     from engine.weights import find_checkpoint, load_run, stay_at_home
 
     folder = Path(run) if runtime else find_checkpoint(run)
-    if runtime or precision:
-        config, detector = importlib.import_module("engine.runtime").load(folder, overrides, runtime, precision)
+    files = importlib.import_module("engine.runtime") if runtime or precision else None
+    if runtime:
+        config, detector, accelerator = files.open_file(folder, overrides, runtime, precision)
     else:
-        config, detector = load_run(folder, overrides)
+        chosen = [f"train.mixed_precision={'bf16' if precision == 'bf16' else 'no'}"] * bool(precision)
+        config, detector = load_run(folder, [*overrides, *chosen])
+        accelerator = start_accelerator(config.train)
+        if precision:
+            files.refuse_emulation(precision, accelerator.device)
     config = stay_at_home(config, overrides)
-    accelerator = start_accelerator(config.train)
     with accelerator.main_process_first():  # the main process may have to render the built-in world
         dataset = build_dataset(config, training=False)
     return folder, config, detector.to(accelerator.device), dataset, accelerator
@@ -203,7 +207,10 @@ def evaluate_run(options: argparse.Namespace) -> None:
     shown = (options.metric, options.errors) if dataset.metrics == "kitti" else ()
     if unused := [name for name in ("metric", "overlap", "errors") if getattr(options, name) and not shown]:
         raise UserError(f"--{unused[0]} belongs to KITTI's metrics, and the frames of data.val are {dataset.metrics}'s")
-    compute_metrics(dataset, {}, config)  # what cannot be evaluated is told before the work
+    numbers = compute_metrics(dataset, {}, config)  # what cannot be evaluated is told before the work
+    report = importlib.import_module("tools.report") if options.report or options.report_frames else None
+    if report:
+        report.judge_run(dataset, numbers, {}, config)  # so is what no report knows
     out = Path(options.out or (f"{folder}.evaluation" if options.runtime else Path(options.run) / "evaluation"))
     results = out / "results"
     if accelerator.is_main_process:
@@ -216,8 +223,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
         write_evaluation(out, dataset, metrics, predictions)
         if options.json:
             Path(options.json).write_text(json.dumps(metrics, indent=1))
-        if options.report or options.report_frames:
-            report = importlib.import_module("tools.report")
+        if report:
             report.write_run(out / "report.html", dataset, metrics, predictions, config, options.report_frames)
         print(format_metrics(dataset, metrics, *shown))
         print(f"{folder}: {', '.join(sorted(path.name for path in out.glob('*')))} are in {out}")

@@ -33,6 +33,7 @@ from torch import nn
 from torchvision.ops import nms
 
 from config import to_dict
+from engine.checkpoint import META
 from engine.weights import fetch, find_checkpoint, load_run
 from model import Detector
 from scene.frames import UserError, make_folder, sentence_of
@@ -127,6 +128,15 @@ def export(detector: Detector, folder: str | Path, suppress: bool = False, half:
     return folder / "model.onnx"
 
 
+def begin(folder: Path, config) -> None:
+    """Make a folder for the files of one detector, without those of another, and put config.json there."""
+    make_folder(folder, "--out")
+    for path in folder.glob("model*"):
+        if path.suffix in (".onnx", ".xml", ".bin"):
+            path.unlink()
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1))
+
+
 def resize(detector: Detector, size: tuple[int, int]) -> Detector:
     """The same weights for another canvas (height, width). Raises UserError where they do not fit another."""
     other = Detector(dataclasses.replace(detector.config, size=size, pretrained=False))
@@ -144,11 +154,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
     add("run", metavar="RUN")
-    add("overrides", nargs="*", metavar="key=value", help="changes to its config, for --int8: data.root=/kitti")
+    add("overrides", nargs="*", metavar="key=value", help="changes to its config, such as data.root=/kitti for --int8")
     add("--size", metavar=("H", "W"), nargs=2, type=int, help="canvas, px (default: model.size)")
     add("--half", action="store_true", help="fp16, where torch.autocast would compute in it: for GPUs, CPUs get slower")
     add("--int8", action="store_true", help="also model.int8.onnx: the network in 8 bits, what decodes in floats")
-    add("--frames", metavar="N", type=int, default=320, help="of data.train, that ranges are measured on; default: 320")
+    add("--frames", metavar="N", type=int, help="of data.train, that --int8 measures ranges on; default: 320")
     add("--openvino", action="store_true", help="also OpenVINO's model.xml, or with --int8 NNCF's model.int8.xml")
     add("--nms", action="store_true", help="suppress and average duplicates in the graph")
     add("--out", metavar="DIR", type=Path, default=Path("exported"), help="default: exported")
@@ -158,8 +168,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{' and '.join(missing)}: not installed; pip install {' '.join(needed)}")
     if options.half and options.int8:
         parser.error("--half and --int8 are two precisions, expected one of them")
-    if options.frames < 1:
-        parser.error(f"--frames is {options.frames}, expected at least 1")
+    if options.frames is not None and (options.frames < 1 or not options.int8):
+        parser.error(f"--frames is {options.frames}, expected at least 1, and --int8")
+    options.frames = options.frames or 320
     return options
 
 
@@ -167,6 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line entry. Returns 0, or 2 after one sentence on stderr for what the user got wrong, or a full disk."""
     options = parse_arguments(arguments)
     try:
+        if any((options.out / name).exists() for name in (META, "log.jsonl")):
+            raise UserError(f"--out {options.out} is a run or a checkpoint, expected a folder of its own")
         config, detector = load_run(find_checkpoint(fetch(options.run)), options.overrides)
         if options.size:
             detector = resize(detector, tuple(options.size))
@@ -174,8 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
         inputs = []
         if options.int8:
             inputs = importlib.import_module("tools.quantize").calibration_inputs(config, options)
+        begin(options.out, config)
         paths = [export(detector, options.out, options.nms, options.half)]
-        (options.out / "config.json").write_text(json.dumps(to_dict(config), indent=1))
         if options.int8 or options.openvino:
             paths += importlib.import_module("tools.quantize").write(paths[0], inputs, options.openvino)
     except (UserError, OSError) as error:

@@ -310,7 +310,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch", metavar="N", type=int, default=8, help="pictures looked at at once; default: %(default)s")
     add("--runtime", choices=("onnx", "openvino"), help="what runs RUN, a file that export.py wrote, in place of torch")
     add("--precision", choices=("fp32", "bf16"), help="of torch (fp32 unless asked) or OpenVINO (its own choice)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
+    add("--device", help="of torch; default: cuda where there is one")
     options = parser.parse_intermixed_args(arguments)  # a PATH may follow an option
     checks = (
         ("hfov", options.hfov is None or 0 < options.hfov < 180, "degrees between 0 and 180"),
@@ -322,6 +322,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, fine, expected in checks:
         if not fine:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected {expected}")
+    if options.device and options.runtime:
+        parser.error(f"--device {options.device} is torch's, and --runtime {options.runtime} computes on the CPU")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() and not options.runtime else "cpu")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
@@ -354,8 +357,8 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_folder(options.out, inputs, options.pictures)
         for problem in problems:
             print(f"passed over: {problem}", file=sys.stderr)
-        if skew := max(abs(frame.K[0, 1]) for frame in frames):
-            print(f"K has a skew of {skew:.2g} px in its first row, which is passed over")
+        if (skew := max(abs(frame.K[0, 1]) for frame in frames)) > 1e-4:
+            print(f"K has a skew of {skew:.2g} px in its first row, which is passed over", file=sys.stderr)
         sizes = {frame.size for frame in frames}
         if len(sizes) > 1 and (options.calib or options.intrinsics):
             several = " and ".join("x".join(map(str, size)) for size in (min(sizes), max(sizes)))

@@ -11,27 +11,32 @@ from torch import nn
 
 from config import Config, build, override, read_config
 from engine.checkpoint import CONFIG, near
-from engine.weights import load_run
+from engine.guard import start_accelerator
 from model import Detector, ModelConfig
 from scene.frames import UserError
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".onnx", ".xml")}
-HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # OpenVINO's words
+HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's words
 VERSION = 1  # of the layout of files that are read here
+AFTERWARDS = ("score_threshold", "nms_iou", "nms_across_classes", "max_detections", "fuse_duplicates")  # in `suppress`
 
 
-def load(path: Path, overrides, runtime: str | None, precision: str | None):
-    """Config and detector of a file that a runtime runs, or of a checkpoint folder, for torch in a precision.
+def open_file(path: Path, overrides, runtime: str, precision: str | None):
+    """Config, detector and Accelerator for a file that a runtime runs: the config beside it with the file's own model.
 
-    The config of a file is that beside it, with the model that the file holds. Raises UserError.
+    Overrides of the model change what suppresses duplicates, which is not in the file. Raises UserError for others.
     """
-    if not runtime:
-        refuse_emulation(precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        return load_run(path, [*overrides, f"train.mixed_precision={'bf16' if precision == 'bf16' else 'no'}"])
-    detector = FileDetector(path, runtime, precision)
     config = read_config(path.with_name(CONFIG)) if path.with_name(CONFIG).is_file() else Config()
-    return dataclasses.replace(override(config, overrides), model=detector.config), detector
+    overrides = [*overrides, "train.mixed_precision=no"]  # of torch alone
+    accelerator = start_accelerator(override(config, overrides).train)  # which sets the number of threads
+    detector = FileDetector(path, runtime, precision)
+    config = override(dataclasses.replace(config, model=detector.config), overrides)
+    for name, value in vars(detector.config).items():
+        if getattr(config.model, name) != value and name not in AFTERWARDS:
+            raise UserError(f"model.{name} is part of {path}, expected of model {', '.join(AFTERWARDS)}")
+    detector.config = config.model
+    return config, detector, accelerator
 
 
 def refuse_emulation(precision: str | None, device: torch.device) -> None:

@@ -39,11 +39,15 @@ def tracking(accelerator, config):
     """
     if accelerator.is_main_process:
         accelerator.trackers = [Tracker(config.log_with, Path(config.out).resolve())]
+    failed = False
     try:
         yield
+    except (Exception, KeyboardInterrupt):  # a SystemExit is that of a run which goes on later
+        failed = True
+        raise
     finally:
         for tracker in accelerator.trackers:
-            tracker.finish()
+            tracker.finish(failed)
 
 
 class Tracker:
@@ -98,11 +102,16 @@ class Tracker:
             with self.surviving():
                 show_picture(self.name, self.tracker, picture, step)
 
-    def finish(self):
-        """The end; a second one does nothing."""
+    def finish(self, failed=False):
+        """The end, which wandb and mlflow can be told was no good one; a second one does nothing."""
         if self.tracker:
             with self.surviving():
-                self.tracker.finish()
+                if failed and self.name == "wandb":
+                    self.tracker.tracker.finish(exit_code=1)
+                elif failed and self.name == "mlflow":
+                    importlib.import_module("mlflow").end_run("FAILED")
+                else:
+                    self.tracker.finish()
         self.tracker = None
 
 

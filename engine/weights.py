@@ -88,7 +88,7 @@ def stay_at_home(config, overrides):
     places = {"cache": "", "index": "none" if config.data.index == "none" else str(home)}
     places = {name: place for name, place in places.items() if f"data.{name}" not in asked}
     for source in config.data.val if "data.val" not in asked else ():
-        root = Path(source.root or config.data.root)
+        root = Path(source.root or ("." if source.like else config.data.root))  # like renders below here
         ours = root.resolve().is_relative_to(Path.cwd()) or any(root.glob("world*-seed*"))
         if source.kind == "synthetic" and not ours and not (not source.root and "data.root" in asked):
             raise UserError(f"the run's config would render its world into {root}; data.root={root} allows that")

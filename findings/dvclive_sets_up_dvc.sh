@@ -2,6 +2,9 @@
 # dvclive 3.49.1: Live(save_dvc_exp=False) in a Git repository that has never seen DVC runs `dvc init` in its root and stages the files.
 # A good engineer would guess: a logger that is told to save no experiment writes into its own folder and leaves the repository alone.
 # Seen on 2026-11-29, Python 3.11, dvc 3.67.1:
+#   constructed outside:
+#   ?? dvclive/
+#   constructed inside:
 #   A  .dvc/.gitignore
 #   A  .dvc/config
 #   A  .dvcignore
@@ -12,10 +15,7 @@ export DVC_NO_ANALYTICS=1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q dvclive==3.49.1
-git init -q "$folder/repository"
-cd "$folder/repository"
-git -c user.name=a -c user.email=a@b commit -q --allow-empty -m first
+"$folder/venv/bin/pip" install -q dvclive==3.49.1 dvc==3.67.1
 cat >"$folder/log.py" <<'END'
 import os, sys
 from dvclive import Live
@@ -29,9 +29,11 @@ os.chdir(home)
 live.log_metric("loss", 1.0)
 live.end()
 END
-"$folder/venv/bin/python" "$folder/log.py" outside "$folder/repository/log" 2>/dev/null
-echo "constructed outside:" && git status --short | tee "$folder/outside"
-"$folder/venv/bin/python" "$folder/log.py" inside "$folder/repository/dvclive" 2>/dev/null
-echo "constructed inside:" && git status --short | tee "$folder/inside"
-[ "$(cat "$folder/outside")" = "?? log/" ]
-grep -q '^A  .dvc/config' "$folder/inside" && grep -q '^A  .dvcignore' "$folder/inside"
+for where in outside inside; do
+  git init -q "$folder/$where"
+  cd "$folder/$where"
+  git -c user.name=a -c user.email=a@b commit -q --allow-empty -m first
+  "$folder/venv/bin/python" "$folder/log.py" $where "$folder/$where/dvclive" >/dev/null
+  echo "constructed $where:" && git status --short
+done | tee "$folder/seen"
+grep '^#   ' "$0" | cut -c5- | diff - "$folder/seen"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# lyft-dataset-sdk 0.0.8 (the newest), lyft_dataset_sdk.eval.detection.mAP_evaluation: the metric of Lyft's 3D detection challenge.
+# lyft-dataset-sdk 0.0.8, lyft_dataset_sdk.eval.detection.mAP_evaluation: the metric of Lyft's 3D detection challenge.
 #
 # Guess: the overlap of two boxes is computed from footprints that are turned by their own yaw.
 # What it does: the sine is read from the wrong side of the diagonal of the rotation matrix (its [0, 1], which is -sin), so that every footprint

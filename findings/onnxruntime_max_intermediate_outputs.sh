@@ -3,8 +3,10 @@
 # Documented: "it will load at max value number of outputs before computing and merging the range. This will produce the
 # same result as all computing with None, but is more memory efficient." Seen: after every n frames MinMaxCalibrater
 # drops what it has collected without computing a range, so that only the last (frames mod n) count: of 10 frames of
-# growing brightness with n = 4, in the order brightest first, the range is that of the two darkest, and everything
-# brighter is cut off; of 8 frames nothing is left (ValueError: No data is collected).
+# falling brightness with n = 4 the range is that of the two darkest, and everything brighter is cut off; of 8 frames
+# nothing is left. Seen on 2026-11-28, Python 3.11:
+#   10 frames, the brightest of 10: range up to 10.00; with CalibMaxIntermediateOutputs=4 up to 2.00
+#   8 frames, with CalibMaxIntermediateOutputs=4: ValueError: No data is collected.
 # Exit code 0: still so. 1: it has changed.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -2,8 +2,10 @@
 # onnxruntime 1.32.0: `import onnxruntime.quantization` appends its folder `transformers` to sys.path, for good.
 # That folder holds metrics.py, benchmark.py, constants.py, float16.py, quantize_helper.py and more. A project whose own
 # `metrics/` is a folder without __init__.py (a namespace package) loses it from then on, although its folder stands
-# first on sys.path: a plain module anywhere on the path wins over namespace packages. Seen: `import metrics` gives
-# onnxruntime/transformers/metrics.py (which here fails, as it wants pandas); before that import it gives the project's.
+# first on sys.path: a plain module anywhere on the path wins over namespace packages. Seen with
+# Python 3.11:
+#   added to sys.path: ['onnxruntime/transformers']
+#   `metrics` before: a namespace (None); after: onnxruntime/transformers/metrics.py
 # Exit code 0: still so. 1: it has changed.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -4,8 +4,7 @@
 # Guess: a metric whose backend is pycocotools gives pycocotools' numbers.
 # What it does: its default recall grid is torch.linspace(0, 1, 101) in float32, then cast up: .6 becomes .6000000238, .7 becomes .6999999881.
 # A recall reached exactly (6 of 10 objects) then lies on the other side of its grid point, and AP moves by 1/101 in either direction. With
-# 10 objects, 7 found, no false detection: 71 grid points instead of 70; with 6 found 60 instead of 61. The larger a data set, the rarer;
-# on a validation set of 100 objects the third digit of mAP is already another.
+# 10 objects, 7 found, no false detection: 71 grid points instead of 70; with 6 found 60 instead of 61.
 # What it means here: comparing 2D AP with COCO's, pass rec_thresholds=numpy.linspace(0, 1, 101).tolist(): then all digits agree.
 #
 # Seen (Python 3.11, torch 2.14.1):

@@ -109,11 +109,11 @@ def read_calib(path):
     Raises FileNotFoundError, or UserError naming the file.
     """
     lines = _read_text(path).splitlines()
-    if any(line.lstrip()[:1] in ("D", "d", "k") for line in lines):
-        import_module("formats.odd").refuse_distortion(path, lines)
     for number, line in enumerate(lines, 1):
         key, _, rest = line.partition(":")
         if key.strip() == "P2":
+            if any(line.lstrip()[:1] in ("D", "d", "k") for line in lines):
+                import_module("formats.odd").refuse_distortion(path, lines)
             try:
                 return _parse_projection(rest).copy()
             except ValueError as error:
@@ -190,6 +190,7 @@ def frames(source, config, problems=None):
     """
     root = Path(source.root or config.root)
     frames, absent, odd = {}, [], []
+    tell = log.warning if problems is None else problems.append
     for split in source.split:
         images = list_images(root, split)
         for id in read_split(root, split):
@@ -207,8 +208,7 @@ def frames(source, config, problems=None):
                     raise
                 problems.append(str(error))
     if absent:
-        log.warning(f"{root}: {len(absent)} frames have no image and are left out, the first is {absent[0]}")
-    tell = log.warning if problems is None else problems.append
+        tell(f"{root}: {len(absent)} frames have no image and are left out, the first is {absent[0]}")
     for sentence in import_module("formats.odd").describe_labels(odd) if odd else ():
         tell(f"{root}: {sentence}")
     return list(frames.values())

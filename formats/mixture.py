@@ -41,22 +41,23 @@ class Mixture:
     def __init__(self, shares, ends, seed):
         self.groups = []
         for share, spans in gather_groups(shares, ends):
-            order = functools.lru_cache(2)(functools.partial(permute, spans, seed))  # a batch may span two epochs
-            self.groups.append((share, sum(map(len, spans)), order))
+            self.groups.append((share, sum(map(len, spans)), tuple(spans)))
+        self.seed = seed
 
     def __call__(self, position):
         """Each group takes its places from the positions that those before leave, evenly."""
         left = Fraction(1)
-        for share, count, order in self.groups:
+        for share, count, spans in self.groups:
             before = math.floor(position * share / left)
             if math.floor((position + 1) * share / left) > before:
                 epoch, place = divmod(before, count)
-                return epoch, int(order(epoch)[place])
+                return epoch, int(permute(spans, self.seed, epoch)[place])
             position -= before
             left -= share
         raise AssertionError(f"the shares {[group[0] for group in self.groups]} do not sum to 1")
 
 
+@functools.lru_cache(16)  # a batch may span two epochs of each group
 def permute(spans, seed, epoch):
     """The indices of some ranges in the order of an epoch, which is another one in each group."""
     indices = np.concatenate([np.arange(span.start, span.stop) for span in spans])

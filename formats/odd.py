@@ -12,7 +12,7 @@ TAKEN = {  # of a KITTI label: from which field after the name to which, and wha
     "occlusion": (1, 2, "none of -1, 0, 1, 2, 3, and counts as unknown: other tools write shares, flags there"),
     "3D box": (7, 14, "not known: an ignore region in training, and evaluated as officially, missed in BEV and 3D"),
 }
-DISTORTION = re.compile(r"[dD](_?\d+)?|(?i:\w*distort\w*|dist(_?coeff?\w*)?)|k[1-6]|p[12]|xi")  # names of its numbers
+DISTORTION = re.compile(r"[dD](_?\d+)?|(?i:(?!un|no)\w*distort\w*|dist(_?coeff?\w*)?)|k[1-6]|p[12]|xi")  # such names
 DARK = 64  # of 255, which 14 bits of 16 do not pass
 
 
@@ -58,6 +58,8 @@ def describe_labels(odd):
 def distortion_problem(key, value=1):
     """What is wrong where a camera's description has a key with such a value, text or numbers; None when nothing is."""
     if not DISTORTION.fullmatch(key) or not re.search("[1-9]", str(value)):
+        return None
+    if key.lower() == "dist" and len(str(value).split()) == 1:  # a distance
         return None
     advice = "undistort the images (cv2.undistort), take the K that they then have, and leave this out"
     return f"{key} is {str(value).strip()[:80]}: it tells of distorted images, expected undistorted ones; {advice}"

@@ -78,10 +78,10 @@ def frames_like(source, config):
         if not find_spec(f"formats.{other.kind}"):
             raise UserError(f"like: data source kind is {other.kind!r}, which is none")
         whole = import_module(f"formats.{other.kind}").frames(other, config)
-        chosen = [whole[i] for i in range(0, len(whole), -(-len(whole) // 1000))]
+        chosen = [whole[i] for i in range(0, len(whole), max(1, -(-len(whole) // 1000)))]
         for frame in chosen:
             names = np.array([other.rename.get(name, name) for name in frame.labels.name], dtype=object)
             frames.append(dataclasses.replace(frame, labels=dataclasses.replace(frame.labels, name=names)))
     if not frames:
-        raise UserError(f"like={source.like}: there are no frames to be like; data.train lists rendered ones alone")
+        raise UserError(f"like={source.like}: there are no frames to be like, expected some that are not rendered")
     return frames

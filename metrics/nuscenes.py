@@ -3,6 +3,7 @@
 Of TruckScenes' tables they are equal to truckscenes-devkit 1.2.0.
 
     python -m metrics.nuscenes ROOT RESULTS.json --split NAME [--version NAME] [--dialect NAME] [--json OUT]
+                               [--report FILE.html [--report-frames N]]
 
 ROOT holds the tables where the dialect looks for them, nuScenes' in v1.0-*; boxes are compared in the global frame.
 Settings are those of detection_cvpr_2019.

@@ -7,7 +7,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 skip() { echo "skipped: $1" && exit 77; }
 [ "$(id -u)" -eq 0 ] || skip "needs root, for namespaces"
-command -v apt-get dpkg unshare >/dev/null || skip "needs Debian's apt-get, dpkg and unshare"
+for tool in apt-get dpkg unshare; do command -v $tool >/dev/null || skip "needs Debian's $tool"; done
 if [ $$ -ne 1 ]; then # the daemons end with their namespace, and /etc/hosts is a file of its own there
   unshare --mount --pid --fork --kill-child --mount-proc bash "$0" "$@"
   exit $?
@@ -97,7 +97,9 @@ submit() { # NAME [OPTION ...]
 field() { scontrol -o show job "$1" | head -n 1 | grep -o " $2=[^ ]*" | cut -d= -f2; }
 await() { # CONDITION NAME [...], for at most 15 minutes
   for _ in $(seq 900); do "$@" && return || sleep 1; done
-  echo "waited in vain: $*, $(field "${ids[$2]}" JobState)" && tail -n 20 "$folder/$2.log" "$folder/slurmctld.log"
+  local job=${ids[$2]:-${ids[array]}}
+  echo "waited in vain: $*, $(field "$job" JobState)" && tail -n 20 "$folder"/"$2"*.log "$folder/slurmctld.log"
+  return 1
 }
 running() { [ "$(field "${ids[$1]}" JobState)" = RUNNING ]; }
 over() { [[ "$(field "${ids[$1]}" JobState)" =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|PREEMPTED|NODE_FAIL)$ ]]; }

@@ -473,6 +473,10 @@ def test_a_run_follows_cds(log, tmp_path, monkeypatch, capsys):
     assert len(read_boxes(out / "results_argoverse.feather")) > 0
     AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
+    words = [str(tmp_path / "run"), f"data.root={root}", "--out", str(tmp_path / "no"), "--report"]
+    assert evaluate.main(words) == 2
+    assert "a report knows the metrics of kitti and nuscenes, and the frames are argoverse's" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
     assert check_data.main(given) == 0
     said = capsys.readouterr().out
     assert "no problem found" in said

@@ -307,7 +307,7 @@ def test_sources_are_concatenated_repeated_and_limited(folder):
     ids = ids_of(build(folder, Source(split=("train", "val"), limit=5)))
     assert ids == [f"{i:06d}" for i in range(5)]
     assert ids_of(build(folder, Source(split=("val",), repeat=3), training=True)) == ["000004", "000005"] * 3
-    with pytest.raises(ValueError, match=r"data\.val lists frames more than once, expected repeat=1"):
+    with pytest.raises(ValueError, match=r"data\.val has a repeat or a share, expected neither"):
         build(folder, Source(split=("val",), repeat=3))
     assert ids_of(build(folder, Source(split=("all",)))) == [f"{i:06d}" for i in range(6)]
     several = build(folder, Source(limit=1), Source(root=str(folder), split=("train",), limit=2))

@@ -20,6 +20,7 @@ from config import Config, read_config
 from data import DataConfig, Source, build_dataset
 from engine.checkpoint import save_weights, verify
 from engine.mirror import Mirrored
+from engine.weights import stay_at_home
 from formats.jsonl import read_frames
 from formats.kitti import read_labels, write_labels
 from metrics import kitti, kitti_files
@@ -318,6 +319,8 @@ def test_a_strangers_run_writes_nowhere_unasked(run, capsys, tmp_path):
     save_weights(folder / "best", model, dataclasses.replace(config, data=data), {}, {})
     place = tmp_path / "elsewhere"
     assert f"would render its world into {place}; data.root={place} allows that" in fail(capsys, folder)
+    like = dataclasses.replace(data, val=(Source(kind="synthetic", like="data.train"),))  # rendered below here
+    assert stay_at_home(dataclasses.replace(config, data=like), ()).data.val == like.val
     assert evaluate.main([str(folder), f"data.root={run / 'world'}"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["stranger"]
 

@@ -20,7 +20,7 @@ import engine.runtime
 import evaluate
 import export
 import predict
-from config import Config, to_dict
+from config import Config, read_config, to_dict
 from engine.checkpoint import save_weights
 from engine.mirror import Mirrored
 from engine.runtime import FileDetector
@@ -263,9 +263,9 @@ def test_a_command_line_takes_a_file_in_place_of_a_run(exported, tmp_path, capsy
     detector, module, _ = exported
     images, _ = pictures(1)
     images[0].save(tmp_path / "image.png")
-    camera = ("--intrinsics", "190", "190", "160", "48", "--no-pictures", "--device", "cpu")
+    camera = ("--intrinsics", "190", "190", "160", "48", "--no-pictures")
     run, path = file_of(module).parents[1] / "run", file_of(module)
-    for name, words in (("run", [run]), ("file", [path, "--runtime", "onnx"])):
+    for name, words in (("run", [run, "--device", "cpu"]), ("file", [path, "--runtime", "onnx"])):
         words = [*words, tmp_path / "image.png", *camera, "--out", tmp_path / name]
         assert predict.main([str(word) for word in words]) == 0
     ours, theirs = ((tmp_path / name / "results/image.txt").read_text().split("\n") for name in ("file", "run"))
@@ -280,6 +280,14 @@ def test_a_command_line_takes_a_file_in_place_of_a_run(exported, tmp_path, capsy
     assert evaluate.main(words) == 0, capsys.readouterr().err
     predictions = (Path(f"{path}.evaluation") / "predictions.jsonl").read_text()
     assert len(json.loads(predictions)["objects"]) == len(detector.predict(images[0], frame["K"]))
+    assert evaluate.main([*words, "model.max_detections=3"]) == 0
+    assert len(json.loads((Path(f"{path}.evaluation") / "predictions.jsonl").read_text())["objects"]) == 3
+    capsys.readouterr()
+    assert evaluate.main([*words, "model.size=64,320"]) == 2
+    assert f"model.size is part of {path}, expected of model score_threshold, nms_iou" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        predict.main([str(path), str(tmp_path / "image.png"), "--runtime", "onnx", "--device", "cpu", "--hfov", "80"])
+    assert "--device cpu is torch's, and --runtime onnx computes on the CPU" in capsys.readouterr().err
 
 
 def test_what_a_runtime_cannot_do_is_one_sentence(exported, tmp_path, monkeypatch):
@@ -382,6 +390,7 @@ def test_one_table_of_accuracy_and_speed(exported, tmp_path, monkeypatch, capsys
     car = {"class": "Car", "center": [0, 1, 10], "size": [4, 1.5, 1.7], "yaw": 0.0}
     frame = {"image": str(tmp_path / "image.png"), "K": cameras[0].tolist(), "objects": [car]}
     (tmp_path / "val.jsonl").write_text(json.dumps(frame))
+    monkeypatch.setattr(deploy, "begin", lambda folder, config: None)
     monkeypatch.setattr(deploy, "export", lambda detector, folder, half=False: path)  # as it is: they are tested above
     monkeypatch.setattr(deploy, "calibration_inputs", lambda config, options: [])
     monkeypatch.setattr(deploy, "write", lambda *_: [])
@@ -404,6 +413,14 @@ def test_one_table_of_accuracy_and_speed(exported, tmp_path, monkeypatch, capsys
     assert "onnxruntime int8" in " ".join(table["left_out"])
     assert "left out: torch bf16" in printed
     assert printed.count("\n| ") == len(rows) + 2
+
+
+def test_a_folder_holds_the_files_of_one_detector(tmp_path):
+    for name in ("model.onnx", "model.int8.onnx", "model.int8.xml", "model.int8.bin", "notes.txt"):
+        (tmp_path / name).write_text("of another")
+    export.begin(tmp_path, Config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert read_config(tmp_path / "config.json") == Config()
 
 
 def test_bf16_is_native_where_the_processor_says_so(monkeypatch):
@@ -436,7 +453,9 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     assert "model.size is (100, 320), expected (height, width) in multiples of the largest stride, 32" in text
     assert "no such folder, expected a run or a checkpoint" in fails(capsys, tmp_path / "ran")
     assert "two precisions" in fails(capsys, run, "--half", "--int8")
-    assert "--frames is 0, expected at least 1" in fails(capsys, run, "--frames", 0)
+    assert "--frames is 0, expected at least 1" in fails(capsys, run, "--int8", "--frames", 0)
+    assert "--frames is 40, expected at least 1, and --int8" in fails(capsys, run, "--frames", 40)
+    assert "is a run or a checkpoint, expected a folder of its own" in fails(capsys, run, "--out", run / "best")
     monkeypatch.setattr(export, "NEEDED", ("json", "onnx_of_nobody", "onnxruntime_of_nobody"))
     text = fails(capsys, tmp_path / "ran")
     assert "onnx_of_nobody and onnxruntime_of_nobody: not installed; pip install json onnx_of_nobody" in text

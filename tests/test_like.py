@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from config import Config, override, read_config, to_dict
 from data import DataConfig, Source, build_dataset
 from formats.kitti import split_projection
+from formats.synthetic import frames
 from scene.frames import Frame, UserError, make_labels
 from scene.geometry import box_iou, clip_boxes, project_boxes
 from tools.check_data import check
@@ -151,8 +153,17 @@ def test_what_cannot_be_is_one_sentence(real, tmp_path, more, words):
 
 def test_frames_like_nothing_are_refused(tmp_path):
     source = Source(kind="synthetic", root=str(tmp_path), like="data.train")
-    with pytest.raises(UserError, match=r"like=data\.train: there are no frames to be like; .* rendered ones alone"):
+    with pytest.raises(UserError, match="there are no frames to be like, expected some that are not rendered"):
         build_dataset(Config(data=DataConfig(train=(source,))), training=True)
+
+
+def test_a_source_without_frames_is_one_sentence(real, tmp_path):
+    shutil.copytree(real, tmp_path / "real")
+    for image in (tmp_path / "real/training/image_2").iterdir():
+        image.unlink()
+    data = DataConfig(root=str(tmp_path / "real"), train=(Source(),), skip_bad=True)
+    with pytest.raises(UserError, match=r"like=data\.train: there are no frames to be like"):
+        frames(Source(kind="synthetic", root=str(tmp_path), like="data.train"), data)
 
 
 def test_check_data_draws_both_kinds_side_by_side(real, tmp_path):

@@ -1,6 +1,7 @@
 """Sources with a share of what training sees: exact mixing, the order of a run, and what is refused."""
 
 import json
+import pickle
 from collections import Counter
 
 import pytest
@@ -121,6 +122,8 @@ def test_a_config_with_shares_mixes_and_goes_into_its_json(world, tmp_path):
     order = StepBatches(len(dataset), 4, 0, 1, 0, 0, 6, dataset.find)
     for batch in order:
         assert Counter(dataset.frames[index].id[0] for _, index in batch) == {"0": 2, "1": 2}
+    sent = pickle.loads(pickle.dumps(dataset))  # as to workers that are no forks
+    assert [sent.find(i) for i in range(50)] == [dataset.find(i) for i in range(50)]
     assert build_dataset(config_of(world, 0, 0), training=True).find is None
 
 
@@ -131,7 +134,7 @@ def test_a_config_with_shares_mixes_and_goes_into_its_json(world, tmp_path):
         ((1.5, 0), True, r"share 1\.5, expected"),
         ((float("nan"), 0), True, r"expected a finite|share"),
         ((0.5, 0.4), True, r"the shares of data\.train sum to 0\.9, expected 1"),
-        ((0.5, 0.5), False, r"data\.val lists frames more than once, expected repeat=1, no share"),
+        ((0.5, 0.5), False, r"data\.val has a repeat or a share, expected neither"),
     ],
 )
 def test_a_wrong_share_is_one_sentence(world, shares, training, words):

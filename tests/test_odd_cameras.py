@@ -46,6 +46,7 @@ def model(**changes):
         ("distortion_coefficients", [0.1], True), ("camera_distortion", [], False), ("k1", -0.2, True), ("k", 1, False),
         ("dist_coeffs", "0.0 0.0", False), ("R0_rect", "1 0 0", False), ("K_02", "700 0", False), ("xi", 1.2, True),
         ("Tr_velo_to_cam", "1 2", False), ("distance", 5, False), ("distortion_model", "plumb_bob", False),
+        ("undistorted", 1, False), ("dist", 12.5, False), ("dist", [0.1, -0.2], True), ("no_distortion", 1, False),
     ],
 )  # fmt: skip
 def test_keys_of_distortion(key, value, distorted):
@@ -56,7 +57,11 @@ def test_distorted_images_are_refused_by_every_reader(tmp_path):
     path = tmp_path / "calib.txt"
     write_calib(path, np.column_stack([K, np.zeros(3)]))
     assert read_calib(path)[0, 0] == 700
-    path.write_text(path.read_text() + "D2: -0.37 0.2 0 0 -0.07\n")
+    projection = path.read_text()
+    path.write_text("D_02: -0.37 0.2 0 0 -0.07\nP_rect_02: 7 0\n")  # raw KITTI's file, whose images are rectified
+    with pytest.raises(UserError, match=r"calib\.txt: no line 'P2: "):
+        read_calib(path)
+    path.write_text(projection + "D2: -0.37 0.2 0 0 -0.07\n")
     with pytest.raises(UserError, match=r"calib\.txt:7: D2 is -0\.37 .*expected undistorted ones.*cv2\.undistort"):
         read_calib(path)
     Image.new("RGB", (640, 192)).save(tmp_path / "a.png")

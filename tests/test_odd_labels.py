@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from data import DataConfig, Detection3D, Source
+from config import Config
+from data import DataConfig, Detection3D, Source, build_dataset
 from formats.kitti import frames, read_labels
 from formats.odd import describe_labels
 from metrics.kitti import blank, compute_metrics, evaluate, table
@@ -235,6 +236,9 @@ def test_frames_without_an_image_are_left_out_when_asked_for(kitti, caplog):
     shutil.rmtree(kitti / "training/image_2")
     (kitti / "training/image_2").mkdir()
     assert frames(Source(root=str(kitti)), DataConfig(skip_bad=True)) == []
+    data = DataConfig(root=str(kitti), val=(Source(),), skip_bad=True)
+    with pytest.raises(UserError, match=r"data\.val holds no frame"):
+        build_dataset(Config(data=data), training=False)
 
 
 # ---- repeats, separators

@@ -89,6 +89,18 @@ def test_a_signal_is_no_failure_of_a_tracker(tmp_path, fake_tracker):
     assert FakeTracker.calls[-1] == ("finish",)
 
 
+@pytest.mark.parametrize(("error", "told"), [(FloatingPointError, 1), (KeyboardInterrupt, 1), (SystemExit, None)])
+def test_a_tracker_is_told_that_a_run_failed(tmp_path, fake_tracker, monkeypatch, error, told):
+    """SystemExit ends a process whose run goes on later."""
+    accelerator, codes = SimpleNamespace(is_main_process=True, trackers=[]), []
+    theirs = SimpleNamespace(id="7", finish=lambda exit_code: codes.append(exit_code))
+    monkeypatch.setattr(FakeTracker, "__init__", lambda self, *_, **__: setattr(self, "tracker", theirs))
+    with pytest.raises(error), trackers.tracking(accelerator, Config(log_with="wandb", out=str(tmp_path))):
+        raise error
+    assert codes == [told] * bool(told)
+    assert ("finish",) not in FakeTracker.calls if told else FakeTracker.calls[-1] == ("finish",)
+
+
 def test_a_resumed_run_goes_on_under_its_tracker_run(tiny_run, tmp_path, here, monkeypatch, fake_tracker):  # noqa: F811
     """Under the folder's name; the config is told once, and names that trackers refuse or keep are not used."""
     opened = []

@@ -15,7 +15,7 @@ def test_the_log_of_a_run_that_went_on_is_read_once(tmp_path):
         for step, loss in ((10, 5), (20, 4), (30, 3), (20, 4.5), (30, 3.5))
     ]
     lines.insert(3, {"mode": "val", "step": 30, "epoch": 1, "mAP": 0.2})
-    text = "\n".join(map(json.dumps, lines)) + "\n" + '{"mode": "train", "st\n'
+    text = "\n".join(map(json.dumps, lines)) + '\n5\n{"a": 1}\n{"mode": "train", "st\n'  # two of somebody else
     (tmp_path / "log.jsonl").write_text(text)
     train, evaluations = read_log(tmp_path / "log.jsonl")
     assert [(one["step"], one["loss"]) for one in train] == [(10, 5.0), (20, 4.5), (30, 3.5)]

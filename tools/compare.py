@@ -22,9 +22,13 @@ from engine.weights import find_checkpoint, stay_at_home
 from evaluate import flat_metrics
 from formats.jsonl import read_frames
 from scene.frames import UserError, check_writable, sentence_of
-from tools.report import count_errors, describe, judge_run, write
+from tools.report import KNOWN, count_errors, describe, judge_run, write
 
-USUAL = ("AP_R40", "/all/", "NDS", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE")  # in the names of what is printed
+USUAL = (  # in the names of what is printed
+    *("AP_R40", "/all/"),  # KITTI
+    *("NDS", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE"),  # nuScenes
+    *("CDS", "mean/"),  # Argoverse
+)
 FRAMES = 10  # that are listed
 MEANING = "The second minus the first; * where that is more than twice the spread, which is that of the wilder side."
 
@@ -117,13 +121,16 @@ def compare(options, groups, overrides):
     shown = [row for row in rows if options.every or any(part in row[0] for part in USUAL)]
     print(table(shown, titles))
     print(f"{MEANING} {len(shown)} of {len(rows)} numbers{'' if options.every else '; --every shows all'}.")
-    config, dataset = open_frames(groups[0][0], overrides)
-    sides = [[judge(one, config, dataset) for one in group] for group in evaluations]
-    print("\nErrors of a frame above the score of the best F1, where they differ most: first, second, difference")
-    print("\n".join(frame_differences(sides, dataset.frames)))
     if options.json:
         keys = ("number", "first", "second", "difference", "spread", "beyond")
         Path(options.json).write_text(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1))
+    config, dataset = open_frames(groups[0][0], overrides)
+    if dataset.metrics not in KNOWN and not options.report:
+        return
+    sides = [[judge(one, config, dataset) for one in group] for group in evaluations]
+    level = "score of the best F1" if dataset.metrics == "kitti" else "score that as many pass as there are objects"
+    print(f"\nErrors of a frame above the {level}, where they differ most: first, second, difference")
+    print("\n".join(frame_differences(sides, dataset.frames)))
     if options.report:
         cells = [[path, *(round(v, 4) if v is not None else None for v in values)] for path, *values, _ in rows]
         words = {"differences": cells, "beyond": [row[-1] for row in rows], "sides": titles, "meaning": MEANING}

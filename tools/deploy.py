@@ -13,6 +13,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import torch
 
 from engine.runtime import FileDetector, native_bf16
 from evaluate import evaluate, open_run, read_metric
-from export import NEEDED, export
+from export import NEEDED, begin, export
 from scene.frames import UserError, check_writable, sentence_of, to_canvas
 from tools.quantize import calibration_inputs, write
 
@@ -99,7 +100,9 @@ def find_runners(detector, folder: Path):
         left_out.append("torch bf16, which this processor has no instructions for")
     for name, precision, runtime, told in FILES:
         path, needed = folder / name, "onnxruntime" if runtime == "onnx" else "openvino"
-        if path.is_file() and importlib.util.find_spec(needed):
+        if told == "bf16" and not native_bf16():
+            left_out.append(f"{needed} bf16, which this processor has no instructions for")
+        elif path.is_file() and importlib.util.find_spec(needed):
             file = FileDetector(path, runtime, told)
             runners.append((Row(needed, precision, megabytes(path)), Runner(file, file.rank)))
         else:
@@ -198,11 +201,13 @@ def deploy(options) -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"{' and '.join(missing)}: not installed; pip install {' '.join(NEEDED)}")
     check_writable(options.json)
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # which the files run on, and what they are compared with
     _, config, detector, dataset, accelerator = open_run(options.run, [*options.overrides, "train.mixed_precision=no"])
     if dataset.metrics != "kitti":
         raise UserError(f"the frames of data.val are {dataset.metrics}'s, expected such that KITTI's metrics judge")
-    detector = detector.cpu().eval()
+    detector = detector.eval()
     inputs = calibration_inputs(config, options)
+    begin(options.out, config)
     path = export(detector, options.out)
     export(detector, options.out / "half", half=True)
     write(path, inputs, importlib.util.find_spec("openvino") and importlib.util.find_spec("nncf"))
@@ -230,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("overrides", nargs="*", metavar="key=value", help="changes to its config: data.root=/kitti")
     add("--frames", metavar="N", type=int, default=320, help="of data.train, that int8 is calibrated on; default: 320")
     add("--turns", metavar="N", type=int, default=10, help="of ten calls, that are timed; default: 10")
-    add("--out", metavar="DIR", type=Path, default=Path("exported"), help="where the files go; default: exported")
+    add("--out", metavar="DIR", type=Path, default=Path("deployed"), help="where the files go; default: deployed")
     add("--json", metavar="FILE", help="write every number here too")
     options = parser.parse_intermixed_args(arguments)
     if min(options.frames, options.turns) < 1:

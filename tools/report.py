@@ -25,6 +25,7 @@ from scene.frames import Frame, Labels, UserError, join, load_image, make_labels
 from scene.geometry import box3d_iou, project_boxes, wrap_angle
 
 PAGE = Path(__file__).with_suffix(".html")
+KNOWN = ("kitti", "nuscenes")  # metrics
 FRAMES = 150  # in a file, unless asked otherwise
 PICTURES_BYTES = 5_100_000  # of all JPEGs in a file, so that 150 frames stay below 8 MB
 PICTURE_BYTES = 34_000, 110_000  # of one, at least and at most: the fewer there are, the better they are
@@ -423,8 +424,8 @@ def judge_run(dataset, metrics, predictions, config):
     table = importlib.import_module(f"metrics.{dataset.metrics}").table(metrics)
     if dataset.metrics == "kitti":
         return table, judge_kitti(dataset.frames, predictions, dataset.classes), KITTI_RULE
-    if dataset.metrics != "nuscenes":
-        raise UserError(f"--report knows kitti's and nuscenes' metrics, and the data set has {dataset.metrics}'")
+    if dataset.metrics not in KNOWN:
+        raise UserError(f"a report knows the metrics of {' and '.join(KNOWN)}, and the frames are {dataset.metrics}'s")
     metric = importlib.import_module("metrics.nuscenes")
     truth = metric._truth_of(dataset, config)
     merged = metric.merge_cameras(dataset.frames, predictions, truth.dialect)

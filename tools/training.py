@@ -3,6 +3,7 @@
 python -m tools.training RUN      draws it anew; train.py does so at each evaluation
 """
 
+import argparse
 import json
 import re
 import sys
@@ -53,6 +54,8 @@ def read_log(path):
         try:
             record = json.loads(line)
         except ValueError:  # the end of a run that was killed while it wrote
+            continue
+        if not isinstance(record, dict) or record.get("mode") not in records or "step" not in record:  # not the run's
             continue
         same = records[record["mode"]]
         while same and same[-1]["step"] >= record["step"]:
@@ -123,17 +126,18 @@ def name_ends(draw, x, top, ends):
 
 def main(arguments=None):
     """Command line entry. Returns 0, or 2 after one sentence on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("tools.training", description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"tools.training: {message} (--help shows all)\n")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    run = parser.parse_args(arguments).run
     try:
-        if len(arguments) != 1 or arguments[0].startswith("-"):
-            raise UserError("expected one run folder: python -m tools.training RUN")
-        if not read_log(Path(arguments[0]) / "log.jsonl")[0]:
-            raise UserError(f"{arguments[0]}/log.jsonl: no line of training, expected a run that has logged some steps")
-        draw_log(Path(arguments[0]))
+        if not read_log(run / "log.jsonl")[0]:
+            raise UserError(f"{run}/log.jsonl: no line of training, expected a run that has logged some steps")
+        draw_log(run)
     except (UserError, OSError) as error:
         print(f"tools.training: {sentence_of(error)}", file=sys.stderr)
         return 2
-    print(Path(arguments[0]) / "training.png")
+    print(run / "training.png")
     return 0
 
 
