@@ -291,13 +291,6 @@ def help_text(config):
     """All keys with value, unit and meaning, a line each."""
     rows = []
     for key, (value, comment) in describe(config).items():
-        text = json.dumps(plain(value))
+        text = json.dumps(value, default=dataclasses.asdict)
         rows.append(f"  {key}={text if len(text) <= 60 else text[:57] + '...'}\n      {comment}")
     return "\n".join(rows)
-
-
-def plain(value):
-    """Value of a field -> JSON types: dataclasses inside tuples become objects."""
-    if isinstance(value, tuple):
-        return [plain(v) for v in value]
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value

@@ -4,18 +4,20 @@ One that does not start ends the run before it reads data; one that fails later 
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
 import re
 import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from config import describe, plain
+from config import describe
 from scene.frames import UserError
 
 PROJECT = "deep3d"  # that the runs belong to, in trackers which have projects
@@ -28,6 +30,7 @@ OFFLINE = {
 }  # variables that spare the account
 RENAMED = {"step": None, "time": "step_time"}  # keys of log.jsonl that trackers keep for themselves; None: given apart
 WITHOUT = "leave log_with empty (log.jsonl is written anyway)"
+to_json = partial(json.dumps, default=dataclasses.asdict)
 logger = logging.getLogger("deep3d")
 
 
@@ -80,8 +83,8 @@ class Tracker:
 
     def describe(self, config):
         """Tell it every key of the config, once in the life of a run."""
-        values = {key: plain(value) for key, (value, _) in describe(config).items()}
-        flat = {key: v if isinstance(v, int | float | str) else json.dumps(v) for key, v in values.items()}
+        values = {key: value for key, (value, _) in describe(config).items()}
+        flat = {key: v if isinstance(v, int | float | str) else to_json(v) for key, v in values.items()}
         if self.tracker and self.begun is None:
             with self.surviving():
                 self.tracker.store_init_configuration(flat)
