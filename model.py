@@ -133,7 +133,7 @@ class Decoded:
 
 
 class Tower(nn.Sequential):
-    """3x3 convolutions with GroupNorm and ReLU: BatchNorm in the towers halves AP (mmdetection3d issue 2482)."""
+    """3x3 convolutions with GroupNorm and ReLU: one BatchNorm for all levels halves AP (mmdetection3d issue 2482)."""
 
     def __init__(self, inputs, channels, convs):
         layers = []
