@@ -367,6 +367,22 @@ def test_int8_is_the_network_alone(exported, tmp_path, monkeypatch):
     assert len(quantised_operations(*onnx_operations(quantize.write_onnx(path, calibration())), pairs)) > 5
 
 
+def test_int8_keeps_no_range_that_an_activation_cuts_off(tmp_path):
+    """Of a network with ReLU6: its convolutions' outputs are not rounded before it."""
+    for package in export.NEEDED:
+        pytest.importorskip(package, reason=f"export needs {package}")
+    detector = Detector(dataclasses.replace(TINY, backbone="tf_efficientnet_lite0")).eval()
+    reads, kinds = onnx_operations(quantize.write_onnx(export.export(detector, tmp_path), calibration()))
+
+    def sources(name):
+        return [source for source in reads.get(name, ()) if source in kinds]
+
+    cut = [name for name, kind in kinds.items() if kind in ("Clip", "Relu")]
+    before = {name: [kinds[first] for source in sources(name) for first in sources(source)] for name in cut}
+    assert not [name for name, found in before.items() if "QuantizeLinear" in found]
+    assert [*kinds.values()].count("QuantizeLinear") > 50
+
+
 def test_int8_of_openvino_is_the_network_alone(exported, tmp_path):
     """OpenVINO names a convolution with bias otherwise than the file does: names taken from that would not hold."""
     for package in ("openvino", "nncf"):
