@@ -206,7 +206,7 @@ def test_a_name_that_a_rename_never_meets_is_told(kitti, capsys):
 def test_what_only_all_sources_together_show(kitti, capsys):
     code, out = check(kitti, capsys, 'data.val=[{"kind":"kitti","repeat":2}]')
     assert code == 1
-    assert "data.val lists frames more than once" in out
+    assert "data.val has a repeat or a share, expected neither" in out
 
 
 def test_a_mistake_in_the_config_is_a_sentence(capsys):
