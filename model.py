@@ -281,9 +281,8 @@ class Detector(
     def decode(self, raw, location, label, K):
         """Meaning of raw outputs; the one place that knows it, for losses, evaluation and prediction. Always in fp32.
 
-        raw (B, S, F) outputs gathered at location (B, S) indices; label (B, S) class whose size prior and attributes
-        apply; K (B, 3, 3). Returns `Decoded` of shape (B, S). Velocity is not virtual: what tells a speed in one image
-        says the same number through any lens.
+        raw (B, S, F) gathered at location (B, S) indices; label (B, S) class whose size prior and attributes apply;
+        K (B, 3, 3). Returns `Decoded` of shape (B, S). Velocity is not virtual: no lens changes what tells a speed.
         """
         out = self.split(raw.float())
         pixel = self.location_pixel[location]  # (B, S, 2)
