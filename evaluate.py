@@ -207,10 +207,10 @@ def evaluate_run(options: argparse.Namespace) -> None:
     shown = (options.metric, options.errors) if dataset.metrics == "kitti" else ()
     if unused := [name for name in ("metric", "overlap", "errors") if getattr(options, name) and not shown]:
         raise UserError(f"--{unused[0]} belongs to KITTI's metrics, and the frames of data.val are {dataset.metrics}'s")
-    numbers = compute_metrics(dataset, {}, config)  # what cannot be evaluated is told before the work
+    compute_metrics(dataset, {}, config)  # what cannot be evaluated is told before the work
     report = importlib.import_module("tools.report") if options.report or options.report_frames else None
     if report:
-        report.judge_run(dataset, numbers, {}, config)  # so is what no report knows
+        report.refuse_unknown(dataset)
     out = Path(options.out or (f"{folder}.evaluation" if options.runtime else Path(options.run) / "evaluation"))
     results = out / "results"
     if accelerator.is_main_process:

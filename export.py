@@ -129,7 +129,12 @@ def export(detector: Detector, folder: str | Path, suppress: bool = False, half:
 
 
 def begin(folder: Path, config) -> None:
-    """Make a folder for the files of one detector, without those of another, and put config.json there."""
+    """Make a folder for the files of one detector, without those of another, and put config.json there.
+
+    Raises UserError for the folder of a run or a checkpoint, whose own config.json that would replace.
+    """
+    if any((folder / name).exists() for name in (META, "log.jsonl")):
+        raise UserError(f"--out {folder} is a run or a checkpoint, expected a folder of its own")
     make_folder(folder, "--out")
     for path in folder.glob("model*"):
         if path.suffix in (".onnx", ".xml", ".bin"):
@@ -178,16 +183,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line entry. Returns 0, or 2 after one sentence on stderr for what the user got wrong, or a full disk."""
     options = parse_arguments(arguments)
     try:
-        if any((options.out / name).exists() for name in (META, "log.jsonl")):
-            raise UserError(f"--out {options.out} is a run or a checkpoint, expected a folder of its own")
         config, detector = load_run(find_checkpoint(fetch(options.run)), options.overrides)
         if options.size:
             detector = resize(detector, tuple(options.size))
         config = dataclasses.replace(config, model=detector.config)
+        begin(options.out, config)
         inputs = []
         if options.int8:
             inputs = importlib.import_module("tools.quantize").calibration_inputs(config, options)
-        begin(options.out, config)
         paths = [export(detector, options.out, options.nms, options.half)]
         if options.int8 or options.openvino:
             paths += importlib.import_module("tools.quantize").write(paths[0], inputs, options.openvino)

@@ -11,7 +11,6 @@ import logging
 import re
 import tempfile
 import textwrap
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ OFFLINE = {
 }  # variables that spare the account
 RENAMED = {"step": None, "time": "step_time"}  # keys of log.jsonl that trackers keep for themselves; None: given apart
 WITHOUT = "leave log_with empty (log.jsonl is written anyway)"
-to_json = partial(json.dumps, default=dataclasses.asdict)
 logger = logging.getLogger("deep3d")
 
 
@@ -83,8 +81,10 @@ class Tracker:
 
     def describe(self, config):
         """Tell it every key of the config, once in the life of a run."""
-        values = {key: value for key, (value, _) in describe(config).items()}
-        flat = {key: v if isinstance(v, int | float | str) else to_json(v) for key, v in values.items()}
+        flat = {
+            key: value if isinstance(value, int | float | str) else json.dumps(value, default=dataclasses.asdict)
+            for key, (value, _) in describe(config).items()
+        }
         if self.tracker and self.begun is None:
             with self.surviving():
                 self.tracker.store_init_configuration(flat)

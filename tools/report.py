@@ -419,13 +419,18 @@ def write_run(path, dataset, metrics, predictions, config, count=None):
     write(path, [judgement], [run], rule, count)
 
 
+def refuse_unknown(dataset):
+    """Raises UserError for frames whose metrics no report knows."""
+    if dataset.metrics not in KNOWN:
+        raise UserError(f"a report knows the metrics of {' and '.join(KNOWN)}, and the frames are {dataset.metrics}'s")
+
+
 def judge_run(dataset, metrics, predictions, config):
     """(table, `Judgement`, rule) of a run's predictions by its data set's metric. Raises UserError for another one."""
     table = importlib.import_module(f"metrics.{dataset.metrics}").table(metrics)
     if dataset.metrics == "kitti":
         return table, judge_kitti(dataset.frames, predictions, dataset.classes), KITTI_RULE
-    if dataset.metrics not in KNOWN:
-        raise UserError(f"a report knows the metrics of {' and '.join(KNOWN)}, and the frames are {dataset.metrics}'s")
+    refuse_unknown(dataset)
     metric = importlib.import_module("metrics.nuscenes")
     truth = metric._truth_of(dataset, config)
     merged = metric.merge_cameras(dataset.frames, predictions, truth.dialect)
