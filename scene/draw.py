@@ -52,13 +52,15 @@ def draw_frame(
     K = np.asarray(K, float)
     layers = _layers(predictions, truth, classes, min_score)
     scale = min(width / picture.width, HEIGHT / picture.height)
-    size = [SUPERSAMPLE * max(round(scale * side), 1) for side in picture.size]
+    final = [max(round(scale * side), 1) for side in picture.size]
+    size = [SUPERSAMPLE * side for side in final]
     letters = SUPERSAMPLE * max(11, round(size[0] / SUPERSAMPLE / 90))
     field = [(edge - K[0, 2]) / K[0, 0] for edge in (-0.5, picture.width - 0.5)]  # x / z of the outermost rays
     farthest = max((labels.center[labels.is_3d, 2].max(initial=0) for _, labels, _, _ in layers), default=0)
     reach = max_range or min(max(math.ceil((farthest + 3) / 10) * 10, 30), 100)
     above = _draw_above(size[1], field, layers, reach, letters)
-    front = _draw_image(picture.resize(size, Image.Resampling.BICUBIC), K, layers, picture.size, letters)
+    canvas = picture.resize(final, Image.Resampling.BICUBIC).resize(size, Image.Resampling.NEAREST)
+    front = _draw_image(canvas, K, layers, picture.size, letters)
     return Image.fromarray(np.concatenate([front, above], axis=1)).reduce(SUPERSAMPLE)
 
 

@@ -127,7 +127,7 @@ def test_outputs_agree_with_predict_and_kitti_files_lie_in_camera_0(run, image, 
     assert results.alpha == pytest.approx(
         yaw_to_alpha(results.yaw, results.center), abs=2e-4
     )  # of that file's own x and z
-    assert Image.open(out / "pictures/frame.png").width > 1440
+    assert Image.open(out / "pictures/frame.jpg").width > 1440
 
 
 def test_intrinsics_and_the_equal_field_of_view_give_equal_boxes(run, image, tmp_path):
@@ -354,7 +354,7 @@ def test_outputs_lie_as_the_inputs_do(run, tmp_path):
     assert call(run, tmp_path / "in", *DRAWN, "--out", tmp_path / "in/out", "--batch", 2) == 0
     first = tree(tmp_path / "in/out")
     places = ["a/0001", "b/0001", "b/c/0002"]
-    assert first == [*(f"pictures/{p}.png" for p in places), "predictions.jsonl", *(f"results/{p}.txt" for p in places)]
+    assert first == [*(f"pictures/{p}.jpg" for p in places), "predictions.jsonl", *(f"results/{p}.txt" for p in places)]
     frames = read_frames(tmp_path / "in/out/predictions.jsonl")
     assert [frame.id for frame in frames] == places
     detector = load_detector(str(run))
@@ -525,7 +525,7 @@ def test_a_video_comes_back_with_its_boxes(run, image, tmp_path, capsys):
     write_clip(tmp_path / "in/clip.mov", 11)
     assert call(run, tmp_path / "in", image, *DRAWN, "--out", tmp_path / "out", "--batch", 4) == 0
     assert tree(tmp_path / "out") == [
-        "pictures/frame.png",
+        "pictures/frame.jpg",
         "pictures/in/clip.mp4",
         "predictions.jsonl",
         "results/frame.txt",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from formats.kitti import read_calib, split_projection
 from metrics.kitti import BANDS, DIFFICULTIES, MATCH_OVERLAP, Pairs, band_errors
-from scene.draw import HEIGHT, SHEET_WIDTH, SUPERSAMPLE, best_score
+from scene.draw import HEIGHT, SHEET_WIDTH, best_score
 from scene.frames import Frame, Labels, UserError, join, load_image, make_labels, usable_cores
 from scene.geometry import box3d_iou, project_boxes, wrap_angle
 
@@ -373,8 +373,7 @@ def picture_of(frame, most):
         return {}
     scale = min(SHEET_WIDTH / picture.width, HEIGHT / picture.height)
     width, height = (max(round(scale * side), 1) for side in picture.size)
-    large = picture.resize((SUPERSAMPLE * width, SUPERSAMPLE * height), Image.Resampling.BICUBIC)
-    shown = large.reduce(SUPERSAMPLE)
+    shown = picture.resize((width, height), Image.Resampling.BICUBIC)
     x, y = width / picture.width, height / picture.height
     K = [frame.K[0, 0] * x, frame.K[1, 1] * y, (frame.K[0, 2] + 0.5) * x - 0.5, (frame.K[1, 2] + 0.5) * y - 0.5]
     for quality in QUALITIES:
