@@ -195,3 +195,8 @@ def test_real_frames_share_no_frame():
     lists = [(ROOT / f"lab/real_{name}.txt").read_text().split() for name in ("train", "val")]
     assert [len(ids) for ids in lists] == [180, 64]
     assert not {*lists[0]} & {*lists[1]}
+
+
+def test_the_sixty_are_every_third_of_the_real_frames():
+    listed = (ROOT / "lab/real_train.txt").read_text().split()
+    assert (ROOT / "lab/real_train_60.txt").read_text().split() == listed[::3]
