@@ -124,12 +124,12 @@ def nuscenes_metrics(truth: Truth, results: Boxes) -> dict:
     tp_scores (error -> mean, 1 - mean), nd_score, and the settings as cfg. Raises UserError for scores below 0 where
     recall stays below 1, which the official evaluator refuses too.
     """
-    detected, annotated = _counted(results, truth), _counted(truth.boxes, truth)
+    detected, annotated = counted_rows(results, truth), counted_rows(truth.boxes, truth)
     dialect, aps, errors = truth.dialect, {}, {}
     for name in dialect.ranges:
         own, real = detected[results.name[detected] == name], annotated[truth.boxes.name[annotated] == name]
         own = own[np.argsort(results.score[own], kind="stable")[::-1]]  # of equal scores the later one comes first
-        matches = _match(truth, results, own, real)
+        matches = match_class(truth, results, own, real)
         curves = {distance: _curves(results.score[own], match, len(real), name) for distance, match in matches.items()}
         aps[name] = {str(distance): _average(precision) for distance, (precision, _) in curves.items()}
         match, (_, confidence) = matches[ERROR_DISTANCE], curves[ERROR_DISTANCE]
@@ -158,7 +158,7 @@ def _summary(aps, errors):
     }
 
 
-def _counted(boxes, truth):
+def counted_rows(boxes, truth):
     """Rows of the boxes that count: in their class's range, not without points, not in a rack of their sample."""
     offset = boxes.center[:, :2] - truth.vehicle[boxes.listed, :2, 3]
     reach = np.array([truth.dialect.ranges[name] for name in boxes.name], float)
@@ -182,12 +182,12 @@ def _norm(vectors):
     return np.sqrt((vectors[:, None, :] @ vectors[:, :, None])[:, 0, 0])
 
 
-def _match(truth, results, own, real):
+def match_class(truth, results, own, real):
     """Distance -> the row of truth.boxes, or -1, that each detection in `own` takes: its nearest that is free.
 
     own, by falling score, and real: rows of one class. Raises UserError for a matched box without volume.
     """
-    rank, row, distance = _near_pairs(truth, results, own, real)
+    rank, row, distance = near_pairs(truth, results, own, real)
     flat = (results.size[own] <= 0).any(1)
     matches = {}
     for limit in DISTANCES:
@@ -204,7 +204,7 @@ def _match(truth, results, own, real):
     return matches
 
 
-def _near_pairs(truth, results, own, real):
+def near_pairs(truth, results, own, real):
     """Every pair of one sample that is near enough for any match: rank in `own`, row of truth.boxes, distance.
 
     By rank, then distance, then row: of equally near objects the first in the table is taken.
@@ -284,7 +284,7 @@ def doubt(truth: Truth, results: Boxes) -> str:
             ..., 0
         ]
         moved = dataclasses.replace(results, center=center[:, :3])
-        return len(np.unique(_near_pairs(truth, moved, *rows)[0])) / len(results)
+        return len(np.unique(near_pairs(truth, moved, *rows)[0])) / len(results)
 
     rows = np.arange(len(results)), np.arange(len(truth.boxes))
     near = share(np.broadcast_to(np.eye(4), truth.vehicle.shape)) if len(results) and len(truth.boxes) else 1.0

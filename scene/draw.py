@@ -221,7 +221,11 @@ def draw_frames(
     quality = np.array([frame_quality(frame.labels, labels, classes) for frame, labels in pairs])
     ranked = [int(i) for i in np.argsort(-quality, kind="stable") if np.isfinite(quality[i])]
     ranked = ranked or list(range(len(quality)))
-    least = best_score(metrics) if "curves" in metrics else balanced_score(frames, detections, classes)
+    if "curves" in metrics:
+        least = best_score(metrics)
+    else:
+        wanted = [np.isin(frame.labels.name.astype(str), classes) & frame.labels.is_3d for frame in frames]
+        least = balanced_score(sum(map(np.sum, wanted)), np.concatenate([[], *(labels.score for labels in detections)]))
     pictures = {}
     for side, places, count in (("best", ranked, best), ("worst", ranked[::-1], worst)):
         wanted = len(pictures) + count
@@ -266,11 +270,10 @@ def best_score(metrics: dict) -> float:
     return float(levels[f1.argmax()]) if f1.max(initial=0) > 0 else 0.3
 
 
-def balanced_score(frames: Sequence[Frame], detections: Sequence[Labels], classes: Sequence[str]) -> float:
-    """The score above which there are as many detections as objects: a level for pictures without curves."""
-    objects = sum(int((np.isin(frame.labels.name.astype(str), classes) & frame.labels.is_3d).sum()) for frame in frames)
-    scores = np.sort(np.concatenate([np.zeros(1), *(labels.score for labels in detections)]))[::-1]
-    return float(scores[min(objects, len(scores) - 1)])
+def balanced_score(objects: int, scores: np.ndarray) -> float:
+    """The score above which there are as many of the scores (n,) as objects, or 0: a level for pictures."""
+    falling = np.sort(np.append(scores, 0.0))[::-1]
+    return float(falling[min(objects, len(falling) - 1)])
 
 
 def frame_quality(truth: Labels, detections: Labels, classes: Sequence[str]) -> float:

@@ -288,10 +288,7 @@ def test_quality_and_score_level_of_frames():
     assert frame_quality(CAR, CAR[:0], ("Car",)) == 0
     assert np.isnan(frame_quality(CAR, CAR, ("Cyclist",)))
     assert best_score(kitti_ap({"0": CAR}, {"0": CAR[:0]}, ("Car",))) == 0.3
-    frame, found = (
-        Frame("0", Path("0.png"), K, CAR),
-        [dataclasses.replace(CAR, score=np.array([score])) for score in (0.2, 0.9, 0.6)],
-    )
-    assert balanced_score([frame] * 2, found, ("Car",)) == 0.2  # two are above it
-    assert balanced_score([frame] * 2, found, ("Van",)) == 0.9
-    assert balanced_score([frame] * 9, found, ("Car",)) == 0.0
+    scores = np.array([0.2, 0.9, 0.6])
+    assert balanced_score(2, scores) == 0.2  # two are above it
+    assert balanced_score(0, scores) == 0.9
+    assert balanced_score(9, scores) == 0.0

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from formats.kitti import read_calib, split_projection
 from metrics.kitti import BANDS, DIFFICULTIES, MATCH_OVERLAP, Pairs, band_errors
-from scene.draw import HEIGHT, SHEET_WIDTH, best_score
+from scene.draw import HEIGHT, SHEET_WIDTH, balanced_score, best_score
 from scene.frames import Frame, Labels, UserError, join, load_image, make_labels, usable_cores
 from scene.geometry import box3d_iou, project_boxes, wrap_angle
 
@@ -127,13 +127,13 @@ def judge_nuscenes(frames, truth, results):
     """
     metric = importlib.import_module("metrics.nuscenes")
     role, partner = np.full(len(results), LEFT_OUT), np.full(len(results), -1)
-    detected, annotated = metric._counted(results, truth), metric._counted(truth.boxes, truth)
+    detected, annotated = metric.counted_rows(results, truth), metric.counted_rows(truth.boxes, truth)
     names = {*truth.boxes.name[annotated].tolist(), *results.name[detected].tolist()}
     for name in truth.dialect.ranges:
         own, real = detected[results.name[detected] == name], annotated[truth.boxes.name[annotated] == name]
         own = own[np.argsort(results.score[own], kind="stable")[::-1]]
-        match = metric._match(truth, results, own, real)[metric.ERROR_DISTANCE]
-        rank, _, distance = metric._near_pairs(truth, results, own, real)
+        match = metric.match_class(truth, results, own, real)[metric.ERROR_DISTANCE]
+        rank, _, distance = metric.near_pairs(truth, results, own, real)
         beside = np.isin(np.arange(len(own)), rank[distance < metric.ERROR_DISTANCE])
         role[own] = np.where(match >= 0, MATCHED, np.where(beside, DUPLICATE, FALSE))
         partner[own] = match
@@ -209,7 +209,10 @@ def describe(title, judgement, metrics, table):
         bands[name] = _errors_by_band(objects, truth[own], detections[own])
         headings[name] = np.histogram(degrees[own], HEADING_BINS, (0, 180))[0].tolist()
     curves = _kitti_curves(metrics) if "curves" in metrics else {"centre within 2 m": {"": _curves(judgement)}}
-    level = best_score(metrics) if "curves" in metrics else _balanced(judgement)
+    if "curves" in metrics:
+        level = best_score(metrics)
+    else:
+        level = balanced_score(int(judgement.counted.sum()), judgement.detections.score[judgement.role != LEFT_OUT])
     level = math.floor(1e4 * level) / 1e4  # not above the score of a detection, which the page knows rounded
     numbers = {"level": level, "curves": curves, "bands": bands, "headings": headings}
     return {"title": title, "table": table, **numbers}
@@ -259,12 +262,6 @@ def _curves(judgement):
             columns = judgement.detections.score[rows], hits / objects, hits / np.arange(1, len(rows) + 1)
             lines[name] = [np.round(column[places], 4).tolist() for column in columns]
     return lines
-
-
-def _balanced(judgement):
-    """The score above which there are as many judged detections as objects."""
-    scores = np.sort(np.append(judgement.detections.score[judgement.role != LEFT_OUT], 0.0))[::-1]
-    return float(scores[min(int(judgement.counted.sum()), len(scores) - 1)])
 
 
 # ---- the frames of a file
