@@ -149,6 +149,22 @@ def test_openvino_as_it_comes_moves_scores_little(exported, tmp_path):
     assert np.abs(np.sort(score) - np.sort(expected["score"])).mean() < 0.02
 
 
+@pytest.mark.parametrize("file", ["exported", "suppressed"])
+@pytest.mark.parametrize(
+    ("tool", "work"), [("onnxslim", "slim"), ("onnxsim", "simplify"), ("onnxoptimizer", "optimize")]
+)
+def test_simplifiers_keep_its_rows_and_what_it_says_of_itself(tool, work, file, exported, request, tmp_path):
+    module = pytest.importorskip(tool, reason=f"{tool} is not installed")
+    _, path, inputs, expected = request.getfixturevalue(file)
+    model = onnx.load(path)
+    simple = getattr(module, work)(onnx.load(path))
+    simple = simple[0] if isinstance(simple, tuple) else simple
+    onnx.save(simple, tmp_path / "simple.onnx")
+    check(of_onnxruntime(tmp_path / "simple.onnx", inputs), expected, 1e-5)
+    kept = {entry.key: entry.value for entry in simple.metadata_props}
+    assert kept["deep3d"] == {entry.key: entry.value for entry in model.metadata_props}["deep3d"]
+
+
 def of_one_image(detector, inputs):
     """What is converted without ONNX: the module with its rows, and tensors of one image, which fix the batch."""
     module = export.Rows(detector, False, False).eval().requires_grad_(False)
