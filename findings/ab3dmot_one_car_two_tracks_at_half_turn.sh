@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# pure-ab-3d-mot 2.2.0 (AB3DMOT without its evaluation), the metrics EULER and MAHALANOBIS_DIST, dist_metrics.m_distance.
+# pure-ab-3d-mot 2.2.0 (AB3DMOT without its evaluation), dist_metrics.m_distance: the metric EULER. MAHALANOBIS_DIST takes the
+# same difference (read, not run).
 #
 # Guess: two boxes whose headings differ by 2 degrees are close, on either side of +-180 degrees: the correction's text says
 # that the difference of angles is brought within 90 degrees.
@@ -8,7 +9,7 @@
 # border at which a car facing along the camera's -x axis (KITTI's rotation_y of +-pi) trembles: it gets a second track, and
 # frames in which it is reported twice or not at all. Its other correction of headings, before the filter's update, does turn
 # round; GIoU, the default, asks no heading.
-# What it means here: with these two metrics wrap the difference before halving it, or track by GIoU or distance.
+# What it means here: with this metric wrap the difference before halving it, or track by GIoU or distance.
 #
 # Seen (Python 3.11, numpy 2.4.6):
 #   headings    1 and   -1: distance   2.00 degrees, by hand 2.00

@@ -224,8 +224,9 @@ def draw_frames(
     if "curves" in metrics:
         least = best_score(metrics)
     else:
-        wanted = [np.isin(frame.labels.name.astype(str), classes) & frame.labels.is_3d for frame in frames]
-        least = balanced_score(sum(map(np.sum, wanted)), np.concatenate([[], *(labels.score for labels in detections)]))
+        truth = [frame.labels[frame.labels.is_3d] for frame in frames]
+        objects = sum(int(np.isin(labels.name.astype(str), classes).sum()) for labels in truth)
+        least = balanced_score(objects, np.concatenate([[], *(labels.score for labels in detections)]))
     pictures = {}
     for side, places, count in (("best", ranked, best), ("worst", ranked[::-1], worst)):
         wanted = len(pictures) + count
