@@ -2,8 +2,8 @@
 
 A reader gives lists of `Frame`s in jobs that run on all cores; `frames` writes them into a folder whose name tells what
 they were made from, or finds it there, and makes a `Frame` of it when one is asked for. The folder holds texts, a JSON
-object for each frame (numbers in JSON keep their last bit); ends.npy, where each ends; and tars.json, the tars that
-images lie in.
+object for each frame (numbers in JSON keep their last bit); ends.npy, where each ends; tars.json, the tars that
+images lie in; and notes.json, what was odd, which is told whenever the index is opened.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -24,11 +25,12 @@ from tqdm import tqdm
 from formats.files import lock, processes, remove, replacing
 from scene.frames import Frame, Labels, UserError, usable_cores
 
-VERSION = 3  # of the files and of what the readers make of a source: raise it whenever either changes
+VERSION = 4  # of the files and of what the readers make of a source: raise it whenever either changes
 FOLDER = "deep3d_index"  # beside a source, or in the user's cache folder
 NUMBERS = {"box": (4,), "size": (3,), "center": (3,), "velocity": (3,)}  # in a row of a column of Labels; of others one
 TYPES = {"name": object, "attribute": object, "occlusion": int}  # of columns, float that of others
 ADVICE = "data.index=FOLDER chooses another folder"
+log = logging.getLogger("deep3d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Plan:
     read: Callable[..., list[Frame]]
     repeated: Callable[[], object] | None = None  # raises UserError where several frames have one id
     unit: str = "frames"  # of progress, a job each
+    notes: list[str] = dataclasses.field(default_factory=list)  # that `read` adds to, where all is one job
 
 
 class Frames(Sequence):
@@ -55,6 +58,7 @@ class Frames(Sequence):
         self.path, self.folder = path, folder
         self.ends = np.load(path / "ends.npy", mmap_mode="r").view(np.ndarray)
         self.texts = np.memmap(path / "texts", np.uint8, "r").view(np.ndarray)
+        self.notes = json.loads((path / "notes.json").read_text())
         if self.ends[-1] != len(self.texts):
             raise ValueError(f"{path}: not a whole index")
 
@@ -76,7 +80,8 @@ def frames(plan: Plan, folder: str = "") -> Frames:
     """The frames of a source from its index, which is made when it is not there.
 
     folder: of the index; empty: FOLDER beside the source, or the user's cache folder where that cannot be written.
-    Raises what the reader raises, and UserError when no index can be written, or there are no frames.
+    What the reader noted is logged each time. Raises what the reader raises, and UserError when no index can be
+    written, or there are no frames.
     """
     source = plan.source.absolute()
     beside = (source if source.is_dir() else source.parent) / FOLDER
@@ -87,7 +92,7 @@ def frames(plan: Plan, folder: str = "") -> Frames:
     name = f"{choice}-{_digest(VERSION, state)[:16]}.index"
     for place in dict.fromkeys([*folders, beside]):  # also where it may not be written
         if (index := _open(place / name, plan.folder)) is not None:
-            return index
+            return _tell(index)
     path = _writable(folders) / name
     with lock(path.with_name(f".{choice}.lock")) as alone:
         if (index := _open(path, plan.folder)) is None:
@@ -96,6 +101,13 @@ def frames(plan: Plan, folder: str = "") -> Frames:
                 if old != path:
                     remove(old)  # as far as that goes: Windows keeps what another process maps
             index = _open(path, plan.folder)
+    return _tell(index)
+
+
+def _tell(index):
+    """The same index; logs what was odd when it was made."""
+    for note in index.notes:
+        log.warning(note)
     return index
 
 
@@ -164,6 +176,7 @@ def _write(plan, folder):
         raise UserError(f"{plan.source}: it holds no frames")
     np.save(folder / "ends.npy", ends)
     (folder / "tars.json").write_text(json.dumps(_tar_states(tars)))
+    (folder / "notes.json").write_text(json.dumps(plan.notes))
     return np.concatenate(hashes)
 
 

@@ -151,7 +151,7 @@ def frames(source, config, problems: list[str] | None = None) -> Sequence[Frame]
     read = partial(read_frames, root, version=name, cameras=cameras, dialect=dialect, pose=pose, skip=skip)
     if problems is not None or config.index == "none" or not find_spec("formats.index"):
         return read(source.split, problems=problems)[:limit]
-    index = import_module("formats.index")
+    index, notes = import_module("formats.index"), []
 
     def made_from():
         files = sorted(tables.glob("*.json"))
@@ -166,7 +166,8 @@ def frames(source, config, problems: list[str] | None = None) -> Sequence[Frame]
         folder=tables.parent,
         made_from=made_from,
         jobs=[source.split],  # all at once, as the tables are
-        read=read,
+        read=partial(read, tell=notes.append),
+        notes=notes,
     )
     frames = index.frames(plan, config.index)
     return frames[:limit] if limit else frames
@@ -174,7 +175,7 @@ def frames(source, config, problems: list[str] | None = None) -> Sequence[Frame]
 
 def read_frames(
     root: str | Path, splits, version="", cameras=(), problems=None, images=True, dialect=NUSCENES, pose="image",
-    skip=False,
+    skip=False, tell=log.warning,
 ) -> list[Frame]:  # fmt: skip
     """Every camera's key frames of some splits, by scene, time and camera: labels in its frame, by its own ego pose.
 
@@ -183,7 +184,8 @@ def read_frames(
     as the share of its projection outside the image, the x axis projected onto the camera's xz plane as yaw. What has
     no lidar or radar point, or a centre behind the camera, is an ignore region. Raises UserError naming the table,
     split, sample or file; with a list `problems`, sentences on single frames go there, and the frames are left out.
-    With images, each image file must be there; with skip, frames without one are left out, and told in a warning.
+    With images, each image file must be there; with skip, frames without one are left out. That, and what is odd in all
+    of them, is told in a sentence to `tell`, or to `problems`.
     """
     tables = find_version(root, version, dialect)
     samples = read_samples(tables, splits, dialect)
@@ -193,7 +195,7 @@ def read_frames(
     paths = [tables.parent / one.file for one in key_frames]
     folders = {path.parent for one, path in zip(key_frames, paths, strict=True) if one.file}
     files = {path for folder in folders if folder.is_dir() for path in folder.iterdir()} if images else {*paths}
-    tell = log.warning if problems is None else problems.append
+    tell = tell if problems is None else problems.append
     for doubt in _doubts(boxes):
         tell(f"{tables}/sample_annotation.json: {doubt}")
     frames, absent = [], []
@@ -213,7 +215,7 @@ def read_frames(
         else:
             raise UserError(f"{sentence}; data.skip_bad=true leaves such frames out" if missing else sentence)
     if absent:
-        log.warning(f"{len(absent)} of {len(key_frames)} frames are left out, as data.skip_bad allows: {absent[0]}")
+        tell(f"{len(absent)} of {len(key_frames)} frames are left out, as data.skip_bad allows: {absent[0]}")
     return frames
 
 

@@ -177,7 +177,7 @@ def test_files_that_hold_nothing(tmp_path):
         open_frames(tmp_path / "none.jsonl")
 
 
-@pytest.mark.parametrize("name", ["ends.npy", "texts", "tars.json"])
+@pytest.mark.parametrize("name", ["ends.npy", "texts", "tars.json", "notes.json"])
 def test_an_index_that_is_not_whole_is_made_again(tmp_path, name):
     path = write(tmp_path, *EVERYTHING)
     expected, [folder] = list(open_frames(path)), indexes(tmp_path)
