@@ -1,11 +1,12 @@
 """Export a detector to ONNX, with the camera matrix as an input.
 
-python export.py RUN [--size H W] [--half] [--nms] [--int8 [--frames N]] [--openvino] [--out DIR] [key=value ...]
+python export.py RUN [--half] [--nms] [--int8 [--frames N]] [--openvino] [--out DIR] [key=value ...]
 
 RUN is a run folder, a folder with config.json and model.safetensors, or a Hugging Face hub id. Written to DIR:
 model.onnx, its config.json, and onnx_detector.py, which runs it on images of any size with numpy, Pillow and
 onnxruntime alone, without torch and this project; with --int8 also model.int8.onnx, calibrated on N frames of the run's
-data.train (key=value changes its config: data.root=/kitti); with --openvino model.xml, or model.int8.xml.
+data.train; with --openvino model.xml, or model.int8.xml. key=value changes the run's config: data.root=/kitti, or
+model.size=192,640 for another canvas.
 
 Inputs: image (B, H, W, 3) uint8 RGB of the canvas, K (B, 3, 3) of the canvas; B is free. Outputs, in pixels of the
 canvas and metres of each camera, S = model.candidates rows an image, as `Detector.rank` gives them before duplicates
@@ -142,25 +143,13 @@ def begin(folder: Path, config) -> None:
     (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1))
 
 
-def resize(detector: Detector, size: tuple[int, int]) -> Detector:
-    """The same weights for another canvas (height, width). Raises UserError where they do not fit another."""
-    other = Detector(dataclasses.replace(detector.config, size=size, pretrained=False))
-    try:
-        other.load_state_dict(detector.state_dict())
-    except RuntimeError:
-        name, old = detector.config.backbone, detector.config.size
-        raise UserError(f"--size {size[0]} {size[1]}: the weights of {name} are made for {old}") from None
-    return other
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 and one sentence when it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
     add("run", metavar="RUN")
-    add("overrides", nargs="*", metavar="key=value", help="changes to its config, such as data.root=/kitti for --int8")
-    add("--size", metavar=("H", "W"), nargs=2, type=int, help="canvas, px (default: model.size)")
+    add("overrides", nargs="*", metavar="key=value", help="changes to its config: data.root=/kitti, model.size=192,640")
     add("--half", action="store_true", help="fp16, where torch.autocast would compute in it: for GPUs, CPUs get slower")
     add("--int8", action="store_true", help="also model.int8.onnx: the network in 8 bits, what decodes in floats")
     add("--frames", metavar="N", type=int, help="of data.train, that --int8 measures ranges on; default: 320")
@@ -184,8 +173,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         config, detector = load_run(find_checkpoint(fetch(options.run)), options.overrides)
-        if options.size:
-            detector = resize(detector, tuple(options.size))
         config = dataclasses.replace(config, model=detector.config)
         begin(options.out, config)
         inputs = []

@@ -24,6 +24,7 @@ from config import Config, read_config, to_dict
 from engine.checkpoint import save_weights
 from engine.mirror import Mirrored
 from engine.runtime import FileDetector
+from engine.weights import load_run
 from formats.kitti import read_calib, split_projection
 from model import Detector
 from scene.frames import UserError, place_image, whole_view
@@ -235,11 +236,14 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported):
         runtime.predict(np.zeros((9, 9, 3), np.uint8), np.zeros((3, 3)))
 
 
-def test_another_canvas_keeps_the_weights_and_has_its_own_locations():
-    detector = make_detector()
-    other = export.resize(detector, (64, 160))
-    assert len(other.location_pixel) == 8 * 20 + 2 * 5
-    assert torch.equal(other.box_predictor.weight, detector.box_predictor.weight)
+def test_another_canvas_has_its_own_locations_and_agrees_with_predict(tmp_path):
+    run = write_run(tmp_path / "run", make_detector())
+    _, runtime = written(run, tmp_path / "small", "model.size=64,160")
+    _, detector = load_run(run / "best", ["model.size=64,160"])
+    assert len(detector.location_pixel) == 8 * 20 + 2 * 5
+    assert read_config(tmp_path / "small/config.json").model.size == (64, 160)
+    for image, K in zip(*pictures(), strict=True):
+        check(runtime.predict(image, K), detector.predict(image, K))
 
 
 def columns(labels):
@@ -465,7 +469,7 @@ def fails(capsys, *arguments):
 def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "NEEDED", ())
     run = write_run(tmp_path / "run", make_detector())
-    text = fails(capsys, run, "--size", 100, 320)
+    text = fails(capsys, run, "model.size=100,320")
     assert "model.size is (100, 320), expected (height, width) in multiples of the largest stride, 32" in text
     assert "no such folder, expected a run or a checkpoint" in fails(capsys, tmp_path / "ran")
     assert "two precisions" in fails(capsys, run, "--half", "--int8")
