@@ -29,6 +29,7 @@ from world.street import (
     draw_picture,
     draw_view,
     label_objects,
+    make_split,
     render_all,
 )
 
@@ -220,10 +221,7 @@ def build_like(models, traits, root, split, frames, seed=0, workers=1):
     digest = hashlib.sha256(repr((numbers, plain)).encode()).hexdigest()[:8]
 
     def fill(folder):
-        for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
-            (folder / name).mkdir(parents=True)
-        indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
-        (folder / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
+        indices = make_split(folder, split, frames)
         chosen = [np.random.default_rng((VERSION, seed, index, 1)).integers(len(models)) for index in indices]
         jobs = [(folder, seed, index, models[i], traits) for index, i in zip(indices, chosen, strict=True)]
         render_all(jobs, workers, f"rendering {split}", write_frame)

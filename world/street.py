@@ -518,13 +518,19 @@ def build_world(root, split, frames, seed=0, size=(640, 192), workers=1):
         raise UserError(f"the built-in world has {splits}, of at least one frame, got {split!r} of {frames}")
 
     def fill(folder):
-        for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
-            (folder / name).mkdir(parents=True)
-        indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
-        (folder / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
-        render_all([(folder, seed, index, tuple(size)) for index in indices], workers, f"rendering {split}")
+        jobs = [(folder, seed, index, tuple(size)) for index in make_split(folder, split, frames)]
+        render_all(jobs, workers, f"rendering {split}")
 
     return build_folder(Path(root) / f"world{WORLD_VERSION}-seed{seed}-{size[0]}x{size[1]}-{split}{frames}", fill)
+
+
+def make_split(folder, split, frames):
+    """Make the folders and the split file of a KITTI folder without frames. Returns the range of their indices."""
+    for name in ("training/image_2", "training/label_2", "training/calib", "ImageSets"):
+        (folder / name).mkdir(parents=True)
+    indices = range(FIRST_INDEX[split], FIRST_INDEX[split] + frames)
+    (folder / "ImageSets" / f"{split}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
+    return indices
 
 
 def build_folder(folder, fill):
