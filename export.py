@@ -72,13 +72,17 @@ def select_rows(boxes, K, config):
     """`Detector.select` in fixed shapes: (B, S, ...) candidates -> (B, max_detections, ...), empty rows of score 0."""
     images, candidates = boxes["score"].shape
     first = torch.arange(images)[:, None]
-    apart = max(config.size) + 1  # px between the boxes of two groups, as in torchvision's batched_nms
     flat = {name: value.flatten(0, 1) for name, value in boxes.items()}
-    flat["label"] = (boxes["label"] + len(config.classes) * first).flatten()  # of other images: other classes
-    rows = nms(flat["box"] + flat["label"][:, None] * apart, flat["score"], config.nms_iou)
+    # Classes are moved apart along x and images along y: ONNX's operator takes fp32 alone, in which large coordinates
+    # would round boxes by their place in the batch.
+    apart = max(config.size) + 1  # px
+    image = apart * first.expand(images, candidates).flatten()
+    aside = torch.stack([apart * flat["label"], image], 1).repeat(1, 2)
+    rows = nms(flat["box"] + aside, flat["score"], config.nms_iou)
     if config.nms_across_classes:
-        parted = flat["box"] + flat["label"].div(len(config.classes), rounding_mode="floor")[:, None] * apart
+        parted = flat["box"] + torch.stack([0 * image, image], 1).repeat(1, 2)
         rows = rows[nms(parted[rows], flat["score"][rows], config.nms_across_classes)]
+    flat["label"] = (boxes["label"] + len(config.classes) * first).flatten()  # of other images: other classes
     stays = torch.zeros_like(flat["score"]).scatter(0, rows, 1.0)
     score = flat["score"] * stays * (flat["score"] > config.score_threshold)
     best, rows = score.unflatten(0, (images, candidates)).topk(min(config.max_detections, candidates))

@@ -20,7 +20,7 @@ from huggingface_hub.hub_mixin import DEFAULT_MODEL_CARD
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork, batched_nms
+from torchvision.ops import FeaturePyramidNetwork, batched_nms, nms
 
 from scene import geometry
 from scene.frames import UserError, make_labels, to_canvas
@@ -72,6 +72,7 @@ class ModelConfig:
             raise UserError(f"model.backbone {self.backbone!r} is not a timm model; near it: {near}")
         classes, levels, coarsest = len(self.classes), len(self.strides), max((1, *self.strides))
         counts = {"size_prior": classes, "depth_mean": levels, "depth_std": levels, "sigma_scale": classes}
+        positive = ("virtual_focal", "candidates", "max_detections", "depth_tolerance")
         named = {*self.attributes} <= {*self.classes} and bool(self.attribute_names) == bool(self.attributes)
         distinct = all(all(names) and len({*names}) == len(names) for names in self.attributes.values())
         checks = (
@@ -84,12 +85,15 @@ class ModelConfig:
              "a multiple of 32, or of 4 below 128: GroupNorm divides them"),
             ("tower_convs", self.tower_convs >= 1, "at least 1"),
             ("drop_path", 0 <= self.drop_path < 1, "0 <= drop_path < 1"),
+            ("nms_iou", 0 < self.nms_iou <= 1, "an IoU above 0, at most 1"),
             ("nms_across_classes", 0 <= self.nms_across_classes <= 1, "an IoU from 0 to 1"),
             ("centerness_share", 0 <= self.centerness_share < 1, "0 <= centerness_share < 1"),
             ("classes", classes and len({*self.classes}) == classes, "class names, each once"),
             ("attributes", named and distinct, f"names, once each, of {', '.join(self.classes)}; {{}}: none"),
+            *((name, getattr(self, name) > 0, "more than 0") for name in positive),
             *((name, len(getattr(self, name)) in (0, n), f"{n} entries or none") for name, n in counts.items()),
-            ("sigma_scale", all(0 < factor < math.inf for factor in self.sigma_scale), "finite factors > 0"),
+            *((name, all(0 < value < math.inf for value in np.ravel(getattr(self, name))), "finite numbers > 0")
+              for name in counts),
         )  # fmt: skip
         for name, fine, expected in checks:
             if not fine:
@@ -165,6 +169,7 @@ class Detector(
         self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), model.channels)
         self.class_tower = Tower(model.channels, model.channels, model.tower_convs)
         self.box_tower = Tower(model.channels + 2, model.channels, model.tower_convs)  # and the viewing ray
+        self.channels_last = getattr(self.backbone, "output_fmt", "") == "NHWC"  # its features are (B, H, W, C)
         self.fields = model.fields
         self.class_predictor = nn.Conv2d(model.channels, len(model.classes), 3, padding=1)
         self.box_predictor = nn.Conv2d(model.channels, sum(self.fields.values()), 3, padding=1)
@@ -261,8 +266,7 @@ class Detector(
         arXiv:1904.02028).
         """
         x = (image.permute(0, 3, 1, 2).float() - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
-        channels, features = self.backbone.feature_info.channels(), self.backbone(x)
-        first = [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, channels, strict=True)]
+        first = [f.permute(0, 3, 1, 2) if self.channels_last else f for f in self.backbone(x)]
         levels = list(self.fpn({str(i): f for i, f in enumerate(first)}).values())
         logits = [self.class_predictor(self.class_tower(level)).flatten(2) for level in levels]
 
@@ -351,19 +355,15 @@ class Detector(
 
     def suppress(self, boxes, K):
         """What `rank` gives -> what `detect` returns; of `self` the config alone is read."""
-        config, (images, count) = self.config, boxes["score"].shape
-        box, score, label = (boxes[name].flatten(0, 1) for name in ("box", "score", "label"))  # image by image
-        image = torch.arange(images, device=box.device).repeat_interleave(count)
-        group = image * len(config.classes) + label  # boxes of one image and class suppress one another
-        rows = batched_nms(box, score, group, config.nms_iou)
-        rows = rows[score[rows] > config.score_threshold]
-        if config.nms_across_classes:
-            rows = rows[batched_nms(box[rows], score[rows], image[rows], config.nms_across_classes)]
-        results = []
-        for i in range(images):
-            best = rows[image[rows] == i][: config.max_detections] - i * count
+        config, results = self.config, []
+        for i in range(len(K)):  # one by one: `batched_nms` moves groups apart, and large numbers would round the boxes
             candidates = {name: value[i] for name, value in boxes.items()}
-            detections = {name: value[best] for name, value in candidates.items()}
+            box, score, label = (candidates[name] for name in ("box", "score", "label"))
+            rows = batched_nms(box, score, label, config.nms_iou)
+            rows = rows[score[rows] > config.score_threshold]
+            if config.nms_across_classes:
+                rows = rows[nms(box[rows], score[rows], config.nms_across_classes)]
+            detections = {name: value[rows[: config.max_detections]] for name, value in candidates.items()}
             if config.fuse_duplicates:
                 averages = geometry.average_duplicates(detections, candidates, config.nms_iou)
                 detections.update(zip(("box", "pixel", "depth"), averages, strict=True))
@@ -465,7 +465,8 @@ def _build_backbone(config):
         features = dry(torch.empty(2, 3, *config.size, device="meta"))
         sum(feature.sum() for feature in features).backward()
         for feature, cells in zip(features, config.pyramid.shapes, strict=True):
-            if cells not in (feature.shape[2:], feature.shape[1:3]):  # channels may come last
+            shape = feature.shape[1:3] if getattr(backbone, "output_fmt", "") == "NHWC" else feature.shape[2:]
+            if cells != shape:
                 shape = " x ".join(map(str, feature.shape[1:]))
                 raise UserError(f"{name} gives features of {shape}, and {cells} cells are needed: choose another one")
     except (AssertionError, OSError, RuntimeError, TypeError) as error:  # huggingface_hub's are OSErrors

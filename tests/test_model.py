@@ -93,6 +93,31 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
         assert field.name in ("name", "attribute") or value is None or np.isfinite(value).all(), field.name
 
 
+def test_channels_that_come_last_are_moved_even_where_they_are_as_many_as_rows():
+    strides = {"strides": (4, 8), "level_sizes": (64.0,), "depth_mean": (90.0, 40.0), "depth_std": (40.0, 20.0)}
+    model = make_detector(backbone="swin_tiny_patch4_window7_224", size=(384, 128), **strides)
+    seen = []
+    model.fpn.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments[0].values()))
+    with torch.no_grad():
+        model(torch.zeros(1, 384, 128, 3, dtype=torch.uint8), CAMERA)
+    assert [tuple(level.shape) for level in seen] == [(1, 96, 96, 32), (1, 192, 48, 16)]
+    image = (torch.zeros(1, 3, 384, 128) - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None]
+    assert torch.equal(seen[0], model.backbone(image)[0].permute(0, 3, 1, 2))
+
+
+def test_detections_do_not_depend_on_the_place_in_the_batch(picture):
+    classes = tuple(f"c{number}" for number in range(26))
+    sizes = {"size_prior": ((4.0, 1.5, 1.8),) * 26, "sigma_scale": ()}
+    model = make_detector(classes=classes, attributes={}, score_threshold=0.0, **sizes).eval()
+    with torch.no_grad():
+        model.class_predictor.weight.normal_(0, 0.5)
+        model.box_predictor.weight.normal_(0, 0.1)
+        logits, raw = model(torch.from_numpy(picture)[None], CAMERA)
+        many = model.select(*(tensor.expand(32, *tensor.shape[1:]) for tensor in (logits, raw, CAMERA)))
+    for detections in many[1:]:
+        assert all(torch.equal(value, many[0][name]) for name, value in detections.items())
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -138,7 +163,12 @@ def test_backbones_train_a_step_and_predict(backbone, picture):
         ({"attributes": {"Car": ("parked", "parked")}}, "attributes is .*, expected names, once each"),
         ({"attributes": {"Car": ()}}, r"attributes is {'Car': \(\)}, expected names, .*; {}: none"),
         ({"sigma_scale": (1.0,)}, r"sigma_scale is \(1\.0,\), expected 3 entries or none"),
-        ({"sigma_scale": (1.0, 0.0, 1.0)}, r"sigma_scale is \(1\.0, 0\.0, 1\.0\), expected finite factors > 0"),
+        ({"sigma_scale": (1.0, 0.0, 1.0)}, r"sigma_scale is \(1\.0, 0\.0, 1\.0\), expected finite numbers > 0"),
+        ({"depth_std": (1.0, 0.0, 1.0)}, r"depth_std is \(1\.0, 0\.0, 1\.0\), expected finite numbers > 0"),
+        ({"size_prior": ((4, 2, 0),) * 3}, r"size_prior is .*, expected finite numbers > 0"),
+        ({"nms_iou": 2}, "nms_iou is 2, expected an IoU above 0, at most 1"),
+        ({"candidates": 0}, "candidates is 0, expected more than 0"),
+        ({"virtual_focal": -700}, "virtual_focal is -700, expected more than 0"),
         ({"size_prior": ()}, "size_prior, depth_mean and depth_std are not set"),
     ],
 )
