@@ -81,12 +81,11 @@ def save_checkpoint(accelerator, config, progress, modules):
             aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     with writing(aside, sentence):
-        accelerator.save_state(str(aside))
+        accelerator.save_state(str(aside))  # every seed is a function of the step: nobody would read a process's own
+        (aside / f"random_states_{accelerator.process_index}.pkl").unlink(missing_ok=True)
     accelerator.wait_for_everyone()  # save_state does not wait for the other processes
     if accelerator.is_main_process:
         with writing(aside, sentence):
-            for path in aside.glob("random_states_*.pkl"):
-                path.unlink()  # every seed is a function of the step: nobody would read them
             publish(aside, root / f"step_{progress.step:08d}", config, dataclasses.asdict(progress))
         for old in sorted(root.glob("step_*"))[: -config.train.keep]:
             doomed = old.with_name(".del_" + old.name)
@@ -254,14 +253,15 @@ def load_checkpoint(accelerator, folder, optimizer):
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         accelerator.load_state(str(folder))
-        accelerator.step = 0  # a random_states file of a stranger could set it
         fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
         for p, state in optimizer.state.items() if fused else ():  # such kernels would write beyond other shapes
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape != p.shape and (value.dim() or name != "step"):
                     raise ValueError(f"{OPTIMIZER}: {name} has another shape than its weights")
     except FOREIGN as error:
-        raise UserError(f"{folder}: cannot resume from this checkpoint: {textwrap.shorten(str(error), 400)}") from error
+        advice = "; train.freeze, backbone_lr and a weight_decay of 0 make them: load_from= takes weights alone"
+        reason = textwrap.shorten(str(error), 400) + advice * ("parameter group" in str(error))
+        raise UserError(f"{folder}: cannot resume from this checkpoint: {reason}") from error
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
 
@@ -298,7 +298,7 @@ def find_start(config, train_set, accelerator):
     if all(before["model"][key] == new["model"][key] for key in ("classes", "strides")):  # else their number is another
         old = {name: tuple(before["model"][name]) for name in PRIORS if not getattr(config.model, name)}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **old))
-    kept = before["train"]["batch_size"] == config.train.batch_size  # else another batch was asked for
+    kept = all(before["train"][key] == getattr(config.train, key) for key in ("batch_size", "accumulate"))
     now = dataclasses.replace(now, step=then.step, global_batch=then.global_batch if kept else now.global_batch)
     if now.global_batch % (now.processes * config.train.accumulate):
         shares = f"{now.processes} processes with train.accumulate={config.train.accumulate}"
@@ -307,6 +307,9 @@ def find_start(config, train_set, accelerator):
     for name, words in (("processes", "processes"), ("global_batch", "images a step")):
         if getattr(then, name) != getattr(now, name):
             changes.append(f"{words}: {getattr(then, name)} -> {getattr(now, name)}")
+    batch, at_once = config.train.batch_size, now.global_batch // (now.processes * config.train.accumulate)
+    if at_once != batch:
+        changes.append(f"images per process at once: {batch} -> {at_once} (train.accumulate= parts them)")
     if then.data != now.data:
         changes.append("frames of data.train: their number, order, labels or cameras")
     if changes:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import forked
 import numpy as np
@@ -32,9 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
-from config import Config, changed_keys, override, to_dict
+from config import Config, changed_keys, override, read_config, to_dict
 from engine import guard
 from engine.checkpoint import (
+    find_start,
     handle_state,
     list_checkpoints,
     load_checkpoint,
@@ -48,6 +50,7 @@ from engine.optimizer import make_optimizer
 from engine.tune import load_weights
 from engine.weights import find_weights
 from model import Detector, ModelConfig
+from scene.frames import UserError
 
 KILLS = int(os.environ.get("DEEP3D_KILLS", 1))  # of the torture test; 20 on request
 slow = pytest.mark.skipif(
@@ -178,7 +181,8 @@ def test_another_number_of_processes_goes_on_with_the_same_order(tiny_run, hard_
     )
     code, text, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0"))
     assert code == 0, err
-    assert "changed since the checkpoint: processes: 2 -> 1" in text
+    more = "images per process at once: 1 -> 2 (train.accumulate= parts them)"
+    assert f"changed since the checkpoint: processes: 2 -> 1; {more}\n" in text
     assert "6 steps of 4 images" in text
     config = to_dict(override(Config(), ()))
     assert [r["lr"] for r in records(out)] == [r["lr"] for r in records(hard_run)[4:]]
@@ -188,13 +192,29 @@ def test_another_number_of_processes_goes_on_with_the_same_order(tiny_run, hard_
     code, text, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0"))  # now from a checkpoint of one process
     assert code == 0, err
     assert f"resumed from {out}/checkpoints/step_00000005\n" in text
-    assert "changed since" not in text
+    assert f"changed since the checkpoint: {more}\n" in text
     assert "6 steps of 4 images" in text
     shutil.rmtree(out)
     shutil.copytree(hard_run / "checkpoints/step_00000004", out / "checkpoints/step_00000004")
-    code, _, err = here(*tiny(tiny_run[0], out, *HARD, "train.accumulate=3"))
+    code, text, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0", "train.accumulate=3"))
+    assert code == 0, err
+    changes = "train.accumulate: 2 -> 3; processes: 2 -> 1; images a step: 4 -> 3"  # of one image at once, as asked for
+    assert changes in text
+    assert "at once" not in text
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused(hard_run):
+    config, accelerator = read_config(hard_run / "config.json"), SimpleNamespace(num_processes=3, is_main_process=True)
+    with pytest.raises(UserError, match=r"global batch of 4 does not divide over 3 processes with train\.accumulate=2"):
+        find_start(config, SimpleNamespace(digest=str), accelerator)
+
+
+def test_other_weights_to_learn_are_one_sentence(hard_run, tiny_run, tmp_path, here):  # noqa: F811
+    out = tmp_path / "out"
+    shutil.copytree(hard_run / "checkpoints/step_00000004", out / "checkpoints/step_00000004")
+    code, _, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0", "train.freeze=backbone"))
     assert code == 2
-    assert re.search(r"global batch of 4 does not divide over 1 processes with train\.accumulate=3", err)
+    assert re.search(r"cannot resume .*; train.freeze, backbone_lr and .*: load_from= takes weights alone", err)
 
 
 # ---- checkpoints
@@ -516,16 +536,16 @@ def test_running_statistics_of_a_broken_step_are_undone():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
     statistics = Statistics(model)
     model(torch.randn(2, 3, 4, 4))
-    statistics.settle(torch.tensor(True))
+    statistics.update(torch.tensor(True))
     kept = {name: b.clone() for name, b in model.named_buffers()}
     model(torch.full((2, 3, 4, 4), math.nan))
     assert not weights_finite([model])
-    statistics.settle(torch.tensor(False))
+    statistics.update(torch.tensor(False))
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
             assert torch.equal(buffer, kept[name])
     assert weights_finite([model])
-    assert Statistics(torch.nn.Linear(2, 2)).settle(torch.tensor(False)) is None
+    assert Statistics(torch.nn.Linear(2, 2)).update(torch.tensor(False)) is None
 
 
 class Held:
