@@ -139,11 +139,11 @@ def read_metric(metrics: dict, name: str) -> float:
     'mean' in place of a class is the mean over the classes that have counted objects. What cannot be averaged counts as
     the worst value. Raises UserError naming the keys that there are.
     """
-    place, keys = metrics, name.removeprefix("-").split("/")
+    place, sign, keys = metrics, "-" * name.startswith("-"), name.removeprefix("-").split("/")
     if keys[0] == "mean" and "settings" in metrics:
         classes = metrics["settings"]["classes"]
         classes = [one for one in classes if any(metrics["counted"][one].values())] or classes
-        return sum(read_metric(metrics, "/".join([one, *keys[1:]])) for one in classes) / len(classes)
+        return sum(read_metric(metrics, sign + "/".join([one, *keys[1:]])) for one in classes) / len(classes)
     for key in keys:
         if not isinstance(place, dict) or key not in place:
             means = ["mean"] if place is metrics and "settings" in metrics else []
@@ -152,7 +152,7 @@ def read_metric(metrics: dict, name: str) -> float:
         place = place[key]
     if isinstance(place, dict | list | str):
         raise UserError(f"best={name} is not one number, expected more keys: {', '.join(place)}")
-    return (WORST if name.startswith("-") else 0.0) if place is None or np.isnan(place) else float(place)
+    return (WORST if sign else 0.0) if place is None or np.isnan(place) else float(place)
 
 
 def flat_metrics(metrics: dict, path="") -> dict[str, float]:
@@ -194,8 +194,7 @@ def open_run(run, overrides, runtime=None, precision=None):
         if precision:
             files.refuse_emulation(precision, accelerator.device)
     config = stay_at_home(config, overrides)
-    with accelerator.main_process_first():  # the main process may have to render the built-in world
-        dataset = build_dataset(config, training=False)
+    dataset = build_dataset(config, training=False)
     return folder, config, detector.to(accelerator.device), dataset, accelerator
 
 

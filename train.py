@@ -48,8 +48,7 @@ logger = logging.getLogger("deep3d")
 def train(config, accelerator, signals):
     """The whole run. Returns (metrics, predictions) of its last evaluation; None when a signal ended it, saved."""
     options, device, rank = config.train, accelerator.device, accelerator.process_index
-    with accelerator.main_process_first():  # it builds the index or renders the world, the others find them
-        train_set, val_set = build_dataset(config, training=True), build_dataset(config, training=False)
+    train_set, val_set = build_dataset(config, training=True), build_dataset(config, training=False)
     read_metric(compute_metrics(val_set, {}, config), config.best)  # a typo is told now
     folder, progress, config = find_start(config, train_set, accelerator)  # None, step 0; or the newest checkpoint's
     tune = importlib.import_module("engine.tune") if config.load_from and not folder else None  # other weights
@@ -125,7 +124,7 @@ def train(config, accelerator, signals):
 def find_order(config, progress, train_set, rank):
     """The `StepBatches` of a process from where the run goes on to its end, after train.steps or train.epochs."""
     options, batch, frames, find = config.train, progress.global_batch, len(train_set), train_set.find
-    total = options.steps or math.ceil(options.epochs * frames / batch)
+    total = options.steps or math.ceil(options.epochs * frames / batch - 1e-9)
     start, stop = progress.step * options.accumulate, total * options.accumulate  # parts of steps
     return StepBatches(frames, batch // options.accumulate, rank, progress.processes, config.seed, start, stop, find)
 
@@ -186,7 +185,7 @@ def parse_arguments(arguments):
     parser.add_argument("words", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--traceback", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     paths = [word for word in options.words if "=" not in word]
     if len(paths) > 1:
         raise UserError(f"expected one config file, got {', '.join(paths)} (overrides are key=value)")

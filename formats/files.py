@@ -23,9 +23,11 @@ def replacing(path, alone=False):
     """A path beside `path` to make a file or folder at; when the block ends well it takes that place, else it goes.
 
     The file, or those that lie right in the folder, reach the disk before. alone: the caller holds a lock, so nobody
-    else is at it, and what killed processes left of it is removed.
+    else is at it, and what killed processes left of it is removed. A folder that another process has put there in the
+    meantime stays, as it may be read already.
     """
     path = Path(path)
+    there = path.is_dir()
     if alone:
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             remove(leftover)
@@ -35,9 +37,10 @@ def replacing(path, alone=False):
         for file in (file for file in (aside, *aside.glob("*")) if file.is_file()):
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        if path.is_dir():
+        if there:
             remove(path)
-        os.replace(aside, path)
+        if there or not path.is_dir():
+            os.replace(aside, path)
     finally:
         remove(aside)
 

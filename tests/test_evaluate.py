@@ -479,6 +479,8 @@ def test_one_number_of_an_evaluation_by_its_path():
     ]
     assert evaluate.read_metric(metrics, "mean/3d/moderate/AP_R40") == pytest.approx(np.mean(counted))
     assert evaluate.read_metric({**metrics, "mine": 1.5}, "mine") == 1.5
+    unknown = {**metrics, "Car": {"mine": None}, "Pedestrian": {"mine": None}, "Tram": {"mine": None}}
+    assert evaluate.read_metric(unknown, "-mean/mine") == evaluate.WORST  # the sign goes along
     for name in (
         "Truck/3d/moderate/AP_R40",
         "Car/3d/moderate",

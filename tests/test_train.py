@@ -654,7 +654,7 @@ def test_a_mistake_in_code_keeps_its_traceback(tiny_run, tmp_path, here, monkeyp
 
 def test_traceback_on_request(here, tmp_path):
     with pytest.raises(UserError, match="expected a KITTI folder"):
-        here(ROOT / "configs/kitti.py", f"data.root={tmp_path}", f"out={tmp_path / 'run'}", "--traceback")
+        here(ROOT / "configs/kitti.py", f"data.root={tmp_path}", "--traceback", f"out={tmp_path / 'run'}")
 
 
 def test_help_lists_every_key(here):
