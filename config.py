@@ -46,7 +46,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile of model, targets and losses, each as one graph
     # compute the backbone's activations again in backward instead of keeping them: less memory, slower
     checkpoint_backbone: bool = False
-    ema: float = 0.998  # decay of the averaged weights that are evaluated and published; 0: the weights themselves
+    # largest decay of the averaged weights, which are evaluated; it rises as 1 - (step + 1)^(-2/3); 0: no average
+    ema: float = 0.998
     eval_every: float = 1.0  # epochs between evaluations; 0: only at the end
     eval_repeat: int = 1  # count every val frame so many times: lifts the official cap on R40 of few frames
     save_every: int = 500  # steps between checkpoints; one is always written at the end
@@ -82,8 +83,10 @@ class Config:
         for name in ("batch_size", "accumulate", "keep", "log_every", "save_every", "max_bad_steps", "eval_repeat"):
             if getattr(train, name) < 1:
                 raise UserError(f"train.{name} is {getattr(train, name)}, expected at least 1")
-        if min(train.steps, train.all_cells, data.workers) < 0 or not 0 <= self.seed < 2**32:
-            raise UserError("expected train.steps >= 0, train.all_cells >= 0, data.workers >= 0 and 0 <= seed < 2^32")
+        least = min(train.steps, train.all_cells, train.eval_every, train.weight_decay, data.workers)
+        if least < 0 or not 0 <= self.seed < 2**32:
+            keys = "train.steps, train.all_cells, train.eval_every, train.weight_decay and data.workers"
+            raise UserError(f"expected {keys} to be at least 0, and 0 <= seed < 2^32")
         choices = {"schedule": ("cosine", "step", "constant"), "mixed_precision": ("no", "bf16", "fp16")}
         for name, allowed in choices.items():
             if getattr(train, name) not in allowed:
@@ -259,8 +262,6 @@ def read_config(path):
     """Config from a config.json. Raises FileNotFoundError, or UserError naming the file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            content.pop("allow_changes", None)  # of runs that were written before that key went
         return build(content, Config, str(path))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None

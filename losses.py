@@ -247,9 +247,9 @@ def compute_losses(model, logits, raw, targets, batch, weights, positives, best=
     """All losses of non-zero weight whose outputs the model has, {name: scalar}, unweighted, divided by the positives.
 
     logits (B, N, C) and raw (B, N, F) of `model`; `targets` of the batch; weights `LossConfig`. positives: their number
-    in the whole step, the mean over processes, at least 1: DDP averages gradients, so a local count would weigh
-    processes unequally. With best, and boxes that are learned at all, each object learns at its best cells alone
-    (`keep_best`); positives still is the number of all.
+    in the whole step, at least 1, over processes and train.accumulate: DDP averages gradients and Accelerate the parts
+    of a step, so a local count would weigh them unequally. With best, and boxes that are learned at all, each object
+    learns at its best cells alone (`keep_best`); positives still is the number of all.
     """
     with torch.autocast(raw.device.type, enabled=False):
         logits, raw, K = logits.float(), raw.float(), batch["K"].float()

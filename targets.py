@@ -106,7 +106,7 @@ def assign(batch, model):
         pixel, point, usable = target_points(batch, *pyramid.size, model.projected_center)
         location, inside, distance = propose(point, level_of(batch["box"], model.level_sizes), pyramid)
         proposed = inside & batch["valid"][..., None]
-        location, positive = settle(location, proposed, distance, batch["center"][..., 2], sum(pyramid.counts))
+        location, positive = share_out(location, proposed, distance, batch["center"][..., 2], sum(pyramid.counts))
 
         images, objects = batch["valid"].shape
         owner = torch.arange(objects, device=location.device).repeat_interleave(CELLS).expand(images, -1)  # (B, S)
@@ -133,7 +133,7 @@ def assign(batch, model):
         return Targets(location, positive, owner, centerness=centerness, ignored=ignored, **slots)
 
 
-def settle(location, proposed, distance, depth, count):
+def share_out(location, proposed, distance, depth, count):
     """Give each cell to one object: the nearest centre in strides, then the nearer object, then the first.
 
     location, proposed, distance (B, M, 9); depth (B, M); count N of cells. Returns location (B, S) and positive (B, S).

@@ -206,7 +206,7 @@ class Guard:
         BatchNorm's statistics are those of before that step, too.
         """
         broken = ~torch.isfinite(norm)
-        self.statistics.settle(~broken)
+        self.statistics.update(~broken)
         self.bad_steps = torch.where(broken, self.bad_steps + 1, 0)
         self.most_bad_steps = torch.maximum(self.most_bad_steps, self.bad_steps)
         rows = [{**values, "gradient": sum(flags)} for values, flags in self.parts]
@@ -252,7 +252,7 @@ class Statistics:
         """All of them in one tensor, None without any."""
         return torch.cat([b.flatten() for b in self.tensors]) if self.tensors else None
 
-    def settle(self, fine):
+    def update(self, fine):
         """Keep the statistics if `fine` (device bool), else put back those before the step."""
         if self.tensors:
             self.before = torch.where(fine, self.flat(), self.before)

@@ -26,7 +26,7 @@ log = logging.getLogger("deep3d")
 def read_labels(path, scores=False, odd=None):
     """Read a label file (15 fields a line) or, with scores, a result file (16). Returns Labels in rectified camera 0.
 
-    odd: a list of what is told of labels, as `formats.odd.settle` takes it. Raises FileNotFoundError, or UserError
+    odd: a list of what is told of labels, as `formats.odd.accept` takes it. Raises FileNotFoundError, or UserError
     naming file and line.
     """
     names, rows = [], []
@@ -36,7 +36,7 @@ def read_labels(path, scores=False, odd=None):
             try:
                 row = _parse_row(fields, scores)
                 if not scores and not _is_usual(row, fields[0]):
-                    row = import_module("formats.odd").settle(row, fields[0], f"{path}:{number}", odd)
+                    row = import_module("formats.odd").accept(row, fields[0], f"{path}:{number}", odd)
                 rows.append(row)
             except ValueError as error:
                 raise UserError(f"{path}:{number}: {error}") from None
@@ -218,7 +218,9 @@ def _read_frame(root, split, id, image, odd):
     """One `Frame` of a KITTI folder; image: the name of its file, or None. Raises UserError."""
     half = root / part_of(split)
     if image is None:
-        named = f"named by {split_file('', split).as_posix()}; data.skip_bad=true leaves out frames without one"
+        advice = "KITTI's testing half is the split 'testing'; " if split == "test" else ""
+        advice += "data.skip_bad=true leaves out frames without one"
+        named = f"named by {split_file('', split).as_posix()}; {advice}"
         raise UserError(f"{half}/image_2/{id[:80]}.png: no such image, {named}")
     try:
         K, offset = split_projection(read_calib(half / "calib" / f"{id}.txt"))

@@ -16,7 +16,7 @@ DISTORTION = re.compile(r"[dD](_?\d+)?|(?i:(?!un|no)\w*distort\w*|dist(_?coeff?\
 DARK = 64  # of 255, which 14 bits of 16 do not pass
 
 
-def settle(row, name, place, odd):
+def accept(row, name, place, odd):
     """The row of a KITTI label, 15 numbers, with -1 for an odd truncation or occlusion, `NO_BOX` for an unknown 3D box.
 
     That is one with sides or a place of 0, -1 or -1000. odd: a list that gets (title in TAKEN, place, numbers); without
@@ -45,7 +45,7 @@ def settle(row, name, place, odd):
 
 
 def describe_labels(odd):
-    """Sentences on the rows of label files that `settle` has collected."""
+    """Sentences on the rows of label files that `accept` has collected."""
     sentences = []
     for title, (*_, about) in TAKEN.items():
         if found := [(place, values) for kind, place, values in odd if kind == title]:

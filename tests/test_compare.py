@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -67,6 +68,26 @@ def test_two_runs_are_compared_with_the_spread_over_seeds(runs, tmp_path, capsys
     assert all(len(frame["detections"]) == 2 for frame in data["frames"])
     worst = max(data["frames"], key=lambda frame: frame["difference"])
     assert f"{worst['id']:24}     0.0 {worst['difference']:7.1f} {worst['difference']:+7.1f}" in text
+
+
+def test_runs_that_were_counted_by_other_rules_are_refused(runs, tmp_path, capsys):
+    other = tmp_path / "lr=1e-3"  # no key=value
+    shutil.copytree(runs / "b", other)
+    path = other / "evaluation/metrics.json"
+    metrics = json.loads(path.read_text())
+    assert compare.main([str(runs / "a1"), str(other)]) == 0
+    capsys.readouterr()
+    for name, value, words in (
+        ("repeat", 40, "repeat: 1 for a1, 40 for lr=1e-3"),
+        (
+            "min_overlap",
+            {"Car": [0.7, 0.5, 0.5]},
+            "overlap of Car: [0.7, 0.7, 0.7] for a1, [0.7, 0.5, 0.5] for lr=1e-3",
+        ),
+    ):
+        path.write_text(json.dumps(metrics | {"settings": metrics["settings"] | {name: value}}))
+        assert compare.main([str(runs / "a1"), str(other)]) == 2
+        assert f"the runs were evaluated by different rules, {words}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_one_sentence(runs, tmp_path, capsys):

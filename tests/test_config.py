@@ -162,8 +162,6 @@ def test_wrong_json_is_named(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not JSON"):
         read_config(path)
-    path.write_text(json.dumps({"allow_changes": True}))  # a key of old runs
-    assert read_config(path) == Config()
     path.write_text(json.dumps({"trian": {}}))
     with pytest.raises(ValueError, match=r"config\.json: unknown key 'trian', expected train"):
         read_config(path)

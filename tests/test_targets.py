@@ -30,7 +30,7 @@ from losses import keep_best
 from model import Detector, ModelConfig
 from scene.frames import Frame, make_labels, whole_view
 from scene.geometry import wrap_angle
-from targets import assign, level_of, measure_priors, settle, target_points
+from targets import assign, level_of, measure_priors, share_out, target_points
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_equal_objects_are_settled_by_their_order_and_lose_no_cell(model):
     assert len(found[0]) == 9
 
 
-def test_settle_against_a_plain_loop():
+def test_cells_are_shared_out_as_a_plain_loop_does():
     rng = np.random.default_rng(0)
     location = torch.from_numpy(rng.integers(0, 30, (2, 12, 9)))
     proposed, distance = (
@@ -111,7 +111,7 @@ def test_settle_against_a_plain_loop():
         torch.from_numpy(rng.integers(0, 4, (2, 12, 9)) / 2.0),
     )
     depth = torch.from_numpy(rng.integers(1, 4, (2, 12)) * 10.0)
-    place, positive = settle(location, proposed, distance, depth, 30)
+    place, positive = share_out(location, proposed, distance, depth, 30)
     for image in range(2):
         winners = {}
         for slot in range(12 * 9):

@@ -72,6 +72,23 @@ def judge(evaluation, config, dataset):
     return judgement, describe(evaluation.name, judgement, evaluation.metrics, text), rule
 
 
+def refuse_other_rules(evaluations):
+    """Raises UserError where one was counted by other rules than the first: overlaps, repeat, ranges, region."""
+    first, *others = ((one.name, rules_of(one.metrics)) for one in evaluations)
+    for name, rules in others:
+        for rule in rules.keys() & first[1].keys():
+            if rules[rule] != first[1][rule]:
+                both = f"{json.dumps(first[1][rule])} for {first[0]}, {json.dumps(rules[rule])} for {name}"
+                raise UserError(f"the runs were evaluated by different rules, {rule}: {both}")
+
+
+def rules_of(metrics):
+    """What the numbers of an evaluation depend on but frames and detections, by name."""
+    settings = metrics.get("settings", {"min_overlap": {}})
+    rules = {f"overlap of {name}": overlaps for name, overlaps in settings["min_overlap"].items()}
+    return {**rules, "repeat": settings.get("repeat"), **metrics.get("cfg", {})}
+
+
 def differences(sides):
     """Rows (number's path, mean of A, of B, B - A, spread, beyond) for every number that all runs of two sides have.
 
@@ -116,6 +133,7 @@ def compare(options, groups, overrides):
     """Print both tables; write what was asked for."""
     check_writable(options.json, options.report and options.out)
     evaluations = [[read_evaluation(run) for run in group] for group in groups]
+    refuse_other_rules([one for group in evaluations for one in group])
     titles = ["+".join(one.name for one in group) for group in evaluations]
     rows = differences([[one.metrics for one in group] for group in evaluations])
     shown = [row for row in rows if options.every or any(part in row[0] for part in USUAL)]
@@ -150,8 +168,8 @@ def main(arguments=None):
     parser.add_argument("--every", action="store_true", help="print every number, not the usual ones alone")
     parser.add_argument("--json", metavar="OUT", help="write every number here")
     options = parser.parse_intermixed_args(arguments)
-    overrides = [word for word in options.words if "=" in word]
-    groups = [word.split(",") for word in options.words if "=" not in word]
+    overrides = [word for word in options.words if "=" in word and not Path(word.split(",")[0]).is_dir()]
+    groups = [word.split(",") for word in options.words if word not in overrides]
     try:
         if len(groups) != 2:
             raise UserError(f"expected two runs, or two lists of runs, got {len(groups)}")

@@ -65,8 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", metavar="NAME", default="testing", help="default: testing")
     parser.add_argument("--flip", action="store_true", help="average what is said of an image and of its mirror image")
     options = parser.parse_intermixed_args(arguments)
-    places = [word for word in options.words if "=" not in word]
-    options.overrides = [word for word in options.words if "=" in word]
+    options.overrides = [word for word in options.words if "=" in word and not Path(word).is_dir()]
+    places = [word for word in options.words if word not in options.overrides]
+    if options.split == "test":  # as KITTI's list of its testing half is called
+        options.split = "testing"
     if len(places) != 2:
         parser.error(f"expected a run and a folder, got {' and '.join(places) or 'neither'}")
     options.run, options.out = places[0], Path(places[1])
