@@ -67,7 +67,7 @@ class DataConfig:
     workers: int = 2  # loader processes per training process
     index: str = ""  # folder for what was read of the sources; empty: beside each, or the user's cache; 'none': memory
     cache: str = ""  # folder for decoded frames, read instead of decoding again; 1.4 MB a KITTI frame; empty: none
-    skip_bad: bool = False  # warn, not stop, where an image is unreadable (the next stands for it) or absent
+    skip_bad: bool = False  # warn, not stop: the next image stands for one that is unreadable; absent ones are left out
 
 
 def find_format(source):

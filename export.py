@@ -34,7 +34,7 @@ from torch import nn
 from torchvision.ops import nms
 
 from config import to_dict
-from engine.checkpoint import META
+from engine.checkpoint import META, MODEL
 from engine.weights import fetch, find_checkpoint, load_run
 from model import Detector
 from scene.frames import UserError, make_folder, sentence_of
@@ -42,6 +42,7 @@ from scene.geometry import alpha_to_yaw, average_duplicates, unproject
 
 VERSION = 1  # of inputs, outputs and metadata
 OPSET = 18
+WRITTEN = ("model.onnx", "model.int8.onnx", "model.xml", "model.bin", "model.int8.xml", "model.int8.bin")
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 RUNTIME = Path(__file__).parent / "examples" / "onnx_detector.py"
 
@@ -136,14 +137,13 @@ def export(detector: Detector, folder: str | Path, suppress: bool = False, half:
 def begin(folder: Path, config) -> None:
     """Make a folder for the files of one detector, without those of another, and put config.json there.
 
-    Raises UserError for the folder of a run or a checkpoint, whose own config.json that would replace.
+    Raises UserError for the folder of a run, a checkpoint or weights, whose own config.json that would replace.
     """
-    if any((folder / name).exists() for name in (META, "log.jsonl")):
-        raise UserError(f"--out {folder} is a run or a checkpoint, expected a folder of its own")
+    if any((folder / name).exists() for name in (META, MODEL, "log.jsonl")):
+        raise UserError(f"--out {folder} is a run, a checkpoint or its weights, expected a folder of its own")
     make_folder(folder, "--out")
-    for path in folder.glob("model*"):
-        if path.suffix in (".onnx", ".xml", ".bin"):
-            path.unlink()
+    for name in WRITTEN:
+        (folder / name).unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1))
 
 
@@ -178,10 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, detector = load_run(find_checkpoint(fetch(options.run)), options.overrides)
         config = dataclasses.replace(config, model=detector.config)
-        begin(options.out, config)
         inputs = []
-        if options.int8:
+        if options.int8:  # first, as it may fail, and what lies in the folder goes then
             inputs = importlib.import_module("tools.quantize").calibration_inputs(config, options)
+        begin(options.out, config)
         paths = [export(detector, options.out, options.nms, options.half)]
         if options.int8 or options.openvino:
             paths += importlib.import_module("tools.quantize").write(paths[0], inputs, options.openvino)

@@ -294,9 +294,8 @@ def find_start(config, train_set, accelerator):
         moments = f"moments of {before['train']['optimizer']} do not fit {config.train.optimizer}"
         raise UserError(f"{folder}: {moments}; load_from= takes weights alone")
     new = to_dict(config)
-    old = {}
-    if all(before["model"][key] == new["model"][key] for key in ("classes", "strides")):  # else their number is another
-        old = {name: tuple(before["model"][name]) for name in PRIORS if not getattr(config.model, name)}
+    alike = all(before["model"][key] == new["model"][key] for key in ("classes", "strides"))  # as many priors
+    old = {name: tuple(before["model"][name]) for name in PRIORS if alike and not getattr(config.model, name)}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **old))
     kept = all(before["train"][key] == getattr(config.train, key) for key in ("batch_size", "accumulate"))
     now = dataclasses.replace(now, step=then.step, global_batch=then.global_batch if kept else now.global_batch)

@@ -10,8 +10,8 @@ counted), and `width` and `height`, which the picture must have then. Optional f
 projected 3D box, clipped to the image), `truncation` in [0, 1], `occlusion` 0-3, `ignore` (true: only its box is kept,
 as a region), `velocity` [x, y, z] m/s in the camera frame, `attribute` (text), and what predictions add: `score` and
 `depth_sigma` (metres). An image may be a member of an uncompressed tar, `shards/0001.tar/000123.jpg`. Objects and
-regions that cannot be seen are left out and counted: those outside the image, behind the camera, or centred there
-without a box that meets the image. Pictures must be undistorted.
+regions that cannot be seen are left out and counted: those outside the image, and objects centred behind the camera
+without a `box` that meets the image. Pictures must be undistorted.
 
     python -m formats.jsonl FILE.jsonl [--no-images] [--dropped]      every bad line by number, and a summary per class
 """

@@ -116,14 +116,24 @@ def find_dialect(name: str) -> Dialect:
     return import_module(f"formats.{name}").DIALECT
 
 
-def _read_dialect(path):
-    """That of a JSON object with keys of `Dialect`; the others are those of its "base", nuScenes' without one."""
+def _read_dialect(path, above=()):
+    """That of a JSON object with keys of `Dialect`; the others are those of its "base", nuScenes' without one.
+
+    A base that is a file lies beside it. above: the files that are based on this one.
+    """
     try:
         content = json.loads(path.read_bytes())
-        base, kinds = find_dialect(content.pop("base", "")), typing.get_type_hints(Dialect)
-        return dataclasses.replace(base, **{key: _build(value, kinds[key], key) for key, value in content.items()})
+        base, kinds = content.pop("base", ""), typing.get_type_hints(Dialect)
     except FileNotFoundError:
         raise UserError(f"{path}: no such dialect") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected a JSON object with keys of a dialect: {error}") from None
+    if path in above:
+        raise UserError(f"{path}: it is a base of itself")
+    files = isinstance(base, str) and base.endswith(".json")
+    based = _read_dialect(path.parent / base, (*above, path)) if files else find_dialect(base)
+    try:
+        return dataclasses.replace(based, **{key: _build(value, kinds[key], key) for key, value in content.items()})
     except KeyError as error:
         raise UserError(f"{path}: unknown key {error}, expected some of base, {', '.join(kinds)}") from None
     except (AttributeError, TypeError, ValueError) as error:

@@ -51,6 +51,8 @@ def render(root, split, source, config):
     """Folder with the first `world_frames` frames of a split, rendered by all cores if it is not there yet."""
     if source.like and split in ALL_AROUND:
         raise UserError(f"data source {root}: like means nothing to the six cameras of {split}, expected train or val")
+    if source.cameras and split not in ALL_AROUND:
+        raise UserError(f"data source {root}: cameras means nothing to the one camera of {split}")
     try:
         if source.like:
             world = import_module("world.like")

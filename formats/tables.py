@@ -7,6 +7,7 @@ a data set has otherwise is its `Dialect`. Global coordinates stay float64, as U
 import dataclasses
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -144,20 +145,40 @@ def read_table(folder, name, keys, wanted=None, optional=()):
     path, take = folder / f"{name}.json", itemgetter(*keys)
 
     def row_of(entry):  # while it is parsed: a table of millions must not stand in memory as dicts
-        row = take(entry)
+        try:
+            row = take(entry)
+        except KeyError:
+            return entry  # an object inside of a row; a row itself must not stay one
         if wanted is not None and not wanted(row):
             return None
         return (*row, *map(entry.get, optional)) if optional else row
 
     try:
         rows = [row for row in json.loads(path.read_bytes(), object_hook=row_of) if row is not None]
+        for row in rows:
+            if isinstance(row, dict):
+                lacking = next(key for key in keys if key not in row)
+                raise UserError(f"{path}: a row lacks {lacking!r}, expected {', '.join(keys)}")
         return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in (*keys, *optional)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such table") from None
-    except KeyError as error:
-        raise UserError(f"{path}: a row lacks {error}, expected {', '.join(keys)}") from None
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not a JSON list of rows: {error}") from None
+
+
+def refuse_parted(source, config, frames):
+    """Raises UserError where the limit of a source of data.val parts the cameras of a sample or sweep.
+
+    frames: those that it leaves.
+    """
+    if not source.limit or len(frames) < source.limit:
+        return
+    more = import_module(f"formats.{source.kind}").frames(dataclasses.replace(source, limit=source.limit + 1), config)
+    if more[-1].group == frames[-1].group and len(more) > len(frames):
+        limit = f"data.val: limit={source.limit}"
+        raise UserError(f"{limit} parts the cameras of a sample or sweep, which are evaluated together")
 
 
 def read_names(folder, name, key="name"):

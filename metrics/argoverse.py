@@ -31,7 +31,7 @@ from formats.argoverse import (
     read_truth,
     write_results,
 )
-from formats.tables import rotations
+from formats.tables import refuse_parted, rotations
 from scene.frames import Labels, UserError, check_writable, sentence_of
 from scene.geometry import CORNER_SIGNS
 
@@ -86,6 +86,7 @@ def blank(dataset, config) -> dict:
         raise UserError(f"model.classes names {unknown[0]!r}, and Argoverse's metrics know only {', '.join(CLASSES)}")
     if config.data.overlap or config.train.eval_repeat > 1:
         raise UserError("data.overlap and train.eval_repeat belong to KITTI's metrics, and data.val is Argoverse's")
+    refuse_parted(dataset.sources[0], config.data, dataset.frames)
     find_maps(dataset.sources[0], config)
     return argoverse_metrics(join_boxes([]), join_boxes([]))
 

@@ -64,6 +64,8 @@ def evaluate(dataset, predictions: dict[str, Labels], config, folder=None, overl
 
 def blank(dataset, config) -> dict:
     """The metrics of a data set without detections: every name that there will be. What labels prevent is logged."""
+    if config.data.overlap:
+        importlib.import_module("metrics.kitti_notes").refuse_overlaps(config.data.overlap, dataset.classes)
     metrics = compute_metrics({i: dataset.frames[i].labels for i in dataset.frames.spread()}, {}, dataset.classes)
     for note in metrics.get("notes", ()):
         logging.getLogger("deep3d").warning(note)
@@ -359,6 +361,7 @@ def band_errors(objects, truth, detections):
     """One entry of `object_errors`: truth and detections are Labels of the matched pairs, row by row."""
     matched, sigma = len(truth), detections.sigma
     depth = detections.center[:, 2] - truth.center[:, 2]
+    sigmas = np.zeros(0) if sigma is None else (np.abs(depth) / sigma)[sigma > 0]  # it may be unknown, NaN
     heading = np.degrees(np.abs(wrap_angle(detections.yaw - truth.yaw)))
     length, height, width = np.abs(detections.size - truth.size).T
     means = {
@@ -370,13 +373,12 @@ def band_errors(objects, truth, detections):
         "length_error": length,
         "height_error": height,
         "width_error": width,
-        "within_1_sigma": None if sigma is None else np.abs(depth) <= sigma,
-        "within_2_sigma": None if sigma is None else np.abs(depth) <= 2 * sigma,
+        "within_1_sigma": sigmas <= 1,
+        "within_2_sigma": sigmas <= 2,
     }
     counts = {"objects": objects, "matched": matched, "recall": matched / objects if objects else None}
-    errors = {key: float(np.mean(values)) if matched and values is not None else None for key, values in means.items()}
-    known = np.zeros(matched, bool) if sigma is None else sigma > 0  # it may be unknown, NaN
-    ratio = float(np.quantile(np.abs(depth[known]) / sigma[known], WITHIN_SIGMA)) if known.any() else None
+    errors = {key: float(np.mean(values)) if len(values) else None for key, values in means.items()}
+    ratio = float(np.quantile(sigmas, WITHIN_SIGMA)) if len(sigmas) else None
     return counts | errors | {"sigma_ratio": ratio}
 
 
@@ -404,9 +406,8 @@ def table(metrics: dict, metric: str = "", errors: bool = False) -> str:
     lines.append(f"Overlap must exceed, in 2D, BEV, 3D ({settings['overlap']}): {'; '.join(overlaps)}")
     if few:
         enough = -(-POSITIONS // min(few))
-        lines.append(
-            f"* The official sampling takes n scores: below 100 for n <= 40, however good; --repeat {enough} mends it"
-        )
+        sentence = "The official sampling takes n scores: below 100 for n <= 40, however good"
+        lines.append(f"* {sentence}; --repeat {enough} mends it")
     if errors:
         lines += importlib.import_module("metrics.kitti_files").error_lines(metrics["errors"])
     return "\n".join([*lines, *metrics.get("notes", ())])

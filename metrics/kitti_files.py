@@ -43,6 +43,8 @@ def read_folder(labels, results, split=None):
     there is one.
     """
     labels, results = find_folder(labels, "LABELS"), find_folder(results, "RESULTS")
+    if split is not None and not split.endswith(".txt"):
+        raise UserError(f"--split {split}: expected a .txt file that lists a frame a line")
     ids = sorted(path.stem for path in labels.glob("*.txt")) if split is None else read_split(".", split)
     if twice := [id for id, count in Counter(ids).items() if count > 1]:
         raise UserError(f"{split}: frame {twice[0]} is listed twice; --repeat counts every frame several times")
@@ -165,7 +167,7 @@ def evaluate_files(options: argparse.Namespace) -> None:
     check_writable(options.json, options.curves, options.report)
     truth, results, missing, extra, rows = read_folder(options.labels, options.results, options.split)
     names = {*CLASSES}.union(*(labels.name for labels in (*truth.values(), *results.values())))
-    if unknown := [name for name in options.classes if name not in names]:
+    if unknown := [name for name in options.classes if name.lower() not in {*map(str.lower, names)}]:
         raise UserError(f"--classes names {unknown[0]!r}, which no file does; there are {', '.join(sorted(names))}")
     metrics = compute_metrics(truth, results, options.classes, options.overlap, options.repeat)
     metrics["files"] = {"missing_results": len(missing), "extra_results": len(extra)}

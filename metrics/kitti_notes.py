@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 
 from metrics.kitti import CLASSES, MATCH_OVERLAP, MAX_OCCLUSION, MAX_TRUNCATION, MIN_HEIGHT, NO_ALPHA
-from scene.frames import join
+from scene.frames import UserError, join
 from scene.geometry import box_iou, ray_angle, wrap_angle
 
 NAMES = {*map(str.lower, CLASSES), "van", "truck", "person_sitting", "tram", "misc", "dontcare"}  # KITTI's, lower case
@@ -38,6 +38,14 @@ TURNS = {  # what rotation_y looks like: the one that is meant
     "90 degrees minus itself, as a turn about another axis": lambda yaw: np.pi / 2 - yaw,
     "-90 degrees minus itself, as a turn about a lidar's z": lambda yaw: -np.pi / 2 - yaw,
 }
+
+
+def refuse_overlaps(overlaps, classes):
+    """Raises UserError for data.overlap of a class that is not evaluated, or that no overlap can exceed."""
+    for name, least in overlaps.items():
+        if name not in classes or not 0 <= min(least) <= max(least) < 1:
+            expected = f"thresholds from 0 to below 1 of one of {', '.join(classes)}"
+            raise UserError(f"data.overlap has {name!r}: {[*least]}, expected {expected}")
 
 
 def describe_classes(truth, results, metrics):

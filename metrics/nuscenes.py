@@ -21,14 +21,13 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from formats.nuscenes import Truth, find_dialect, read_truth
-from formats.tables import Boxes
+from formats.tables import Boxes, refuse_parted
 from metrics.nuscenes_files import MOST_BOXES, merge_cameras, parse_results, read_results, write_results
 from scene.frames import Labels, UserError, check_writable, sentence_of
 
@@ -91,9 +90,7 @@ def blank(dataset, config) -> dict:
     if unknown := [name for name in dataset.classes if name not in dialect.ranges]:
         known = ", ".join(dialect.ranges)
         raise UserError(f"model.classes names {unknown[0]!r}, and the metrics of data.val know only {known}")
-    limit, images = sources[0].limit, Counter(frame.group for frame in dataset.frames)
-    if limit and [*images.values()][-1] < max(images.values()):
-        raise UserError(f"data.val: limit={limit} parts the cameras of a sample, which are evaluated together")
+    refuse_parted(sources[0], config.data, dataset.frames)
     if config.data.overlap or config.train.eval_repeat > 1:
         raise UserError("data.overlap and train.eval_repeat belong to KITTI's metrics, and data.val is nuScenes'")
     if os.environ.get("RANK", "0") == "0":  # the main process alone, which evaluates: the tables fill gigabytes

@@ -4,6 +4,7 @@ data/argoverse_invented.tar.xz holds an invented log with small pictures and inv
 of the official package. Real logs are read where they lie.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -24,6 +25,7 @@ from config import Config, TrainConfig
 from data import DataConfig, Detection3D, Source, collate
 from formats import argoverse
 from formats.argoverse import CLASSES, RING, Boxes, join_boxes, read_annotations, read_boxes, read_log, read_truth
+from formats.tables import refuse_parted
 from metrics.argoverse import argoverse_metrics, blank, find_maps, main, read_region, table
 from model import ModelConfig
 from scene.frames import UserError, make_labels
@@ -518,3 +520,13 @@ def test_what_these_metrics_would_ignore_is_refused(frames):
     assert "several Argoverse sources" in refused(("BUS",), (one, one))
     assert "model.classes names 'Car', and Argoverse's metrics know only ART" in refused(("Car",), (one,))
     assert "data.overlap and train.eval_repeat belong to KITTI" in refused(("BUS",), (one,), eval_repeat=2)
+
+
+def test_a_limit_that_parts_the_cameras_of_a_sweep_is_refused(root):
+    for limit, words in ((3, "limit=3 parts the cameras of a sample or sweep"), (len(RING), "")):
+        source = Source(kind="argoverse", root=str(root), split=("val",), limit=limit)
+        config = DataConfig(index="none")
+        some = argoverse.frames(source, config)
+        assert len(some) == limit
+        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+            refuse_parted(source, config, some)

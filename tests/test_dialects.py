@@ -26,7 +26,7 @@ import train
 from config import Config
 from data import DataConfig, Detection3D, Source
 from formats import nuscenes
-from formats.tables import read_annotations, read_samples, rotations
+from formats.tables import read_annotations, read_samples, read_table, rotations
 from metrics.nuscenes import nuscenes_metrics
 from metrics.nuscenes_files import merge_cameras, parse_results, write_results
 from model import ModelConfig
@@ -412,6 +412,22 @@ def test_a_dialect_of_ones_own(invented, tmp_path):
             nuscenes.find_dialect(str(path))
     with pytest.raises(UserError, match=r"nowhere.json: no such dialect"):
         nuscenes.find_dialect(str(tmp_path / "nowhere.json"))
+    (tmp_path / "based.json").write_text('{"base": "mine.json", "reference": ["TOP"]}')  # which lies beside it
+    path.write_text('{"ranges": {"car": 20}}')
+    based = nuscenes.find_dialect(str(tmp_path / "based.json"))
+    assert (based.ranges, based.reference) == ({"car": 20.0}, ("TOP",))
+    path.write_text('{"base": "based.json"}')
+    with pytest.raises(UserError, match=r"mine.json: it is a base of itself"):
+        nuscenes.find_dialect(str(path))
+
+
+def test_objects_inside_of_rows(tmp_path):
+    rows = [{"token": "a", "name": "x", "info": {"by": {"name": "me"}}}, {"token": "b", "name": "y", "info": {}}]
+    (tmp_path / "scene.json").write_text(json.dumps(rows))
+    assert read_table(tmp_path, "scene", ("token", "name")) == [["a", "b"], ["x", "y"]]
+    (tmp_path / "scene.json").write_text(json.dumps([*rows, {"token": "c", "info": {}}]))
+    with pytest.raises(UserError, match=r"scene.json: a row lacks 'name', expected token, name"):
+        read_table(tmp_path, "scene", ("token", "name"))
 
 
 def test_splits_of_ones_own(invented, tmp_path):

@@ -25,9 +25,10 @@ from formats.jsonl import read_frames
 from formats.kitti import read_labels, write_labels
 from metrics import kitti, kitti_files
 from metrics.kitti import kitti_ap
+from metrics.kitti_notes import refuse_overlaps
 from model import Detector, ModelConfig
 from scene.draw import best_score, frame_quality
-from scene.frames import make_labels
+from scene.frames import UserError, make_labels
 from tools.submit import write_submission
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +125,7 @@ def test_wrong_command_lines_end_in_one_sentence(folders, capsys):
     assert f"did you mean {labels}?" in fail(capsys, "--labels", folders, "--results", results)
     assert f"did you mean {results}?" in fail(capsys, "--labels", labels, "--results", folders)
     assert "no such split file" in fail(capsys, *files, "--split", split)
+    assert "--split val: expected a .txt file" in fail(capsys, *files, "--split", "val")
     assert "LABELS is empty, expected a folder" in fail(capsys, "--labels", "", "--results", "")
     assert "--classes names 'Bus', which no file does; there are " in fail(capsys, *files, "--classes", "Bus")
     split.write_bytes(b"\xff")
@@ -496,6 +498,9 @@ def test_one_number_of_an_evaluation_by_its_path():
     empty = kitti.compute_metrics({}, {}, ("Car",))
     assert evaluate.read_metric(empty, "mean/3d/moderate/AP_R40") == 0
     own = kitti.compute_metrics({"0": truth}, {"0": truth}, ("Car", "Tram"), own_overlap={"Tram": (0.4, 0.3, 0.2)})
+    for overlap in ({"car": (0.5,) * 3}, {"Car": (90.0,) * 3}):
+        with pytest.raises(UserError, match=r"data.overlap has '[cC]ar': .*, expected .* of one of Car, Tram"):
+            refuse_overlaps(overlap, ("Car", "Tram"))
     assert own["settings"]["min_overlap"] == {"Car": [0.7, 0.7, 0.7], "Tram": [0.4, 0.3, 0.2]}
 
 

@@ -436,10 +436,11 @@ def test_one_table_of_accuracy_and_speed(exported, tmp_path, monkeypatch, capsys
 
 
 def test_a_folder_holds_the_files_of_one_detector(tmp_path):
-    for name in ("model.onnx", "model.int8.onnx", "model.int8.xml", "model.int8.bin", "notes.txt"):
+    kept = ["model_car_v1.onnx", "modeling.bin", "notes.txt"]
+    for name in ("model.onnx", "model.int8.onnx", "model.int8.xml", "model.int8.bin", *kept):
         (tmp_path / name).write_text("of another")
     export.begin(tmp_path, Config())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", *kept]
     assert read_config(tmp_path / "config.json") == Config()
 
 
@@ -475,7 +476,13 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     assert "two precisions" in fails(capsys, run, "--half", "--int8")
     assert "--frames is 0, expected at least 1" in fails(capsys, run, "--int8", "--frames", 0)
     assert "--frames is 40, expected at least 1, and --int8" in fails(capsys, run, "--frames", 40)
-    assert "is a run or a checkpoint, expected a folder of its own" in fails(capsys, run, "--out", run / "best")
+    assert "or its weights, expected a folder of its own" in fails(capsys, run, "--out", run / "best")
+    (tmp_path / "exported").mkdir()
+    good = tmp_path / "exported/model.onnx"
+    good.write_text("the last one")
+    words = (run, "--out", good.parent, "--int8", f"data.root={tmp_path / 'nowhere'}")
+    assert "nowhere: expected a KITTI folder" in fails(capsys, *words)
+    assert good.read_text() == "the last one"  # and what cannot be measured leaves it alone
     monkeypatch.setattr(export, "NEEDED", ("json", "onnx_of_nobody", "onnxruntime_of_nobody"))
     text = fails(capsys, tmp_path / "ran")
     assert "onnx_of_nobody and onnxruntime_of_nobody: not installed; pip install json onnx_of_nobody" in text

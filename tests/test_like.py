@@ -140,6 +140,7 @@ def test_rays_meet_the_rolling_ground_and_objects_stand_on_it(curve):
     ("more", "words"),
     [
         ({"split": ["mini_train"]}, r"like means nothing to the six cameras of mini_train, expected train or val"),
+        ({"cameras": ["CAM_FRONT"]}, r"cameras means nothing to the one camera of train"),
         ({"like": "/nowhere"}, r"/nowhere: expected a KITTI folder"),
         ({"like": "/nowhere.jsonl"}, r"/nowhere\.jsonl: no such JSON-lines file"),
         ({"world_frames": 0}, r"like: there are train and val, of at least one frame, got 'train' of 0"),

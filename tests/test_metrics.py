@@ -526,7 +526,8 @@ def test_object_errors_by_band():
     assert without["Car"]["all"]["within_1_sigma"] is without["Car"]["all"]["sigma_ratio"] is None
     assert "10-20" in table(kitti.compute_metrics({"0": truth}, {"0": found}, ("Car",)), errors=True)
     unknown = dataclasses.replace(found, sigma=np.full(3, np.nan))
-    assert object_errors({"0": truth}, {"0": unknown}, ("Car",))["Car"]["all"]["sigma_ratio"] is None
+    every = object_errors({"0": truth}, {"0": unknown}, ("Car",))["Car"]["all"]
+    assert every["within_1_sigma"] is every["within_2_sigma"] is every["sigma_ratio"] is None
 
 
 def test_sigma_times_its_ratio_holds_what_a_laplace_law_does():

@@ -108,7 +108,7 @@ def test_a_class_of_which_nothing_counts_is_told_with_the_reasons(kitti, caplog,
     assert code == 1
     assert "Car: none of its " in out
     dataset = Detection3D(frames(Source(root=str(kitti), split=("val",)), None), model(), DataConfig())
-    blank(dataset, None)  # before the first step of a training
+    blank(dataset, Config())  # before the first step of a training
     words = [record.message for record in caplog.records if record.message.startswith("Car: none of its")]
     assert "for truncation above 0.5" in words[0]
     truth = {frame.id: frame.labels for frame in dataset.frames}

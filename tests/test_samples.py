@@ -118,7 +118,7 @@ def of_samples(frames, model, *sources):
     return dataset
 
 
-def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found, tmp_path):
+def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found, tmp_path, monkeypatch):
     """NDS and mAP, whatever the order in which frames come back, and what an evaluation leaves behind."""
     source = Source(kind="nuscenes", split=("mini_val",), version="v1.0-mini")
     run = Config(data=DataConfig(root=str(invented), val=(source,)), model=MODEL)
@@ -137,12 +137,15 @@ def test_metrics_of_samples_have_their_own_names(invented, truth, frames, found,
     with pytest.raises(ValueError, match="best=NSD: there is no 'NSD' among the metrics, only NDS, mAP, mATE"):
         evaluate.read_metric(evaluate.compute_metrics(dataset, {}, run), "NSD")
     json.dumps(metrics, allow_nan=False)
+    monkeypatch.setattr("formats.nuscenes.frames", lambda source, _: frames[: source.limit])  # there are no images
     cars, seven = ModelConfig(classes=("Car",)), dataclasses.replace(source, limit=7)
+    three = dataclasses.replace(source, limit=3)
     own_overlap = dataclasses.replace(run, data=dataclasses.replace(run.data, overlap={"car": (0.5,) * 3}))
     refusals = {
         "expected one: it is evaluated as a whole": (of_samples(frames, MODEL, source, source), run),
         "model.classes names 'Car', and the metrics of data.val know only": (of_samples(frames, cars, source), run),
         "limit=7 parts the cameras of a sample": (of_samples(frames[:7], MODEL, seven), run),
+        "limit=3 parts the cameras of a sample": (of_samples(frames[:3], MODEL, three), run),
         "data.overlap and train.eval_repeat belong to KITTI's metrics": (dataset, own_overlap),
     }
     for sentence, (data, config) in refusals.items():

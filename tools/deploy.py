@@ -206,8 +206,8 @@ def deploy(options) -> None:
     if dataset.metrics != "kitti":
         raise UserError(f"the frames of data.val are {dataset.metrics}'s, expected such that KITTI's metrics judge")
     detector = detector.eval()
-    begin(options.out, config)
     inputs = calibration_inputs(config, options)
+    begin(options.out, config)
     path = export(detector, options.out)
     export(detector, options.out / "half", half=True)
     write(path, inputs, importlib.util.find_spec("openvino") and importlib.util.find_spec("nncf"))

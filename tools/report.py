@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageFont
 from tqdm import tqdm
 
-from formats.kitti import read_calib, split_projection
+from formats.kitti import IMAGE_SUFFIXES, read_calib, split_projection
 from metrics.kitti import BANDS, DIFFICULTIES, MATCH_OVERLAP, Pairs, band_errors
 from scene.draw import HEIGHT, SHEET_WIDTH, balanced_score, best_score
 from scene.frames import Frame, Labels, UserError, join, load_image, make_labels, usable_cores
@@ -33,7 +33,6 @@ QUALITIES = (92, 86, 80, 74, 68, 62, 56, 50, 40)  # of JPEG, the first that is s
 LEFT_OUT, MATCHED, DUPLICATE, FALSE = range(4)  # roles of detections
 WRONG_DEPTH = 0.1  # of the true depth, from where on it counts as an error; the page can change it
 HEADING_BINS = 12  # of 15 degrees
-IMAGES = (".png", ".jpg", ".jpeg")  # endings that are looked for below --images
 KITTI_RULE = (
     "An object counts as at KITTI's level 'hard': more than 25 pixels high, at most largely hidden and half cut off. "
     "In the order of its labels each object takes, of the detections of its class whose 2D boxes overlap its own by "
@@ -452,7 +451,7 @@ def write_kitti_files(path, truth, results, metrics, images=None, count=None):
 
 def _with_picture(frame, folder):
     """A KITTI frame with its image and camera. Raises UserError naming the file that is missing."""
-    files = [folder / f"{frame.id}{ending}" for ending in IMAGES]
+    files = [folder / f"{frame.id}{ending}" for ending in IMAGE_SUFFIXES]
     image = next((file for file in files if file.is_file()), None)
     if image is None:
         raise UserError(f"--images {folder}: no image of frame {frame.id}, expected {files[0].name} or {files[1].name}")
