@@ -70,8 +70,7 @@ def save_checkpoint(accelerator, config, progress, modules):
     """
     broken = torch.tensor(float(not weights_finite(modules)), device=accelerator.device)
     if accelerator.reduce(broken) > 0:  # agreed on before one of them waits for the others in vain
-        state = f"the weights are not finite after step {progress.step}"
-        raise FloatingPointError(f"{state}; they are not saved (lower train.lr?)")
+        raise FloatingPointError(f"weights not finite after step {progress.step} are not saved (lower train.lr?)")
     root = Path(config.out) / "checkpoints"
     aside = root / f".tmp_step_{progress.step:08d}"
     sentence = f"{root}: cannot write the checkpoint of step {progress.step}: {{}}; the older ones are whole"
@@ -253,6 +252,7 @@ def load_checkpoint(accelerator, folder, optimizer):
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         accelerator.load_state(str(folder))
+        accelerator.step = 0  # a random_states file of a stranger could set it
         fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
         for p, state in optimizer.state.items() if fused else ():  # such kernels would write beyond other shapes
             for name, value in state.items():

@@ -123,15 +123,15 @@ def _read_dialect(path, above=()):
     """
     try:
         content = json.loads(path.read_bytes())
-        base, kinds = content.pop("base", ""), typing.get_type_hints(Dialect)
+        base, kinds = str(content.pop("base", "")), typing.get_type_hints(Dialect)
     except FileNotFoundError:
         raise UserError(f"{path}: no such dialect") from None
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: expected a JSON object with keys of a dialect: {error}") from None
     if path in above:
         raise UserError(f"{path}: it is a base of itself")
-    files = isinstance(base, str) and base.endswith(".json")
-    based = _read_dialect(path.parent / base, (*above, path)) if files else find_dialect(base)
+    beside = base.endswith(".json")
+    based = _read_dialect(path.parent / base, (*above, path)) if beside else find_dialect(base)
     try:
         return dataclasses.replace(based, **{key: _build(value, kinds[key], key) for key, value in content.items()})
     except KeyError as error:

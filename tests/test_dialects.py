@@ -403,6 +403,7 @@ def test_a_dialect_of_ones_own(invented, tmp_path):
         ('{"ranges": {"car": "20"}}', "ranges.car is '20', expected a float"),
         ('{"reference": "LIDAR"}', "reference is 'LIDAR', expected a list"),
         ('{"velocities": 1}', "velocities is '1', expected a bool"),
+        ('{"base": 5}', r"dialect is '5', expected 'nuscenes', "),
         ('{"base": "lyft"}', r"dialect is 'lyft', expected 'nuscenes', 't4', 'truckscenes' or a .json file"),
         ("[1]", "expected a JSON object with keys of a dialect"),
         ("{", "expected a JSON object with keys of a dialect"),
