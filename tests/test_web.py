@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 from test_export import make_detector, write_run, written
 
+from data import Source
 from formats.kitti import read_calib, split_projection
 from formats.synthetic import render
 from predict import ONE_THING
@@ -31,7 +32,7 @@ def site(tmp_path_factory):
     if not (PAGE / "node_modules/onnxruntime-web").is_dir():
         pytest.skip("needs npm install --prefix examples/web onnxruntime-web")
     root = tmp_path_factory.mktemp("web")
-    world = render(root / "world", "val", 1, 0) / "training"
+    world = render(root / "world", "val", Source(kind="synthetic", world_frames=1), None) / "training"
     image = next((world / "image_2").iterdir())
     K, _ = split_projection(read_calib(world / "calib" / f"{image.stem}.txt"))
     _, runtime = written(write_run(root / "run", make_detector()), root / "site")
