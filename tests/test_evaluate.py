@@ -424,7 +424,7 @@ def test_a_submission_is_what_the_server_takes(run, testing_half, capsys, tmp_pa
         assert np.abs(np.sin((alpha - numbers[:, 0]) / 2)).max() < 1e-3
     assert f"{out}: it holds something else already" in fail(capsys, run, "--submission", out)
     own = 'data.val=[{"root": "/data/mine", "split": ["val"]}]'  # whose root gives way to the one that is asked for
-    again = ["--submission", str(tmp_path / "again"), own, f"data.root={testing_half}"]
+    again = ["--submission", str(tmp_path / "again"), own, f"data.root={testing_half}", "--split", "test"]
     assert evaluate.main([str(run), *again]) == 0
     assert "detections in 3 files" in capsys.readouterr().out
 

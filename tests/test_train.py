@@ -32,7 +32,7 @@ import train
 from config import Config, TrainConfig, read_config
 from data import DataConfig, Detection3D, Source, StepBatches, build_dataset, seed_of
 from engine import log
-from engine.checkpoint import read_best
+from engine.checkpoint import Progress, read_best
 from engine.log import Log, crosses, place_in_epoch
 from engine.muon import Muon, count_blocks, is_matrix, orthogonalise
 from engine.optimizer import lr_at, make_optimizer
@@ -842,6 +842,13 @@ def test_epochs_are_images_seen_over_frames():
     assert [step for step in range(1, 95) if crosses(step, 100 / 64 * 20)] == [32, 63, 94]
     assert [step for step in range(1, 10) if crosses(step, 0.1 * 30)] == [3, 6, 9]
     assert not any(crosses(step, 0) for step in range(9))
+
+
+def test_steps_of_a_part_of_an_epoch_are_not_rounded_by_floats():
+    """1.1 epochs of 30 steps are 33, though 1.1 * 3000 / 100 is a little more."""
+    frames = type("Frames", (), {"find": None, "__len__": lambda self: 3000})()
+    config = Config(train=TrainConfig(epochs=1.1))
+    assert len(train.find_order(config, Progress(global_batch=100), frames, 0)) == 33
 
 
 def make_log(tmp_path, steps=6, **changes):

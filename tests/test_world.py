@@ -331,6 +331,22 @@ def test_an_exception_while_rendering_need_not_wait_for_the_other_frames(tmp_pat
     assert worlds(tmp_path) == []
 
 
+def test_a_folder_that_another_process_has_put_there_meanwhile_stays(tmp_path):
+    for there, left in ((False, "theirs"), (True, "ours")):  # one that was there before is replaced
+        path = tmp_path / f"{there}"
+        if there:
+            path.mkdir()
+            (path / "file").write_text("old")
+        with files.replacing(path) as aside:
+            aside.mkdir()
+            (aside / "file").write_text("ours")
+            if not there:  # as where nothing can be locked
+                path.mkdir()
+                (path / "file").write_text("theirs")
+        assert (path / "file").read_text() == left
+        assert [*tmp_path.glob(".*")] == []
+
+
 def test_a_world_is_rendered_where_files_cannot_be_locked(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("No locks available")
