@@ -307,7 +307,7 @@ def find_start(config, train_set, accelerator):
         if getattr(then, name) != getattr(now, name):
             changes.append(f"{words}: {getattr(then, name)} -> {getattr(now, name)}")
     batch, at_once = config.train.batch_size, now.global_batch // (now.processes * config.train.accumulate)
-    if at_once != batch:
+    if at_once != batch and then.processes != now.processes:
         changes.append(f"images per process at once: {batch} -> {at_once} (train.accumulate= parts them)")
     if then.data != now.data:
         changes.append("frames of data.train: their number, order, labels or cameras")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,6 +245,34 @@ def test_another_canvas_has_its_own_locations_and_agrees_with_predict(tmp_path):
     assert read_config(tmp_path / "small/config.json").model.size == (64, 160)
     for image, K in zip(*pictures(), strict=True):
         check(runtime.predict(image, K), detector.predict(image, K))
+
+
+def test_suppression_does_not_depend_on_the_place_in_the_batch():
+    """150 pairs of boxes that overlap by almost the threshold, 32 times: rounded by 1/64 px some would change sides."""
+    rng, images, classes = np.random.default_rng(0), 32, tuple(f"c{number}" for number in range(26))
+    sizes = {"size_prior": ((4.0, 1.5, 1.8),) * 26, "sigma_scale": (), "attributes": {}}
+    config = dataclasses.replace(TINY, classes=classes, fuse_duplicates=False, max_detections=300, **sizes)
+    overlap = config.nms_iou + rng.choice([-1, 1], 150) * rng.uniform(3e-4, 1e-3, 150)
+    width, corner = rng.uniform(20, 80, 150), rng.uniform(0, (200, 60), (150, 2))
+    shift = width * (1 - overlap) / (1 + overlap)
+    first = np.column_stack([corner, corner[:, 0] + width, corner[:, 1] + 30])
+    box = np.concatenate([first, first + np.outer(shift, [1, 0, 1, 0])])
+    numbers = rng.uniform(0.1, 1, (300, 8))
+    numbers[:, 0] = 0.9 - 0.001 * np.arange(300)  # scores
+    parts = {"score": numbers[:, 0], "box": box, "pixel": numbers[:, 1:3], "depth": numbers[:, 3]}
+    parts |= {"size": numbers[:, 4:7], "alpha": numbers[:, 7], "sigma": numbers[:, 3]}
+    boxes = {
+        name: torch.tensor(value, dtype=torch.float32).expand(images, *value.shape) for name, value in parts.items()
+    }
+    boxes["label"] = torch.tensor(np.tile(rng.integers(0, 26, 150), 2)).expand(images, 300)
+    K = torch.tensor([[300.0, 0, 160], [0, 300, 48], [0, 0, 1]]).expand(images, 3, 3)
+    detections = Detector.suppress(SimpleNamespace(config=config), boxes, K)
+    assert 150 < len(detections[0]["score"]) < 290
+    for one in detections:
+        assert all(torch.equal(value, detections[0][name]) for name, value in one.items())
+    rows = export.select_rows(boxes, K, config)
+    assert (rows["score"] > 0).sum(1).tolist() == [len(detections[0]["score"])] * images
+    assert all(torch.equal(value, value[:1].expand_as(value)) for value in rows.values())
 
 
 def columns(labels):

@@ -192,7 +192,7 @@ def test_another_number_of_processes_goes_on_with_the_same_order(tiny_run, hard_
     code, text, err = here(*tiny(tiny_run[0], out, *HARD, "data.workers=0"))  # now from a checkpoint of one process
     assert code == 0, err
     assert f"resumed from {out}/checkpoints/step_00000005\n" in text
-    assert f"changed since the checkpoint: {more}\n" in text
+    assert "changed since" not in text
     assert "6 steps of 4 images" in text
     shutil.rmtree(out)
     shutil.copytree(hard_run / "checkpoints/step_00000004", out / "checkpoints/step_00000004")

@@ -105,19 +105,6 @@ def test_channels_that_come_last_are_moved_even_where_they_are_as_many_as_rows()
     assert torch.equal(seen[0], model.backbone(image)[0].permute(0, 3, 1, 2))
 
 
-def test_detections_do_not_depend_on_the_place_in_the_batch(picture):
-    classes = tuple(f"c{number}" for number in range(26))
-    sizes = {"size_prior": ((4.0, 1.5, 1.8),) * 26, "sigma_scale": ()}
-    model = make_detector(classes=classes, attributes={}, score_threshold=0.0, **sizes).eval()
-    with torch.no_grad():
-        model.class_predictor.weight.normal_(0, 0.5)
-        model.box_predictor.weight.normal_(0, 0.1)
-        logits, raw = model(torch.from_numpy(picture)[None], CAMERA)
-        many = model.select(*(tensor.expand(32, *tensor.shape[1:]) for tensor in (logits, raw, CAMERA)))
-    for detections in many[1:]:
-        assert all(torch.equal(value, many[0][name]) for name, value in detections.items())
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
